@@ -1,0 +1,461 @@
+"""What a search-space file may say: validated and resolved once, frozen afterwards.
+
+`load()` reads YAML, applies the `--set a.b=c` overrides and returns one frozen `SweepConfig`. Nothing here imports
+torch, ray or mlflow, so a misspelt key is reported within a second.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from msae_sweep.errors import ConfigError
+
+Weighting = Literal["uniform", "reverse"]
+DistributionKind = Literal["loguniform", "uniform", "quniform", "randint", "choice", "grid"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class PlantedConfig(_Frozen):
+    """Built-in data with a known answer: sparse combinations of a random dictionary (`data.path: planted`)."""
+
+    rows: int = Field(40_000, ge=100)
+    """Rows per block."""
+    input_dim: int = Field(64, ge=2)
+    """Width of a row."""
+    dictionary_size: int = Field(256, ge=2)
+    """Unit-norm directions in the true dictionary."""
+    active: float = Field(12.0, gt=0)
+    """Mean number of directions active in a row."""
+    power: float = Field(0.7, ge=0)
+    """Exponent of the power law of the directions' frequencies: the i-th most frequent fires with p ∝ i^-power."""
+    noise: float = Field(0.05, ge=0)
+    """Standard deviation of the noise, relative to the signal's per channel."""
+    rows_per_group: int = Field(10, ge=1)
+    """Rows of one group (a stand-in for one game); they share some of their active directions."""
+    seed: int = 0
+    """Seed of dictionary and rows."""
+
+
+class DataConfig(_Frozen):
+    """Where the activations are and how they are split."""
+
+    path: str = Field(min_length=1)
+    """Activation folder, `.h5` file, Parquet file or folder, or the word `planted`."""
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Residual blocks to sweep; null means every block found."""
+    val_split: float = Field(0.1, gt=0, lt=1)
+    """Share of rows (or of groups) held out for validation."""
+    split_by: Literal["auto", "row", "game_id"] = "auto"
+    """`auto`: by game where a `game_id` exists, else by row. By row puts near-duplicates of one game on both sides."""
+    seed: int = 0
+    """Seed of the split, and of nothing else, so that a sweep with another `search.seed` reuses the prepared shards."""
+    use_given_stats: bool = False
+    """Standardise with the folder's `normalization_stats.npz` instead of statistics of the training rows."""
+    drop_nonfinite: bool = False
+    """Drop rows with NaN or Inf and count them, instead of refusing the data."""
+    planted: PlantedConfig = PlantedConfig()
+    """Settings of the built-in data; used only when `path` is `planted`."""
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_distinct(cls, blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if blocks is not None and (not blocks or len(set(blocks)) != len(blocks)):
+            raise ValueError(f"{list(blocks)} must name at least one block, each once")
+        return blocks
+
+
+class TrainingConfig(_Frozen):
+    """One trial's settings, in the notebook's words; the defaults are the notebook's setting."""
+
+    k_levels: tuple[Annotated[int, Field(ge=1)], ...] = (16, 32, 64, 128)
+    """Ascending sparsity levels; a single one is a plain TopK SAE."""
+    expansion_factor: float = Field(16, gt=0)
+    """`hidden_dim = round(input_dim × expansion_factor)`."""
+    weighting: Weighting = "uniform"
+    """Weights of the levels in the loss: equal, or `reverse`, heavier on small k."""
+    learning_rate: float = Field(8e-4, gt=0)
+    """Adam's step size."""
+    batch_size: int = Field(4096, ge=1)
+    """Rows a step."""
+    epochs: int = Field(30, ge=1)
+    """Passes over the training rows at the most."""
+    early_stopping_patience: int | None = Field(5, ge=1)
+    """Epochs without a better objective after which a trial ends; null trains to `epochs`."""
+    aux_k: int = Field(512, ge=0)
+    """Dead latents that reconstruct the residual; 0 turns the auxiliary loss off. Source: arXiv 2406.04093, A.2."""
+    aux_coefficient: float = Field(1 / 32, ge=0)
+    """Weight of the auxiliary loss. Source: arXiv 2406.04093, A.2."""
+    dead_after_samples: int | None = Field(None, ge=1)
+    """Rows without firing after which a latent counts as dead for aux-k; null means one epoch of training rows."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    normalize_decoder: bool = True
+    """Keep decoder rows at unit norm, with the parallel part of the gradient projected out."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0; 0 is the notebook."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the learning rate falls to 0 over the last `decay_fraction` of all steps; `none` is the notebook."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of all steps over which `decay` acts."""
+    gradient_clip: float | None = Field(None, gt=0)
+    """Largest gradient norm over all parameters; null does not clip."""
+    pre_bias_init: Literal["zero", "geometric_median"] = "zero"
+    """Start of `pre_bias`: 0 (the data is standardised), or the geometric median of the first rows."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of matrix products on CUDA: full float32, tf32, or bf16 autocast. CPU and MPS use float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device of a trial; `auto` takes CUDA where the trial holds a GPU, then MPS, then the CPU."""
+    seed: int | None = None
+    """Seed of initialisation and row order; null derives one from `search.seed`, block and trial number."""
+
+    @field_validator("k_levels", mode="before")
+    @classmethod
+    def _k_levels_as_list(cls, k_levels: object) -> object:
+        return [k_levels] if isinstance(k_levels, int) else k_levels
+
+    @field_validator("k_levels")
+    @classmethod
+    def _k_levels_ascend(cls, k_levels: tuple[int, ...]) -> tuple[int, ...]:
+        if not k_levels or any(a >= b for a, b in zip(k_levels, k_levels[1:], strict=False)):
+            right = sorted(set(k_levels)) or [16, 32, 64, 128]
+            raise ValueError(f"{list(k_levels)} must ascend without repeats; write {right}")
+        return k_levels
+
+    def hidden_dim(self, input_dim: int) -> int:
+        """Number of latents for rows of width `input_dim`.
+
+        Raises:
+            ConfigError: the largest k exceeds it.
+        """
+        hidden_dim = round(input_dim * self.expansion_factor)
+        if self.k_levels[-1] > hidden_dim:
+            raise ConfigError(
+                f"training.k_levels: {self.k_levels[-1]} exceeds hidden_dim {hidden_dim} "
+                f"(input_dim {input_dim} × expansion_factor {self.expansion_factor:g}); "
+                "lower k or raise expansion_factor"
+            )
+        return hidden_dim
+
+
+class Distribution(_Frozen):
+    """How one training key varies: exactly one of the six kinds, e.g. `{loguniform: [1.0e-4, 4.0e-3]}`."""
+
+    kind: DistributionKind
+    """`loguniform`, `uniform`, `quniform` (low, high, step), `randint` (high excluded), `choice` or `grid`."""
+    values: tuple[Any, ...]
+    """Bounds (with the step for `quniform`), or the options of `choice` and `grid`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, raw: object) -> object:
+        if isinstance(raw, Mapping) and set(raw) == {"kind", "values"}:
+            return raw
+        kinds = DistributionKind.__args__  # type: ignore[attr-defined]
+        if not isinstance(raw, Mapping) or len(raw) != 1 or next(iter(raw)) not in kinds:
+            raise ValueError(f"{raw!r} must be one of {', '.join(kinds)} with a list, e.g. {{choice: [8, 16, 32]}}")
+        ((kind, values),) = raw.items()
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"{kind}: {values!r} must be a list")
+        frozen = tuple(tuple(v) if isinstance(v, list) else v for v in values)
+        return {"kind": kind, "values": frozen}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kind, values = self.kind, self.values
+        if kind in ("choice", "grid"):
+            if not values:
+                raise ValueError(f"{kind}: needs at least one option")
+            if len({repr(v) for v in values}) != len(values):
+                raise ValueError(f"{kind}: {list(values)} repeats an option")
+            return self
+        n_bounds = 3 if kind == "quniform" else 2
+        form = "[low, high, step]" if kind == "quniform" else "[low, high]"
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        if len(values) != n_bounds or not numbers:
+            hint = " (YAML reads 1e-4 as a word; write 1.0e-4)" if any(isinstance(v, str) for v in values) else ""
+            raise ValueError(f"{kind}: {list(values)} must be numbers {form}{hint}")
+        low, high = values[:2]
+        if low >= high:
+            raise ValueError(f"{kind}: low {low} must be below high {high}")
+        if kind == "loguniform" and low <= 0:
+            raise ValueError(f"loguniform: low {low} must be above 0")
+        if kind == "randint" and not all(isinstance(v, int) for v in values):
+            raise ValueError(f"randint: {list(values)} must be whole numbers")
+        if kind == "quniform" and not 0 < values[2] <= high - low:
+            raise ValueError(f"quniform: step {values[2]} must be above 0 and at most high - low")
+        return self
+
+    def corners(self) -> tuple[Any, ...]:
+        """Values that show whether a whole distribution is legal: every option, or both ends (inclusive)."""
+        if self.kind in ("choice", "grid"):
+            return self.values
+        low, high = self.values[:2]
+        return (low, high - 1) if self.kind == "randint" else (low, high)
+
+
+class SearchConfig(_Frozen):
+    """How many trials, and who proposes them."""
+
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    """`random` draws each trial alone; `grid` runs every combination; `optuna` learns from finished trials (TPE)."""
+    trials_per_block: int | None = Field(None, ge=1)
+    """Trials for each block; null means 16, or the whole grid."""
+    seed: int = 0
+    """Seed of the proposals and of the trials' own seeds."""
+
+
+class AshaConfig(_Frozen):
+    """Asynchronous successive halving. Source: arXiv 1810.05934."""
+
+    grace_epochs: int = Field(3, ge=1)
+    """Epochs that every trial gets before it is judged first; the first rung."""
+    reduction_factor: int = Field(3, ge=2)
+    """Rungs are grace_epochs × reduction_factor^i; about one in `reduction_factor` trials passes each."""
+
+
+class ResourcesConfig(_Frozen):
+    """What one trial holds while it runs."""
+
+    cpu: float = Field(1, gt=0)
+    """CPU cores a trial; torch uses as many threads."""
+    gpu: float | Literal["auto"] = "auto"
+    """GPUs a trial: 0, a fraction, 1; `auto` is 1 where the cluster has a GPU and 0 where it has none."""
+    max_failures: int = Field(3, ge=0)
+    """Times a trial is started again from its checkpoint after its worker or node was lost."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials at once at the most; null leaves it to the resources."""
+    checkpoint_seconds: float = Field(30, ge=0)
+    """A trial saves its state at every ASHA rung and, between rungs, once these seconds have passed."""
+
+    @field_validator("gpu")
+    @classmethod
+    def _gpu_share(cls, gpu: float | Literal["auto"]) -> float | Literal["auto"]:
+        if gpu != "auto" and (gpu < 0 or (gpu > 1 and gpu != int(gpu))):
+            raise ValueError(f"{gpu} must be auto, 0, a fraction below 1, or a whole number")
+        return gpu
+
+
+class TrackingConfig(_Frozen):
+    """Where MLflow keeps the runs."""
+
+    uri: str | None = None
+    """Tracking URI; null means MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the working folder."""
+    experiment: str = "msae-sweep"
+    """MLflow experiment: one a study."""
+    register_models: bool = True
+    """Register each block's best model as `msae-block{B}` with the alias `champion`."""
+
+
+class SweepConfig(_Frozen):
+    """A whole search-space file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the sweep and of its folder: letters, digits, `.`, `_`, `-`."""
+    data: DataConfig
+    """Activations and their split."""
+    space: dict[str, Distribution] = Field(default_factory=dict)
+    """Distributions over training keys."""
+    training: TrainingConfig = TrainingConfig()
+    """Settings that every trial shares unless `space` varies them."""
+    search: SearchConfig = SearchConfig()
+    """Proposals."""
+    asha: AshaConfig | None = AshaConfig()
+    """Early stopping of poor trials; null runs every trial to its end."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """What a trial holds."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    storage: str = "sweeps"
+    """Folder (or URI) that holds the sweep folders and the prepared shards."""
+
+    @model_validator(mode="after")
+    def _space_is_legal(self) -> Self:
+        for key, distribution in self.space.items():
+            if key not in TrainingConfig.model_fields:
+                raise ValueError(f"space.{key}: no such training key; {_suggest(key, TrainingConfig.model_fields)}")
+            for value in distribution.corners():
+                try:
+                    TrainingConfig.model_validate({**self.training.model_dump(), key: value})
+                except ValidationError as error:
+                    raise ValueError(f"space.{key}: {_first_line(error, with_place=False)}") from None
+        if self.search.algorithm == "grid":
+            for key, distribution in self.space.items():
+                if distribution.kind not in ("grid", "choice"):
+                    raise ValueError(f"space.{key}: {distribution.kind} cannot be a grid; use grid or choice")
+            size = math.prod(len(d.values) for d in self.space.values())
+            if self.search.trials_per_block not in (None, size):
+                raise ValueError(
+                    f"search.trials_per_block: {self.search.trials_per_block} but the grid has {size} combinations; "
+                    f"write {size} or null"
+                )
+        epochs = min(int(e) for e in self.corners("epochs"))
+        if self.asha is not None and self.asha.grace_epochs > epochs:
+            raise ValueError(
+                f"asha.grace_epochs: {self.asha.grace_epochs} exceeds training.epochs {epochs}; "
+                "lower it or write asha: null"
+            )
+        return self
+
+    def corners(self, key: str) -> tuple[Any, ...]:
+        """Extreme values that training key `key` can take in this sweep."""
+        return self.space[key].corners() if key in self.space else (getattr(self.training, key),)
+
+    def training_for(self, sampled: Mapping[str, Any]) -> TrainingConfig:
+        """One trial's settings: the fixed ones with the sampled ones over them."""
+        return TrainingConfig.model_validate({**self.training.model_dump(), **sampled})
+
+    def n_trials_per_block(self) -> int:
+        """Trials that each block gets."""
+        if self.search.algorithm == "grid":
+            return math.prod(len(d.values) for d in self.space.values())
+        return self.search.trials_per_block or 16
+
+    def check_width(self, input_dim: int, block: int) -> None:
+        """Whether every trial that the space can propose has at least k latents at this width.
+
+        Raises:
+            ConfigError: some k level exceeds the smallest hidden_dim.
+        """
+        smallest = min(float(e) for e in self.corners("expansion_factor"))
+        largest_k = max(self.corners("k_levels"), key=lambda levels: levels if isinstance(levels, int) else levels[-1])
+        try:
+            self.training_for({"expansion_factor": smallest, "k_levels": largest_k}).hidden_dim(input_dim)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (block {block})") from None
+
+    def to_yaml(self) -> str:
+        """The resolved file; `load` reads it back to an equal object."""
+        raw = self.model_dump(mode="json")
+        raw["space"] = {key: {d.kind: _plain(d.values)} for key, d in self.space.items()}
+        return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """Twelve hex digits that change with anything in the file."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
+    """Read a search-space file, apply `a.b=c` overrides (right-hand sides are YAML), validate.
+
+    Raises:
+        ConfigError: unreadable file, bad YAML, unknown key or illegal value; the message names the first one.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such search-space file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    return parse(text, overrides, source=str(path))
+
+
+def parse(text: str, overrides: Iterable[str] = (), *, source: str = "search space") -> SweepConfig:
+    """`load` for text already read; `source` names it in messages."""
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not YAML: {_one_line(str(error))}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: must be a mapping with the keys {', '.join(SweepConfig.model_fields)}")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return SweepConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_line(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as a string; here it is a number, as everybody who writes it means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _no_repeated_keys(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_repeated_keys)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise ConfigError(f"--set {override}: must be key=value, e.g. --set training.epochs=5")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not YAML") from None
+    *parents, last = dotted.split(".")
+    target = raw
+    for parent in parents:
+        below = target.get(parent)
+        if below is None:
+            below = target[parent] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {override}: {parent} is {below!r}, not a section")
+        target = below
+    target[last] = value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _first_line(error: ValidationError, *, with_place: bool = True) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = _one_line(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"no such key; {_suggest(str(first['loc'][-1]), _fields_at(first['loc'][:-1]))}"
+    elif first["type"] == "missing":
+        message = "is missing"
+    elif first["type"] != "value_error":
+        message = f"{message}, got {first['input']!r}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{place}: {message}{more}" if with_place and place else f"{message}{more}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> Iterable[str]:
+    model: Any = SweepConfig
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        options = getattr(annotation, "__args__", (annotation,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return ()
+    return tuple(model.model_fields)
+
+
+def _suggest(key: str, known: Iterable[str]) -> str:
+    import difflib
+
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

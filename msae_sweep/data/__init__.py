@@ -1,0 +1,1 @@
+"""Activations to batches: sources, prepared shards, loaders."""

@@ -1,0 +1,1 @@
+"""Finished sweeps: summary, tables, figures, model files."""

@@ -1,0 +1,1 @@
+"""Matryoshka sparse autoencoders in plain torch: model, loss, metrics, training."""

@@ -1,0 +1,1 @@
+"""Ray Tune: trials, ASHA within a block, the whole sweep."""

@@ -1,0 +1,1 @@
+"""MLflow: a journal on disk first, then the server."""
