@@ -1,0 +1,132 @@
+"""The Matryoshka sparse autoencoder: one dictionary, read at several sparsity levels."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from msae_sweep.sae.kernels import reference
+
+
+class MSAE(nn.Module):
+    """An autoencoder whose code at each level k is the top k of one sorted code.
+
+    With standardised x:  pre_acts = (x − pre_bias) W_encᵀ,  z_k = TopK_k(ReLU(pre_acts)),  x̂_k = z_k W_dec + pre_bias.
+    There is no encoder bias: 2 · input_dim · hidden_dim + input_dim parameters (2,097,408 at 256 × 16).
+
+    Source: Zaigrajew et al. 2025 (arXiv 2502.20578); Gao et al. 2024 (arXiv 2406.04093).
+    """
+
+    W_enc: Float[Tensor, "hidden_dim input_dim"]
+    W_dec: Float[Tensor, "hidden_dim input_dim"]
+    pre_bias: Float[Tensor, " input_dim"]
+
+    def __init__(self, input_dim: int, hidden_dim: int, k_levels: Sequence[int], weighting: str = "uniform") -> None:
+        """Decoder rows random on the unit sphere, encoder equal to them, pre_bias 0.
+
+        The numbers come from torch's global CPU generator, so that one seed gives one model on every device.
+
+        Raises:
+            ValueError: `k_levels` empty, not ascending, below 1 or above `hidden_dim`.
+        """
+        super().__init__()
+        levels = tuple(int(k) for k in k_levels)
+        if not levels or levels[0] < 1 or any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+            raise ValueError(f"k_levels: {list(levels)} must ascend from at least 1 without repeats")
+        if levels[-1] > hidden_dim:
+            raise ValueError(f"k_levels: {levels[-1]} exceeds hidden_dim {hidden_dim}")
+        self.input_dim, self.hidden_dim, self.k_levels, self.weighting = input_dim, hidden_dim, levels, weighting
+        directions = nn.functional.normalize(torch.randn(hidden_dim, input_dim), dim=1)
+        self.W_enc = nn.Parameter(directions.clone())
+        self.W_dec = nn.Parameter(directions)
+        self.pre_bias = nn.Parameter(torch.zeros(input_dim))
+
+    @property
+    def config(self) -> dict[str, object]:
+        """What the notebook's model file calls `config`; `MSAE(**config)` rebuilds the shape."""
+        return {
+            "input_dim": self.input_dim,
+            "hidden_dim": self.hidden_dim,
+            "k_levels": list(self.k_levels),
+            "weighting": self.weighting,
+        }
+
+    def reconstruct(self, x: Float[Tensor, "batch input_dim"]) -> reference.Reconstruction:
+        """Reconstructions at every level with the shared sorted code, the plain way."""
+        return reference.reconstruct(x, self.W_enc, self.W_dec, self.pre_bias, self.k_levels)
+
+    def encode(self, x: Float[Tensor, "batch input_dim"], k: int | None = None) -> Float[Tensor, "batch hidden_dim"]:
+        """Latents of `x`, all but the `k` largest zero; any k, by default the largest level."""
+        pre_acts = torch.relu((x - self.pre_bias) @ self.W_enc.T)
+        values, indices = pre_acts.topk(k or self.k_levels[-1], dim=1)
+        return torch.zeros_like(pre_acts).scatter(1, indices, values)
+
+    def decode(self, latents: Float[Tensor, "batch hidden_dim"]) -> Float[Tensor, "batch input_dim"]:
+        """Reconstruction from latents: z W_dec + pre_bias."""
+        return latents @ self.W_dec + self.pre_bias
+
+    def forward(self, x: Float[Tensor, "batch input_dim"], k: int | None = None) -> Float[Tensor, "batch input_dim"]:
+        """Reconstruction of `x` from its `k` largest latents, by default those of the largest level."""
+        return self.decode(self.encode(x, k))
+
+    @torch.no_grad()
+    def project_decoder_gradient_(self) -> None:
+        """Remove from W_dec's gradient the part along each row, which the renormalisation would undo anyway.
+
+        Source: Bricken et al. 2023, "Towards Monosemanticity"; Gao et al. 2024, A.
+        """
+        gradient = self.W_dec.grad
+        assert gradient is not None, "project after backward"
+        gradient -= (gradient * self.W_dec).sum(dim=1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scale each row of W_dec to unit norm."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+
+class StandardisedMSAE(nn.Module):
+    """An MSAE with its normalisation folded around it: raw activations in, raw reconstruction out.
+
+    A channel that was constant in training data has std 1 here and standardises to 0 on that data.
+    """
+
+    mean: Float[Tensor, " input_dim"]
+    std: Float[Tensor, " input_dim"]
+
+    def __init__(self, sae: MSAE, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.sae = sae
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def encode(
+        self, activations: Float[Tensor, "batch input_dim"], k: int | None = None
+    ) -> Float[Tensor, "batch hidden_dim"]:
+        """Latents of raw activations, all but the `k` largest zero."""
+        return self.sae.encode((activations - self.mean) / self.std, k)
+
+    def forward(self, activations: Float[Tensor, "batch input_dim"]) -> Float[Tensor, "batch input_dim"]:
+        """Reconstruction of raw activations at the largest k, in their own units."""
+        return self.sae((activations - self.mean) / self.std) * self.std + self.mean
+
+
+@torch.no_grad()
+def geometric_median(
+    x: Float[Tensor, "batch input_dim"], *, iterations: int = 100, tolerance: float = 1e-6
+) -> Float[Tensor, " input_dim"]:
+    """The point with the least summed distance to the rows, by Weiszfeld's iteration.
+
+    Source: Bricken et al. 2023, "Towards Monosemanticity", for its use as a start of `pre_bias`.
+    """
+    rows = x.double()
+    median = rows.mean(dim=0)
+    for _ in range(iterations):
+        weights = 1 / (rows - median).norm(dim=1, keepdim=True).clamp_min(1e-12)
+        moved = (weights * rows).sum(dim=0) / weights.sum()
+        converged = bool((moved - median).norm() <= tolerance * moved.norm().clamp_min(1))
+        median = moved
+        if converged:
+            break
+    return median.to(x.dtype)

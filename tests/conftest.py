@@ -1,0 +1,32 @@
+"""Fixtures that several rooms share: one local Ray, and the real activations where they lie beside the checkout."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Set before ray is imported anywhere: tests start throw-away clusters on loopback and need no token file.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Activation folder with real blocks 5, 20 and 35; skips, with the reason, where it is missing."""
+    folder = Path(os.environ.get("MSAE_SWEEP_REAL_DATA", REAL_DATA)) / "activations"
+    if not folder.is_dir():
+        pytest.skip(f"no real activations at {folder}; set MSAE_SWEEP_REAL_DATA to a folder that holds activations/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray with two CPUs for the whole test session."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
