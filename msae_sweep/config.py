@@ -5,12 +5,13 @@ torch, ray or mlflow, so a misspelt key is reported within a second.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -127,7 +128,7 @@ class TrainingConfig(_Frozen):
     @field_validator("k_levels")
     @classmethod
     def _k_levels_ascend(cls, k_levels: tuple[int, ...]) -> tuple[int, ...]:
-        if not k_levels or any(a >= b for a, b in zip(k_levels, k_levels[1:], strict=False)):
+        if not k_levels or any(a >= b for a, b in itertools.pairwise(k_levels)):
             right = sorted(set(k_levels)) or [16, 32, 64, 128]
             raise ValueError(f"{list(k_levels)} must ascend without repeats; write {right}")
         return k_levels
@@ -161,7 +162,7 @@ class Distribution(_Frozen):
     def _from_yaml(cls, raw: object) -> object:
         if isinstance(raw, Mapping) and set(raw) == {"kind", "values"}:
             return raw
-        kinds = DistributionKind.__args__  # type: ignore[attr-defined]
+        kinds = get_args(DistributionKind)
         if not isinstance(raw, Mapping) or len(raw) != 1 or next(iter(raw)) not in kinds:
             raise ValueError(f"{raw!r} must be one of {', '.join(kinds)} with a list, e.g. {{choice: [8, 16, 32]}}")
         ((kind, values),) = raw.items()

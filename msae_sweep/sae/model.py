@@ -1,5 +1,6 @@
 """The Matryoshka sparse autoencoder: one dictionary, read at several sparsity levels."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,7 @@ class MSAE(nn.Module):
         """
         super().__init__()
         levels = tuple(int(k) for k in k_levels)
-        if not levels or levels[0] < 1 or any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+        if not levels or levels[0] < 1 or any(a >= b for a, b in itertools.pairwise(levels)):
             raise ValueError(f"k_levels: {list(levels)} must ascend from at least 1 without repeats")
         if levels[-1] > hidden_dim:
             raise ValueError(f"k_levels: {levels[-1]} exceeds hidden_dim {hidden_dim}")
@@ -109,7 +110,8 @@ class StandardisedMSAE(nn.Module):
 
     def forward(self, activations: Float[Tensor, "batch input_dim"]) -> Float[Tensor, "batch input_dim"]:
         """Reconstruction of raw activations at the largest k, in their own units."""
-        return self.sae((activations - self.mean) / self.std) * self.std + self.mean
+        x_hat: Tensor = self.sae((activations - self.mean) / self.std)
+        return x_hat * self.std + self.mean
 
 
 @torch.no_grad()

@@ -23,6 +23,6 @@ def choose(device: torch.device) -> Choice:
     """The fastest `reconstruct` that is right on `device`; its reason is said at start-up and goes with the run."""
     if device.type != "cpu":
         return Choice(reference.reconstruct, "reference", f"no faster kernel for {device.type} yet")
-    if not torch.backends.mkl.is_available():
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return Choice(reference.reconstruct, "reference", "this torch is built without MKL, so no sparse products")
     return Choice(sparse_cpu.reconstruct, "sparse_cpu", "MKL's sparse products")

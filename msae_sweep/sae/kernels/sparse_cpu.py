@@ -3,6 +3,7 @@
 At batch 4096, 4096 latents and 128 active ones the dense code is 97% zeros. `tests/bench/bench_step.py` measures both.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,12 @@ def reconstruct(
     k_levels: Sequence[int],
 ) -> Reconstruction:
     """`reference.reconstruct`, with gradients for the three parameters (not for `x`), the same bits on every run."""
-    x_hats, values, indices = _Reconstruct.apply(x, W_enc, W_dec, pre_bias, tuple(k_levels))  # type: ignore[no-untyped-call]
+    x_hats, values, indices = _Reconstruct.apply(x, W_enc, W_dec, pre_bias, tuple(k_levels))
     return Reconstruction(x_hats, values, indices)
+
+
+# Said by torch once in a process, of every CSR tensor; the proofs in tests/sae/test_kernels.py stand for it.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 class _Reconstruct(torch.autograd.Function):
@@ -42,9 +47,7 @@ class _Reconstruct(torch.autograd.Function):
         return x_hats, values, indices
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_x_hats: Tensor, *_: Any
-    ) -> tuple[None, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_x_hats: Tensor, *_: Any) -> tuple[None, Tensor, Tensor, Tensor, None]:
         assert not ctx.needs_input_grad[0], "x takes no gradient here; use the reference"
         centred, W_enc, W_dec, values, indices = ctx.saved_tensors
         k_levels, (batch, k), hidden_dim = ctx.k_levels, values.shape, len(W_enc)
