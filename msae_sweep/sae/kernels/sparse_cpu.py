@@ -22,7 +22,7 @@ def reconstruct(
     k_levels: Sequence[int],
 ) -> Reconstruction:
     """`reference.reconstruct`, with gradients for the three parameters (not for `x`), the same bits on every run."""
-    x_hats, values, indices = _Reconstruct.apply(x, W_enc, W_dec, pre_bias, tuple(k_levels))
+    x_hats, values, indices = _Reconstruct.apply(x, W_enc, W_dec, pre_bias, tuple(k_levels))  # type: ignore[no-untyped-call]
     return Reconstruction(x_hats, values, indices)
 
 
@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 class _Reconstruct(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, W_enc: Tensor, W_dec: Tensor, pre_bias: Tensor, k_levels: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         centred = x - pre_bias

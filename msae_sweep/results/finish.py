@@ -1,0 +1,88 @@
+"""What a sweep leaves behind when it ends: summary, reconstruction, figure, each block's best model."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from msae_sweep.config import SweepConfig
+from msae_sweep.data import planted
+from msae_sweep.results.figures import training_figure
+from msae_sweep.results.folder import SweepFolder
+from msae_sweep.results.record import TrialRecord
+from msae_sweep.results.summary import best_entry, block_entry, reconstruction
+from msae_sweep.sae import modelfile
+
+ARTIFACTS = ("summary.json", "results/reconstruction.json", "figures/msae_training.png")
+"""What goes with the sweep's MLflow run, relative to the sweep folder."""
+
+
+def write(
+    config: SweepConfig,
+    folder: SweepFolder,
+    records: Sequence[TrialRecord],
+    manifests: Mapping[int, Mapping[str, Any]],
+    *,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write everything that follows from the records; an interrupted sweep gets it too, for what there is.
+
+    Args:
+        seconds: wall time of this run, without preparation.
+
+    Returns:
+        The summary, as `summary.json` holds it.
+    """
+    levels = {record.trial_id: record.training(config.training).k_levels for record in records}
+    blocks = {
+        f"block{block}": block_entry([r for r in records if r.block == block], levels, manifest)
+        for block, manifest in manifests.items()
+    }
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "seconds": round(seconds, 1),
+        "training": config.training.model_dump(mode="json"),
+        "blocks": blocks,
+    }
+    histories = {}
+    for name, block in blocks.items():
+        if (best := best_entry(block)) is None:
+            continue
+        model = modelfile.load(folder.model_file(best["trial_id"]))
+        if config.data.path == "planted":
+            dictionary = planted.true_dictionary(config.data.planted, int(name.removeprefix("block")))
+            block["dictionary_recovery"] = planted.recovery(model.model.W_dec.detach().numpy(), model.std, dictionary)
+        histories[name] = {**model.history, "best_epoch": best["best_epoch"]}
+        target = folder.path / "models" / f"msae_{name}.pt"
+        folder.write(target, lambda part, source=best["trial_id"]: shutil.copyfile(folder.model_file(source), part))
+        modelfile.save_safetensors(model, target.with_suffix(".safetensors"))
+    if histories:
+        figure = folder.path / "figures" / "msae_training.png"
+        figure.parent.mkdir(exist_ok=True)
+        training_figure(histories, figure)
+    folder.write_text(folder.path / "results" / "reconstruction.json", json.dumps(reconstruction(summary), indent=2))
+    folder.write_text(folder.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
+    return summary
+
+
+def champions(summary: Mapping[str, Any]) -> dict[int, str]:
+    """Each block's best trial, by block number."""
+    named = {int(name.removeprefix("block")): block["best"] for name, block in summary["blocks"].items()}
+    return {block: best for block, best in named.items() if best is not None}
+
+
+def block_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of each block's best trial as `block5/r2_k128` …, for the sweep's own MLflow run."""
+    metrics: dict[str, float] = {}
+    for name, block in summary["blocks"].items():
+        if best := best_entry(block):
+            metrics |= {f"{name}/{key}": value for key, value in best["metrics"].items()}
+        if "dictionary_recovery" in block:
+            metrics[f"{name}/dictionary_recovery"] = block["dictionary_recovery"]
+    return metrics
+
+
+def model_paths(folder: SweepFolder) -> list[Path]:
+    """The model files that a sweep left, ready to use."""
+    return sorted((folder.path / "models").glob("msae_block*.pt"))

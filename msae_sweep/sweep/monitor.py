@@ -1,0 +1,106 @@
+"""The driver's side of a running sweep: turns what trials report into records, files, tracking and display."""
+
+import time
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from msae_sweep.results.folder import SweepFolder
+from msae_sweep.results.record import TrialRecord
+from msae_sweep.sweep.progress import Display
+from msae_sweep.sweep.schedule import BlockAsha
+from msae_sweep.track.tracker import Tracker
+
+
+class Monitor(tune.Callback):  # type: ignore[misc]
+    """Keeps every trial's record up to date on disk: a trial whose record says that it ended is never run again."""
+
+    def __init__(
+        self,
+        records: dict[str, TrialRecord],
+        folder: SweepFolder,
+        scheduler: BlockAsha,
+        tracker: Tracker,
+        display: Display,
+        tracked_params: "TrackedParams",
+    ) -> None:
+        self._records, self._folder, self._scheduler = records, folder, scheduler
+        self._tracker, self._display, self._tracked_params = tracker, display, tracked_params
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial began, or goes on after a pause or a failure."""
+        record = self._record(trial)
+        if record.status == "pending":
+            self._tracker.trial_started(
+                trial_id=record.trial_id, block=record.block, params=self._tracked_params(record)
+            )
+        record.status = "running"
+        self._folder.save_record(record)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """New epochs."""
+        record = self._record(trial)
+        record.seconds = max(record.seconds, float(result.get("seconds", 0.0)))
+        if new := record.add_points(result["points"]):
+            now = int(time.time() * 1000)
+            self._tracker.metrics(trial_id=record.trial_id, points=[{**point, "time_ms": now} for point in new])
+            self._folder.save_record(record)
+        self._display.tick(record)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """It ended by itself, or ASHA stopped it."""
+        result = trial.last_result or {}
+        spec = trial.config["trial"]
+        if result.get("done"):
+            self._end(self._record(trial), result["status"], result["reason"])
+            return
+        verdict, rung = self._scheduler.verdict(spec["group"], spec["trial_id"])
+        assert verdict == "stop", f"{spec['trial_id']} was stopped by nobody"
+        self._end(self._record(trial), "stopped_early", f"asha at epoch {rung}")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """It failed, and was not to be started again; Tune calls this only after `max_failures`."""
+        lines = str(trial.get_pickled_error() or "the worker was lost").strip().splitlines()
+        self._end(self._record(trial), "failed", lines[-1][:300])
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Once a turn of Tune's loop."""
+        self._display.tick()
+
+    def _record(self, trial: Trial) -> TrialRecord:
+        return self._records[trial.config["trial"]["trial_id"]]
+
+    def _end(self, record: TrialRecord, status: Any, reason: str) -> None:
+        record.status, record.reason = status, reason
+        self._folder.save_record(record)
+        self._folder.state_file(record.trial_id).unlink(missing_ok=True)
+        model = self._folder.model_file(record.trial_id)
+        self._tracker.trial_ended(
+            trial_id=record.trial_id,
+            status=record.status,
+            reason=record.reason,
+            best=record.best,
+            model_file=model if model.exists() and record.status in ("completed", "stopped_early") else None,
+        )
+        self._display.trial_ended(record)
+
+
+class TrackedParams:
+    """The params of a trial's MLflow run: every training setting, defaults too, and what follows from them."""
+
+    def __init__(self, training: Any, input_dims: dict[int, int]) -> None:
+        self._training, self._input_dims = training, input_dims
+
+    def __call__(self, record: TrialRecord) -> dict[str, Any]:
+        training = record.training(self._training)
+        input_dim = self._input_dims[record.block]
+        return {
+            "block": record.block,
+            "trial_id": record.trial_id,
+            "input_dim": input_dim,
+            "hidden_dim": training.hidden_dim(input_dim),
+            **training.model_dump(mode="json"),
+        }

@@ -1,0 +1,327 @@
+"""A whole sweep: check, prepare, tune, track, and leave a folder that can be resumed and reported."""
+
+import json
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+import yaml
+from ray import tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from rich.console import Console
+
+import msae_sweep
+from msae_sweep.config import SweepConfig, parse
+from msae_sweep.data import shards
+from msae_sweep.data.shards import PreparedBlock
+from msae_sweep.errors import ConfigError, DataError, DeviceError, SweepError
+from msae_sweep.results import finish
+from msae_sweep.results.folder import SweepFolder
+from msae_sweep.results.record import TrialRecord
+from msae_sweep.sae import kernels
+from msae_sweep.sweep.monitor import Monitor, TrackedParams
+from msae_sweep.sweep.progress import Display
+from msae_sweep.sweep.schedule import BlockAsha, rungs
+from msae_sweep.sweep.space import plan
+from msae_sweep.sweep.trial import MSAETrial
+from msae_sweep.track.tracker import SyncReport, Tracker
+
+FLUSH_SECONDS = 60.0
+"""How long the end of a sweep waits for MLflow; what is left is sent later by `msae-sweep track-sync`."""
+
+
+class SweepResult(NamedTuple):
+    """What a sweep came to."""
+
+    folder: SweepFolder
+    summary: dict[str, Any]
+    tracking: SyncReport
+    interrupted: bool
+    """Whether trials are left that a resumed sweep would run."""
+
+
+def run(config: SweepConfig, *, resume: bool = False, command: str = "", console: Console | None = None) -> SweepResult:
+    """Run a sweep from its beginning, or go on with one (`resume`) that exists.
+
+    Raises:
+        MsaeSweepError: something that the user can mend, found before any trial starts.
+    """
+    console = console or Console()
+    folder = SweepFolder.locate(config.storage, config.name)
+    resume = resume and folder.exists()
+    if resume:
+        _check_same_question(folder, config)
+    elif folder.exists():
+        raise SweepError(
+            f"name: sweep {config.name} exists in {config.storage}; go on with --resume, or give another --name"
+        )
+    # Row counts and widths from headers: most mistakes in the data are found before Ray starts.
+    infos = shards.check(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
+    for info in infos:
+        config.check_width(info.input_dim, info.block)
+
+    connect()
+    gpus = _gpus_per_trial(config)
+    started = time.monotonic()
+    prepared = shards.prepare(
+        config.data,
+        config.storage,
+        batch_size=max(int(b) for b in config.corners("batch_size")),
+        on_progress=lambda line: console.print(line, highlight=False),
+    )
+    console.print(f"data ready after {time.monotonic() - started:.1f} s", highlight=False)
+    folder.create()
+    identity = _identity(folder, config, command)
+    tracker = Tracker.start(folder.path, config.tracking, sweep_id=identity["sweep_id"])
+    tracker.sweep_started(
+        name=config.name,
+        params=_flatten(config.model_dump(mode="json")),
+        tags={key: str(value) for key, value in identity.items() if value},
+        config_yaml=config.to_yaml(),
+        datasets={block: p.manifest for block, p in prepared.items()},
+    )
+    sweep = _Sweep(config, folder, prepared, gpus, console, tracker)
+    started = time.monotonic()
+    try:
+        records = sweep.tune()
+    finally:
+        # Also when something unforeseen is raised: what is in the journal is whole, and `track-sync` can send it.
+        interrupted = any(not r.finished for r in sweep.records.values()) or len(sweep.records) < sweep.n_trials
+    seconds = time.monotonic() - started
+    summary = finish.write(config, folder, records, {b: p.manifest for b, p in prepared.items()}, seconds=seconds)
+    tracker.sweep_ended(
+        status="interrupted" if interrupted else "completed",
+        artifacts=[folder.path / name for name in finish.ARTIFACTS if (folder.path / name).exists()],
+        champions={} if interrupted else finish.champions(summary),
+        metrics=finish.block_metrics(summary) | {"wall_seconds": seconds},
+    )
+    return SweepResult(folder, summary, tracker.close(timeout_seconds=FLUSH_SECONDS), interrupted)
+
+
+def load_config(sweep: str | Path) -> SweepConfig:
+    """The configuration of a sweep that was started, from its folder.
+
+    Raises:
+        SweepError: no sweep there.
+    """
+    folder = SweepFolder(sweep)
+    if not folder.exists():
+        raise SweepError(f"{sweep}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
+    return parse(folder.config_file.read_text(encoding="utf-8"), source=str(folder.config_file))
+
+
+def connect() -> None:
+    """Connect to the cluster that RAY_ADDRESS names or that runs on this node, else start Ray on this machine."""
+    if ray.is_initialized():
+        return
+    # Tune prints its own table and writes its own logs unless told not to; neither is ours.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
+class _Sweep:
+    """The part that Ray Tune runs."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        folder: SweepFolder,
+        prepared: dict[int, PreparedBlock],
+        gpus: float,
+        console: Console,
+        tracker: Tracker,
+    ) -> None:
+        self._config, self._folder, self._prepared, self._gpus = config, folder, prepared, gpus
+        self._console, self._tracker = console, tracker
+        self.records = folder.load_records()
+        self.n_trials = config.n_trials_per_block() * len(prepared)
+
+    def tune(self) -> list[TrialRecord]:
+        """Run what is left to run; returns every trial's record."""
+        config, scheduler = self._config, BlockAsha(self._config.asha)
+        if config.search.algorithm != "optuna":
+            # The order of the plan, on disk and in the table.
+            self.records = {r.trial_id: self.records.get(r.trial_id, r) for r in plan(config, list(self._prepared))}
+        for record in self.records.values():
+            if record.status == "failed":
+                record.points = []
+            if record.status in ("failed", "running"):
+                record.status, record.reason = "pending", ""
+        known = list(self.records.values())
+        for record in known:
+            if record.finished:
+                scheduler.enter(
+                    self._group(record), record.trial_id, record.index, self._objectives(record), ended=True
+                )
+        display = Display(
+            self._console, config.name, self.n_trials, max(int(e) for e in config.corners("epochs")), self._tracking_note
+        )
+        display.show(known)
+        input_dims = {block: p.input_dim for block, p in self._prepared.items()}
+        monitor = Monitor(
+            self.records, self._folder, scheduler, self._tracker, display, TrackedParams(config.training, input_dims)
+        )
+        if config.search.algorithm == "optuna":
+            from msae_sweep.sweep.optuna_search import BlockOptuna
+
+            search: Any = BlockOptuna(config, list(self._prepared), known, self._register)
+            if config.resources.max_concurrent:
+                search = tune.search.ConcurrencyLimiter(search, config.resources.max_concurrent)
+            param_space: dict[str, Any] = {}
+            samples, left = self.n_trials, sum(not r.finished for r in known) + self.n_trials - len(known)
+        else:
+            specs = [self._spec(record) for record in known if not record.finished]
+            search = BasicVariantGenerator(max_concurrent=config.resources.max_concurrent or 0)
+            param_space, samples, left = {"trial": tune.grid_search(specs)}, 1, len(specs)
+        if left:
+            with display:
+                self._fit(param_space, search, scheduler, samples, monitor)
+        return list(self.records.values())
+
+    def _fit(
+        self, param_space: dict[str, Any], search: Any, scheduler: BlockAsha, samples: int, monitor: Monitor
+    ) -> None:
+        resources = self._config.resources
+        trainable = tune.with_resources(
+            tune.with_parameters(
+                MSAETrial,
+                prepared=self._prepared,
+                folder=self._folder,
+                cpus=resources.cpu,
+                holds_gpu=self._gpus > 0,
+                checkpoint_seconds=resources.checkpoint_seconds,
+            ),
+            {"cpu": resources.cpu, "gpu": self._gpus},
+        )
+        tune.Tuner(
+            trainable,
+            param_space=param_space,
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                scheduler=scheduler,
+                num_samples=samples,
+                reuse_actors=True,
+                trial_name_creator=_trial_id,
+                trial_dirname_creator=_trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(self._folder.path),
+                failure_config=tune.FailureConfig(max_failures=resources.max_failures),
+                callbacks=[monitor],
+                verbose=0,
+            ),
+        ).fit()
+
+    def _register(self, record: TrialRecord) -> dict[str, Any]:
+        """A trial that Optuna proposed becomes known, and is written down before it runs."""
+        self.records.setdefault(record.trial_id, record)
+        self._folder.save_record(record)
+        return self._spec(record)
+
+    def _spec(self, record: TrialRecord) -> dict[str, Any]:
+        training = record.training(self._config.training)
+        return {
+            "trial_id": record.trial_id,
+            "block": record.block,
+            "index": record.index,
+            "group": self._group(record),
+            "rungs": rungs(self._config.asha, training.epochs),
+            "training": training.model_dump(mode="json"),
+        }
+
+    def _group(self, record: TrialRecord) -> str:
+        """Trials that ASHA may compare: blocks differ in how high R² can go, and so do sets of levels."""
+        return f"block{record.block} k={record.training(self._config.training).k_levels}"
+
+    def _objectives(self, record: TrialRecord) -> dict[int, float]:
+        milestones = rungs(self._config.asha, record.training(self._config.training).epochs)
+        return {r: record.points[r - 1]["objective"] for r in milestones if r <= record.epochs}
+
+    def _tracking_note(self) -> str:
+        status = self._tracker.status
+        return f"MLflow unreachable, {status.pending} events kept on disk" if status.last_error else ""
+
+
+def _trial_id(trial: Any) -> str:
+    return str(trial.config["trial"]["trial_id"])
+
+
+def _check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
+    """A resumed sweep must ask what it asked before; where it runs and who tracks it may change."""
+    before = load_config(folder.path)
+    for section in ("data", "space", "training", "search", "asha"):
+        old, new = (_flatten({section: c.model_dump(mode="json")[section]}) for c in (before, config))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise ConfigError(
+                    f"{key}: is {new.get(key)!r} but sweep {config.name} was started with {old.get(key)!r}; "
+                    "resume with the same file, or give another --name"
+                )
+
+
+def _gpus_per_trial(config: SweepConfig) -> float:
+    """`resources.gpu`, with `auto` resolved against the cluster.
+
+    Raises:
+        DeviceError: the cluster has not what one trial asks for.
+    """
+    have, resources = ray.cluster_resources(), config.resources
+    if resources.cpu > have.get("CPU", 0):
+        raise DeviceError(
+            f"resources.cpu: {resources.cpu:g} a trial, but the cluster has {have.get('CPU', 0):g}; write that or less"
+        )
+    gpus = min(1.0, have.get("GPU", 0.0)) if resources.gpu == "auto" else resources.gpu
+    if gpus > have.get("GPU", 0):
+        raise DeviceError(
+            f"resources.gpu: {gpus:g} a trial, but the cluster has {have.get('GPU', 0):g}; write 0 or auto"
+        )
+    if config.training.device == "cuda" and not gpus:
+        raise DeviceError("training.device: cuda, but no GPU for a trial; write resources.gpu: 1 where there is one")
+    return float(gpus)
+
+
+def _identity(folder: SweepFolder, config: SweepConfig, command: str) -> dict[str, Any]:
+    """The sweep's id and where it came from, made once; sweep.yaml is written last, as the mark that a sweep exists."""
+    file = folder.path / "identity.json"
+    if file.exists():
+        identity: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        identity = {"sweep_id": uuid.uuid4().hex}
+    identity |= {
+        "command": command,
+        "config_digest": config.digest(),
+        "git_commit": _git_commit(),
+        "msae_sweep": msae_sweep.__version__,
+        "ray": ray.__version__,
+    }
+    folder.write_text(file, json.dumps(identity, indent=1))
+    folder.write_text(folder.config_file, config.to_yaml())
+    return identity
+
+
+def _git_commit() -> str | None:
+    """Commit of the working folder, where it is a git checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} → {'a.b': 1}; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

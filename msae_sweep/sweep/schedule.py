@@ -1,0 +1,148 @@
+"""ASHA within a block, judged in the trials' order, so that what is stopped depends on results and not on timing.
+
+Ordinary ASHA compares a trial with whatever has reached the rung by then: the same sweep on another number of GPUs, or
+interrupted and resumed, stops other trials and may crown another winner. Here trial i is judged at a rung against the
+trials of its block with smaller numbers, as if they ran one after another. Where one of those is still on its way, the
+trial pauses (its GPU goes to the next one) until the verdict can be given. Verdicts are a pure function of the
+objectives at the rungs, which every trial reports in full each time; so nothing has to be saved, and a restored sweep
+judges as the undisturbed one would.
+
+Measured against Ray's own scheduler: its rungs are empty after `Tuner.restore` (Ray 2.60).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+
+from msae_sweep.config import AshaConfig
+
+Verdict = Literal["pass", "stop", "wait"]
+
+
+def rungs(asha: AshaConfig | None, epochs: int) -> list[int]:
+    """Epochs at which trials of at most `epochs` are judged: grace × factor^i below `epochs`."""
+    milestones = []
+    milestone = asha.grace_epochs if asha else epochs
+    while asha and milestone < epochs:
+        milestones.append(milestone)
+        milestone *= asha.reduction_factor
+    return milestones
+
+
+@dataclass
+class Entrant:
+    """A trial in the eyes of the scheduler."""
+
+    order: int
+    """Its number within its group; smaller ones are judged before it."""
+    objectives: dict[int, float] = field(default_factory=dict)
+    """Objective at every rung reached."""
+    ended: bool = False
+    """Whether it will reach no further rung."""
+
+
+def judge(entrants: dict[str, Entrant], trial_id: str, rung: int, reduction_factor: int) -> Verdict:
+    """Whether a trial that reached `rung` goes on: its objective must be in the top 1/reduction_factor.
+
+    The bar is that quantile of its predecessors' objectives at the rung; without predecessors there, it passes.
+    """
+    trial = entrants[trial_id]
+    before = [e for e in entrants.values() if e.order < trial.order]
+    if any(rung not in e.objectives and not e.ended for e in before):
+        return "wait"
+    reached = [e.objectives[rung] for e in before if rung in e.objectives]
+    if not reached:
+        return "pass"
+    bar = float(np.quantile(reached, 1 - 1 / reduction_factor))
+    return "pass" if trial.objectives[rung] >= bar else "stop"
+
+
+class BlockAsha(TrialScheduler):  # type: ignore[misc]
+    """Stops and pauses trials by `judge`, each group (block and k_levels) for itself; without `asha` it only orders."""
+
+    def __init__(self, asha: AshaConfig | None) -> None:
+        super().__init__()
+        self._asha = asha
+        self._groups: dict[str, dict[str, Entrant]] = {}
+
+    def enter(
+        self, group: str, trial_id: str, order: int, objectives: dict[int, float] | None = None, *, ended: bool = False
+    ) -> None:
+        """Make a trial known; all predecessors must be known before it is judged, also those of earlier runs."""
+        self._groups.setdefault(group, {})[trial_id] = Entrant(order, dict(objectives or {}), ended)
+
+    def verdict(self, group: str, trial_id: str) -> tuple[Verdict, int]:
+        """The verdict at the first rung that the trial has not passed, with that rung; `pass`, 0 if it passed all."""
+        assert self._asha is not None, "nothing is judged without asha"
+        entrants = self._groups[group]
+        for rung in sorted(entrants[trial_id].objectives):
+            verdict = judge(entrants, trial_id, rung, self._asha.reduction_factor)
+            if verdict != "pass":
+                return verdict, rung
+        return "pass", 0
+
+    # What follows is Ray Tune's side: https://docs.ray.io/en/latest/tune/api/schedulers.html
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """A trial was proposed, or is queued again after a failure (Tune calls `on_trial_error` just before)."""
+        spec = trial.config["trial"]
+        known = self._groups.get(spec["group"], {}).get(spec["trial_id"])
+        if known is None:
+            self.enter(spec["group"], spec["trial_id"], spec["index"])
+        else:
+            known.ended = False
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Stop it, let it wait, or let it go on."""
+        if self._asha is None:
+            return str(TrialScheduler.CONTINUE)
+        entrant = self._entrant(trial)
+        entrant.objectives.update({int(rung): value for rung, value in result.get("rungs", [])})
+        spec = trial.config["trial"]
+        verdict, _ = self.verdict(spec["group"], spec["trial_id"])
+        if verdict == "stop":
+            entrant.ended = True
+        return str({"pass": self.CONTINUE, "stop": self.STOP, "wait": self.PAUSE}[verdict])
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """It ended by itself, or because it was stopped here."""
+        entrant = self._entrant(trial)
+        entrant.objectives.update({int(rung): value for rung, value in result.get("rungs", [])})
+        entrant.ended = True
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """It failed for good."""
+        self._entrant(trial).ended = True
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        """It was stopped while it waited."""
+        self._entrant(trial).ended = True
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The first in order that can run; called on every turn, so verdicts on waiting trials are carried out here.
+
+        Always taking the first keeps the wait short and free of deadlock: the first unfinished trial waits for nobody.
+        """
+        ready = []
+        for trial in list(tune_controller.get_trials()):
+            if trial.status == Trial.PENDING:
+                ready.append(trial)
+            elif trial.status == Trial.PAUSED:
+                spec = trial.config["trial"]
+                verdict, _ = self.verdict(spec["group"], spec["trial_id"])
+                if verdict == "stop":
+                    tune_controller.stop_trial(trial)
+                elif verdict == "pass":
+                    ready.append(trial)
+        return min(ready, key=lambda trial: (trial.config["trial"]["index"], trial.config["trial"]["block"]), default=None)
+
+    def debug_string(self) -> str:
+        """For Tune's log."""
+        return f"BlockAsha: {sum(len(group) for group in self._groups.values())} trials in {len(self._groups)} groups"
+
+    def _entrant(self, trial: Trial) -> Entrant:
+        spec = trial.config["trial"]
+        return self._groups[spec["group"]][spec["trial_id"]]

@@ -1,0 +1,66 @@
+"""From the search space to trials: which settings each one gets, decided by its number and nothing else."""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from msae_sweep.config import Distribution, SweepConfig
+from msae_sweep.results.record import TrialRecord
+
+
+def trial_record(config: SweepConfig, block: int, index: int, params: dict[str, Any]) -> TrialRecord:
+    """A trial that has not started; its seed follows from `search.seed`, block and number unless the space sets it."""
+    seed = params.get("seed", config.training.seed)
+    if seed is None:
+        seed = _digest(config.search.seed, block, index) % 2**31
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in params.items()}
+    return TrialRecord(f"block{block}-{index:03d}", block, index, plain, int(seed))
+
+
+def plan(config: SweepConfig, blocks: Sequence[int]) -> list[TrialRecord]:
+    """Trials of `random` and `grid`, blocks in turn.
+
+    Trial i of a random search has the same settings in every block, and however many trials there are: a larger
+    `trials_per_block` adds trials and changes none. Keys with `grid` are walked through in order, one combination a
+    trial, over and over.
+    """
+    assert config.search.algorithm != "optuna", "optuna proposes while the sweep runs"
+    walked = ("grid", "choice") if config.search.algorithm == "grid" else ("grid",)
+    grids = {key: d.values for key, d in config.space.items() if d.kind in walked}
+    combinations = list(itertools.product(*grids.values()))
+    proposals = []
+    for index in range(config.n_trials_per_block()):
+        combination = dict(zip(grids, combinations[index % len(combinations)], strict=True))
+        proposals.append(
+            {
+                key: combination[key] if key in grids else sample(d, config.search.seed, index, key)
+                for key, d in config.space.items()
+            }
+        )
+    return [trial_record(config, block, i, params) for i, params in enumerate(proposals) for block in blocks]
+
+
+def sample(distribution: Distribution, seed: int, index: int, key: str) -> Any:
+    """The value of `key` in trial `index`: a function of its arguments alone."""
+    rng = np.random.default_rng(_digest(seed, index, key))
+    kind, values = distribution.kind, distribution.values
+    if kind in ("choice", "grid"):
+        return values[int(rng.integers(len(values)))]
+    low, high = values[:2]
+    if kind == "randint":
+        return int(rng.integers(low, high))
+    if kind == "loguniform":
+        return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+    value = float(rng.uniform(low, high))
+    if kind == "quniform":
+        step = values[2]
+        # Rounded again to the decimals of the step, so that 0.1 × 3 reads 0.3.
+        return float(np.clip(round(round(value / step) * step, 12), low, high))
+    return value
+
+
+def _digest(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")

@@ -1,0 +1,175 @@
+"""One trial on a worker: a class Trainable that keeps its process, its data and its device from trial to trial.
+
+A trial saves its own state into the sweep folder and looks for it when it starts. So it goes on from there whoever
+starts it: Ray Tune after a lost worker or a pause, or a later driver that resumes the sweep. Tune's own checkpoints
+hold nothing: its snapshot of which checkpoint belongs to which trial lags by seconds, and after a kill -9 of the
+driver trials that it had missed would begin again.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from ray import tune
+
+from msae_sweep.config import TrainingConfig
+from msae_sweep.data.loader import make_batches
+from msae_sweep.data.shards import PreparedBlock
+from msae_sweep.errors import MsaeSweepError
+from msae_sweep.results.folder import SweepFolder
+from msae_sweep.sae import kernels, modelfile
+from msae_sweep.sae.train import Batches, Progress, TrainState, choose_device, fit
+
+REPORT_SECONDS = 5.0
+"""A trial reports at every rung and, between rungs, after these seconds, so that the live display moves."""
+
+
+class MSAETrial(tune.Trainable):  # type: ignore[misc]
+    """Trains one MSAE between reports; a result holds the epochs since the last one and the objective at every rung."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        *,
+        prepared: dict[int, PreparedBlock],
+        folder: SweepFolder,
+        cpus: float,
+        holds_gpu: bool,
+        checkpoint_seconds: float,
+    ) -> None:
+        """Called once a process; `reset_config` begins every further trial in it."""
+        torch.set_num_threads(max(1, int(cpus)))
+        self._prepared, self._folder = prepared, folder
+        self._holds_gpu, self._checkpoint_seconds = holds_gpu, checkpoint_seconds
+        self._loaded: tuple[tuple[object, ...], Batches, Batches] | None = None
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another trial in this process; the data stays on the device where the block is the same."""
+        spec = new_config["trial"]
+        self._trial_id, self._block, self._rungs = spec["trial_id"], spec["block"], list(spec["rungs"])
+        self._training = TrainingConfig.model_validate(spec["training"])
+        self._state: TrainState | None = None
+        self._progress: Iterator[Progress] | None = None
+        self._n_reported = 0
+        self._seconds = 0.0
+        self._saved_at = time.monotonic()
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train to the next rung or for a few seconds."""
+        started = time.monotonic()
+        try:
+            done, reason = self._train_until_report(started)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return self._give_up(f"out of memory: {_first_line(error)}")
+        except RuntimeError as error:
+            # The CPU allocator raises a plain RuntimeError.
+            if "can't allocate memory" not in str(error):
+                raise
+            return self._give_up(f"out of memory: {_first_line(error)}")
+        except MsaeSweepError as error:
+            return self._give_up(str(error))
+        assert self._state is not None
+        self._seconds += time.monotonic() - started
+        points = self._state.points[self._n_reported :]
+        self._n_reported = self._state.epoch
+        return {
+            "points": points,
+            "rungs": [[r, self._state.points[r - 1]["objective"]] for r in self._rungs if r <= self._state.epoch],
+            "epoch": self._state.epoch,
+            "seconds": self._seconds,
+            "status": ("diverged" if reason == "diverged" else "completed") if done else "running",
+            "reason": reason,
+            "device": str(self._state.samples_since_fired.device),
+            "kernel": kernels.choose(self._state.samples_since_fired.device).name,
+            "done": done,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Asked for by Tune when it pauses a trial, which is at a rung, where the state was saved already."""
+        return {"epoch": self._state.epoch if self._state else 0}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing to do: the trial finds its state in the sweep folder."""
+
+    def _train_until_report(self, started: float) -> tuple[bool, str]:
+        """Run epochs until there is something to report; returns whether training ended, and why."""
+        if self._progress is None:
+            self._begin()
+        assert self._state is not None
+        assert self._progress is not None
+        if self._state.stop_reason is not None or self._at_rung():
+            # A trial that was lost or paused between saving and going on reports where it stands first.
+            if self._n_reported < self._state.epoch:
+                return self._state.stop_reason is not None, self._state.stop_reason or ""
+        for progress in self._progress:
+            ended = progress.stop_reason is not None
+            if ended or self._at_rung() or time.monotonic() - self._saved_at >= self._checkpoint_seconds:
+                self._save()
+            if ended:
+                return True, progress.stop_reason or ""
+            if self._at_rung() or time.monotonic() - started >= REPORT_SECONDS:
+                return False, ""
+        return True, self._state.stop_reason or "epochs"
+
+    def _begin(self) -> None:
+        device = choose_device(self._training, holds_gpu=self._holds_gpu)
+        train, validation = self._load_data(device)
+        input_dim = self._prepared[self._block].input_dim
+        assert self._training.seed is not None, "the driver gives every trial its seed"
+        self._state = TrainState.create(
+            self._training, input_dim, seed=self._training.seed, device=device, train=train
+        )
+        saved = self._folder.state_file(self._trial_id)
+        if saved.exists():
+            raw = torch.load(saved, map_location="cpu", weights_only=True)
+            self._seconds = raw["seconds"]
+            self._state.load_state_dict(raw["train_state"])
+        self._progress = fit(self._state, train, validation, self._training)
+
+    def _load_data(self, device: torch.device) -> tuple[Batches, Batches]:
+        key = (self._block, self._training.batch_size, device)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # frees the last block's rows before the next one's are copied
+            block, batch_size = self._prepared[self._block], self._training.batch_size
+            train = make_batches(block.train_arrays(), batch_size, device).batches
+            validation = make_batches(block.val_arrays(), batch_size, device).batches
+            self._loaded = (key, train, validation)
+        return self._loaded[1], self._loaded[2]
+
+    def _at_rung(self) -> bool:
+        return self._state is not None and self._state.epoch in self._rungs
+
+    def _save(self) -> None:
+        """Write the best model, then the state: a crash between the two repeats work and loses none."""
+        assert self._state is not None
+        if self._state.best_epoch:
+            block = self._prepared[self._block]
+            model = modelfile.ModelFile(self._state.best_model(), block.mean, block.std, self._state.history())
+            self._folder.write(self._folder.model_file(self._trial_id), lambda part: modelfile.save(model, part))
+        raw = {"train_state": self._state.state_dict(), "seconds": self._seconds}
+        self._folder.write(self._folder.state_file(self._trial_id), lambda part: torch.save(raw, part))
+        self._saved_at = time.monotonic()
+
+    def _give_up(self, reason: str) -> dict[str, Any]:
+        """End this trial alone: drop what it holds, so that the next one in this process finds the memory free."""
+        points = self._state.points if self._state else []
+        self._state = self._progress = self._loaded = None
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+        return {
+            "points": points[self._n_reported :],
+            "rungs": [],
+            "epoch": len(points),
+            "seconds": self._seconds,
+            "status": "failed",
+            "reason": reason,
+            "done": True,
+        }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

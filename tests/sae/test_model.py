@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+
+from msae_sweep.errors import DataError
+from msae_sweep.sae import modelfile
+from msae_sweep.sae.model import MSAE, geometric_median
+from msae_sweep.sae.modelfile import ModelFile
+
+
+def random_file(seed: int = 0) -> ModelFile:
+    torch.manual_seed(seed)
+    model = MSAE(8, 24, [2, 4, 8], "reverse")
+    model.pre_bias.data = torch.randn(8)
+    rng = np.random.default_rng(seed)
+    mean, std = rng.normal(size=8).astype("f4"), rng.uniform(0.5, 2, 8).astype("f4")
+    return ModelFile(model, mean, std, {"train_loss": [1.0, 0.5], "val_r2": {"r2_k2": [0.1, 0.2]}})
+
+
+def test_the_notebooks_shape_has_2_097_408_parameters():
+    assert sum(p.numel() for p in MSAE(256, 4096, [16, 32, 64, 128]).parameters()) == 2_097_408
+
+
+def test_decoder_rows_start_at_unit_norm_and_the_encoder_equals_them():
+    model = MSAE(16, 64, [4])
+    torch.testing.assert_close(model.W_dec.norm(dim=1), torch.ones(64))
+    assert torch.equal(model.W_enc, model.W_dec)
+    assert not model.pre_bias.any()
+
+
+def test_each_level_equals_a_plain_topk_model_cut_from_the_same_weights():
+    torch.manual_seed(0)
+    model, x = MSAE(16, 64, [4, 8, 16]), torch.randn(50, 16)
+    x_hats = model.reconstruct(x).x_hats
+    for level, k in enumerate(model.k_levels):
+        plain = MSAE(16, 64, [k])
+        plain.load_state_dict(model.state_dict())
+        torch.testing.assert_close(x_hats[level], plain(x))
+        torch.testing.assert_close(x_hats[level], model(x, k))
+
+
+def test_a_code_has_at_most_k_latents_and_contains_the_smaller_codes():
+    torch.manual_seed(0)
+    model, x = MSAE(16, 64, [4, 8]), torch.randn(50, 16)
+    small, large = model.encode(x, 4), model.encode(x, 8)
+    assert ((large > 0).sum(dim=1) <= 8).all()
+    assert torch.equal(large[small > 0], small[small > 0])
+
+
+@pytest.mark.parametrize("k_levels", [[], [4, 2], [2, 2], [0, 4], [4, 65]])
+def test_levels_must_ascend_within_the_dictionary(k_levels):
+    with pytest.raises(ValueError, match="k_levels"):
+        MSAE(16, 64, k_levels)
+
+
+def test_projection_makes_the_gradient_orthogonal_to_its_decoder_row():
+    torch.manual_seed(0)
+    model = MSAE(16, 64, [4])
+    model.W_dec.grad = torch.randn(64, 16)
+    model.project_decoder_gradient_()
+    torch.testing.assert_close((model.W_dec.grad * model.W_dec).sum(dim=1), torch.zeros(64), atol=1e-6, rtol=0)
+
+
+def test_the_geometric_median_resists_an_outlier_that_moves_the_mean():
+    torch.manual_seed(0)
+    x = torch.randn(101, 4)
+    x[0] = 1e6
+    assert x.mean(dim=0).norm() > 1e3
+    assert geometric_median(x).norm() < 1
+
+
+@pytest.mark.parametrize("form", ["notebook", "safetensors"])
+def test_a_saved_model_loads_to_identical_outputs(tmp_path, form):
+    file, raw = random_file(), torch.randn(20, 8)
+    path = tmp_path / ("msae_block5.pt" if form == "notebook" else "msae_block5.safetensors")
+    save, load = {
+        "notebook": (modelfile.save, modelfile.load),
+        "safetensors": (modelfile.save_safetensors, modelfile.load_safetensors),
+    }[form]
+    save(file, path)
+    loaded = load(path)
+    assert torch.equal(loaded.standardised()(raw), file.standardised()(raw))
+    assert loaded.model.config == file.model.config
+    assert loaded.history == file.history
+
+
+def test_the_model_file_has_the_notebooks_keys(tmp_path):
+    modelfile.save(random_file(), tmp_path / "m.pt")
+    # What the notebook's own code does; the file is ours, so unpickling it is safe.
+    raw = torch.load(tmp_path / "m.pt", weights_only=False)
+    assert set(raw) == {"model_state_dict", "config", "normalization", "history"}
+    assert raw["config"] == {"input_dim": 8, "hidden_dim": 24, "k_levels": [2, 4, 8], "weighting": "reverse"}
+    assert {key: (type(v), v.dtype) for key, v in raw["normalization"].items()} == {
+        "mean": (np.ndarray, np.dtype("f4")),
+        "std": (np.ndarray, np.dtype("f4")),
+    }
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code from a model file ran",))
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
+    torch.save({"model_state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(DataError, match="safely"):
+        modelfile.load(tmp_path / "evil.pt")
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_a_file_of_something_else_is_refused_in_one_line(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("other.pt", "text.pt", "missing.pt"):
+        with pytest.raises(DataError) as caught:
+            modelfile.load(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert name in str(caught.value)
+
+
+def test_the_standardised_model_works_in_raw_units():
+    file, raw = random_file(), torch.randn(20, 8)
+    mean, std = torch.from_numpy(file.mean), torch.from_numpy(file.std)
+    torch.testing.assert_close(file.standardised()(raw), file.model((raw - mean) / std) * std + mean)
