@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from msae_sweep.config import SweepConfig
@@ -55,7 +55,7 @@ def write(
             block["dictionary_recovery"] = planted.recovery(model.model.W_dec.detach().numpy(), model.std, dictionary)
         histories[name] = {**model.history, "best_epoch": best["best_epoch"]}
         target = folder.path / "models" / f"msae_{name}.pt"
-        folder.write(target, lambda part, source=best["trial_id"]: shutil.copyfile(folder.model_file(source), part))
+        folder.write(target, partial(shutil.copyfile, folder.model_file(best["trial_id"])))
         modelfile.save_safetensors(model, target.with_suffix(".safetensors"))
     if histories:
         figure = folder.path / "figures" / "msae_training.png"
@@ -81,8 +81,3 @@ def block_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
         if "dictionary_recovery" in block:
             metrics[f"{name}/dictionary_recovery"] = block["dictionary_recovery"]
     return metrics
-
-
-def model_paths(folder: SweepFolder) -> list[Path]:
-    """The model files that a sweep left, ready to use."""
-    return sorted((folder.path / "models").glob("msae_block*.pt"))

@@ -1,13 +1,13 @@
 """The sweep folder: where everything lies that is needed to resume or report, and how it is written.
 
-    {storage}/{name}/
-        sweep.yaml                          the resolved search-space file
-        trials/{trial_id}/trial.json        settings, status and every epoch's metrics (driver)
-        trials/{trial_id}/state.pt          training state, while the trial is unfinished (trial)
-        trials/{trial_id}/model.pt          best weights so far, in the notebook's format (trial)
-        journal/                            what MLflow is to be told, and how far it has been
-        tune/                               Ray Tune's own files; nothing here is read back
-        summary.json  results/  figures/  models/
+{storage}/{name}/
+    sweep.yaml                          the resolved search-space file
+    trials/{trial_id}/trial.json        settings, status and every epoch's metrics (driver)
+    trials/{trial_id}/state.pt          training state, while the trial is unfinished (trial)
+    trials/{trial_id}/model.pt          best weights so far, in the notebook's format (trial)
+    journal/                            what MLflow is to be told, and how far it has been
+    tune/                               Ray Tune's own files; nothing here is read back
+    summary.json  results/  figures/  models/
 """
 
 import os

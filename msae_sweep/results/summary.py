@@ -69,9 +69,7 @@ def best_entry(block: Mapping[str, Any]) -> dict[str, Any] | None:
 def reconstruction(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The notebook's `results/reconstruction.json`: block → `k16` … `k128` → R² of the block's best trial."""
     return {
-        name: {
-            key.removeprefix("r2_"): value for key, value in best["metrics"].items() if key.startswith("r2_k")
-        }
+        name: {key.removeprefix("r2_"): value for key, value in best["metrics"].items() if key.startswith("r2_k")}
         for name, block in summary["blocks"].items()
         if (best := best_entry(block))
     }

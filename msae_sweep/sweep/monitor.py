@@ -1,6 +1,7 @@
 """The driver's side of a running sweep: turns what trials report into records, files, tracking and display."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray import tune
@@ -23,7 +24,7 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         scheduler: BlockAsha,
         tracker: Tracker,
         display: Display,
-        tracked_params: "TrackedParams",
+        tracked_params: Callable[[TrialRecord], dict[str, Any]],
     ) -> None:
         self._records, self._folder, self._scheduler = records, folder, scheduler
         self._tracker, self._display, self._tracked_params = tracker, display, tracked_params
@@ -86,21 +87,3 @@ class Monitor(tune.Callback):  # type: ignore[misc]
             model_file=model if model.exists() and record.status in ("completed", "stopped_early") else None,
         )
         self._display.trial_ended(record)
-
-
-class TrackedParams:
-    """The params of a trial's MLflow run: every training setting, defaults too, and what follows from them."""
-
-    def __init__(self, training: Any, input_dims: dict[int, int]) -> None:
-        self._training, self._input_dims = training, input_dims
-
-    def __call__(self, record: TrialRecord) -> dict[str, Any]:
-        training = record.training(self._training)
-        input_dim = self._input_dims[record.block]
-        return {
-            "block": record.block,
-            "trial_id": record.trial_id,
-            "input_dim": input_dim,
-            "hidden_dim": training.hidden_dim(input_dim),
-            **training.model_dump(mode="json"),
-        }

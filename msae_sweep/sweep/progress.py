@@ -82,7 +82,17 @@ class Display:
 
     def _render(self) -> Group:
         table = Table(title=f"Sweep {self._name}", title_justify="left")
-        for heading in ("block", "best trial", "objective", "R² by k", "dead", "lr", "expansion", "weighting", "epochs"):
+        for heading in (
+            "block",
+            "best trial",
+            "objective",
+            "R² by k",
+            "dead",
+            "lr",
+            "expansion",
+            "weighting",
+            "epochs",
+        ):
             table.add_column(heading)
         blocks: dict[int, list[TrialRecord]] = {}
         for record in list(self._records.values()):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-import yaml
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from rich.console import Console
@@ -19,12 +18,11 @@ import msae_sweep
 from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data import shards
 from msae_sweep.data.shards import PreparedBlock
-from msae_sweep.errors import ConfigError, DataError, DeviceError, SweepError
+from msae_sweep.errors import ConfigError, DeviceError, SweepError
 from msae_sweep.results import finish
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.record import TrialRecord
-from msae_sweep.sae import kernels
-from msae_sweep.sweep.monitor import Monitor, TrackedParams
+from msae_sweep.sweep.monitor import Monitor
 from msae_sweep.sweep.progress import Display
 from msae_sweep.sweep.schedule import BlockAsha, rungs
 from msae_sweep.sweep.space import plan
@@ -161,13 +159,14 @@ class _Sweep:
                     self._group(record), record.trial_id, record.index, self._objectives(record), ended=True
                 )
         display = Display(
-            self._console, config.name, self.n_trials, max(int(e) for e in config.corners("epochs")), self._tracking_note
+            self._console,
+            config.name,
+            self.n_trials,
+            max(int(e) for e in config.corners("epochs")),
+            self._tracking_note,
         )
         display.show(known)
-        input_dims = {block: p.input_dim for block, p in self._prepared.items()}
-        monitor = Monitor(
-            self.records, self._folder, scheduler, self._tracker, display, TrackedParams(config.training, input_dims)
-        )
+        monitor = Monitor(self.records, self._folder, scheduler, self._tracker, display, self._params)
         if config.search.algorithm == "optuna":
             from msae_sweep.sweep.optuna_search import BlockOptuna
 
@@ -235,6 +234,18 @@ class _Sweep:
             "group": self._group(record),
             "rungs": rungs(self._config.asha, training.epochs),
             "training": training.model_dump(mode="json"),
+        }
+
+    def _params(self, record: TrialRecord) -> dict[str, Any]:
+        """Params of the trial's MLflow run: every training setting, defaults too, and what follows from them."""
+        training = record.training(self._config.training)
+        input_dim = self._prepared[record.block].input_dim
+        return {
+            "block": record.block,
+            "trial_id": record.trial_id,
+            "input_dim": input_dim,
+            "hidden_dim": training.hidden_dim(input_dim),
+            **training.model_dump(mode="json"),
         }
 
     def _group(self, record: TrialRecord) -> str:

@@ -137,7 +137,9 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
                     tune_controller.stop_trial(trial)
                 elif verdict == "pass":
                     ready.append(trial)
-        return min(ready, key=lambda trial: (trial.config["trial"]["index"], trial.config["trial"]["block"]), default=None)
+        return min(
+            ready, key=lambda trial: (trial.config["trial"]["index"], trial.config["trial"]["block"]), default=None
+        )
 
     def debug_string(self) -> str:
         """For Tune's log."""

@@ -101,10 +101,10 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             self._begin()
         assert self._state is not None
         assert self._progress is not None
-        if self._state.stop_reason is not None or self._at_rung():
+        stands = self._state.stop_reason is not None or self._at_rung()
+        if stands and self._n_reported < self._state.epoch:
             # A trial that was lost or paused between saving and going on reports where it stands first.
-            if self._n_reported < self._state.epoch:
-                return self._state.stop_reason is not None, self._state.stop_reason or ""
+            return self._state.stop_reason is not None, self._state.stop_reason or ""
         for progress in self._progress:
             ended = progress.stop_reason is not None
             if ended or self._at_rung() or time.monotonic() - self._saved_at >= self._checkpoint_seconds:
@@ -120,9 +120,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         train, validation = self._load_data(device)
         input_dim = self._prepared[self._block].input_dim
         assert self._training.seed is not None, "the driver gives every trial its seed"
-        self._state = TrainState.create(
-            self._training, input_dim, seed=self._training.seed, device=device, train=train
-        )
+        self._state = TrainState.create(self._training, input_dim, seed=self._training.seed, device=device, train=train)
         saved = self._folder.state_file(self._trial_id)
         if saved.exists():
             raw = torch.load(saved, map_location="cpu", weights_only=True)

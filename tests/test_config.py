@@ -1,0 +1,150 @@
+from pathlib import Path
+
+import pytest
+
+from msae_sweep.config import SweepConfig, load, parse
+from msae_sweep.errors import ConfigError
+
+SPACES = sorted(Path(__file__).parents[1].glob("search_spaces/*.yaml"))
+
+SPACE = """
+name: test
+data: {path: somewhere}
+space:
+  learning_rate: {loguniform: [1e-4, 4.0e-3]}
+  expansion_factor: {choice: [8, 16, 32]}
+  weighting: {choice: [uniform, reverse]}
+"""
+
+
+def parse_with(*overrides: str) -> SweepConfig:
+    return parse(SPACE, overrides)
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_every_shipped_search_space_is_valid(path):
+    config = load(path)
+    assert {"learning_rate", "expansion_factor", "weighting"} & set(config.space)
+
+
+def test_the_shipped_spaces_are_the_three_that_the_readme_names():
+    assert {path.stem for path in SPACES} >= {"quickstart", "leela_zero", "baselines"}
+
+
+def test_leela_zero_has_the_notebooks_setting_at_its_centre():
+    config = load(next(path for path in SPACES if path.stem == "leela_zero"))
+    training = config.training
+    assert training.k_levels == (16, 32, 64, 128)
+    assert (training.batch_size, training.epochs, training.early_stopping_patience) == (4096, 30, 5)
+    assert (training.aux_k, training.aux_coefficient) == (512, 1 / 32)
+    assert config.data.blocks == (5, 20, 35)
+    assert training.learning_rate == 8e-4
+    assert 16 in config.space["expansion_factor"].values
+
+
+def test_the_defaults_are_the_notebooks():
+    training = parse_with().training
+    assert (training.learning_rate, training.expansion_factor, training.weighting) == (8e-4, 16, "uniform")
+    assert (training.adam_beta1, training.adam_beta2, training.adam_eps) == (0.9, 0.999, 1e-8)
+    assert (training.warmup_steps, training.decay, training.gradient_clip) == (0, "none", None)
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_a_resolved_file_reads_back_to_an_equal_configuration(path):
+    config = load(path)
+    assert parse(config.to_yaml()) == config
+    assert parse(config.to_yaml()).digest() == config.digest()
+
+
+def test_overrides_are_yaml_and_reach_every_section():
+    config = parse_with(
+        "data.blocks=[5]", "training.epochs=7", "asha=null", "search.algorithm=optuna", "resources.gpu=0.25",
+        "training.learning_rate=1e-3", "tracking.uri=http://127.0.0.1:5000", "space.expansion_factor={choice: [4]}",
+    )  # fmt: skip
+    assert config.data.blocks == (5,)
+    assert config.training.epochs == 7
+    assert config.asha is None
+    assert config.resources.gpu == 0.25
+    assert config.training.learning_rate == 1e-3
+    assert config.tracking.uri == "http://127.0.0.1:5000"
+    assert config.space["expansion_factor"].values == (4,)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.learning_rat=1", r"training\.learning_rat: no such key; did you mean learning_rate\?"),
+        ("trainin.epochs=1", "trainin: no such key; did you mean training"),
+        ("data.block=5", "data.block: no such key; did you mean blocks"),
+        ("space.lr={choice: [1]}", "space.lr: no such training key"),
+        ("space.learning_rate={loguniform: [2, 1]}", "space.learning_rate: loguniform: low 2 must be below high 1"),
+        ("space.learning_rate={uniform: [1, 1]}", "low 1 must be below high 1"),
+        ("space.learning_rate={loguniform: [0, 1]}", "low 0 must be above 0"),
+        ("space.learning_rate={lognormal: [1, 2]}", "must be one of loguniform, uniform, quniform"),
+        ("space.learning_rate={uniform: [1]}", r"must be numbers \[low, high\]"),
+        ("space.learning_rate={choice: []}", "needs at least one option"),
+        ("space.weighting={choice: [unifrom]}", "space.weighting: .*'uniform' or 'reverse'.*'unifrom'"),
+        ("space.epochs={randint: [0, 5]}", "space.epochs: .*greater than or equal to 1.*0"),
+        ("space.epochs={quniform: [1, 9, 0]}", "step 0 must be above 0"),
+        ("training.k_levels=[32, 16]", r"training.k_levels: \[32, 16\] must ascend.*write \[16, 32\]"),
+        ("training.k_levels=[16, 16]", r"must ascend without repeats; write \[16\]"),
+        ("training.k_levels=[]", "must ascend"),
+        ("space.k_levels={grid: [[16], [32, 16]]}", "space.k_levels: .*must ascend"),
+        ("training.epochs=abc", "training.epochs: .*valid integer.*'abc'"),
+        ("training.epochs=2", "asha.grace_epochs: 3 exceeds training.epochs 2"),
+        ("data.val_split=1.5", "data.val_split: .*less than 1.*1.5"),
+        ("data.blocks=[5, 5]", "each once"),
+        ("resources.gpu=1.5", "resources.gpu.*1.5"),
+        ("name=a/b", "name: "),
+        ("search.algorithm=grid", "space.learning_rate: loguniform cannot be a grid"),
+        ("training.epochs", "must be key=value"),
+        ("training.epochs.x=3", "not a section"),
+        ("training.epochs=[", "not YAML"),
+        ("training.learning_rate=.nan", "finite"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_the_place(override, says):
+    overrides = [override]
+    if override.startswith("training.epochs.x"):
+        overrides = ["training.epochs=3", override]
+    with pytest.raises(ConfigError, match=says) as caught:
+        parse_with(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grid_counts_its_own_trials():
+    config = parse_with("space={expansion_factor: {grid: [8, 16]}, weighting: {choice: [uniform, reverse]}}",
+                        "search.algorithm=grid")  # fmt: skip
+    assert config.n_trials_per_block() == 4
+    with pytest.raises(ConfigError, match="grid has 4 combinations; write 4 or null"):
+        parse(config.to_yaml(), ["search.trials_per_block=3"])
+
+
+def test_k_above_hidden_dim_is_found_for_the_smallest_expansion_in_the_space():
+    config = parse_with("space.expansion_factor={choice: [2, 8]}")
+    config.check_width(256, 5)
+    with pytest.raises(ConfigError, match=r"128 exceeds hidden_dim 64 .*lower k or raise expansion_factor \(block 5\)"):
+        config.check_width(32, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: [", "not YAML"),
+        ("- a", "must be a mapping"),
+        ("name: a\nname: b\ndata: {path: x}", "'name' stands twice"),
+        ("name: a", "data: is missing"),
+    ],
+)
+def test_a_file_that_is_no_search_space_is_one_line(tmp_path, text, says):
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="no such search-space file"):
+        load(tmp_path / "missing.yaml")
+
+
+def test_numbers_in_scientific_notation_are_numbers():
+    assert parse_with().space["learning_rate"].values == (1e-4, 4e-3)
