@@ -3,11 +3,16 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msae_sweep.errors import MsaeSweepError, SweepError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from msae_sweep.config import SweepConfig
 
 app = typer.Typer(
     name="msae-sweep",
@@ -25,7 +30,9 @@ Storage = Annotated[str | None, typer.Option(help="Folder that holds the sweep f
 Name = Annotated[str | None, typer.Option(help="Name of the sweep: replaces the file's.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the file, e.g. --set training.epochs=5. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set any key of the file, e.g. --set training.epochs=5. Repeatable."
+    ),
 ]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI: replaces tracking.uri of the file.")]
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, e.g. sweeps/quickstart.")]
@@ -49,7 +56,8 @@ def run(
     overrides: Overrides = None,
     tracking_uri: TrackingUri = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep of this name where it stopped; begin it if there is none.")
+        bool,
+        typer.Option("--resume", help="Go on with the sweep of this name where it stopped; begin it if there is none."),
     ] = False,
 ) -> None:
     """Run a sweep: prepare the data, schedule the trials, track them, leave a finished comparison."""
@@ -59,7 +67,9 @@ def run(
 
     named = {"data.path": data, "storage": storage, "name": name, "tracking.uri": tracking_uri}
     # json-like quoting, so that a path or URI is never read as anything but text
-    options = [f"{key}={yaml.safe_dump(value, default_style=chr(34))}" for key, value in named.items() if value is not None]
+    options = [
+        f"{key}={yaml.safe_dump(value, default_style=chr(34))}" for key, value in named.items() if value is not None
+    ]
     _sweep(config.load(space, [*(overrides or []), *options]), resume=resume)
 
 
@@ -76,14 +86,14 @@ def resume(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(metavar="PATH", help="Activations: folder, .h5, Parquet, or `planted`.")]) -> None:
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Activations: folder, .h5, Parquet, or `planted`.")],
+) -> None:
     """Show what lies in PATH: a row per block, and how much its principal components explain."""
-    from rich.console import Console
-
     from msae_sweep.config import DataConfig
     from msae_sweep.data import inspect as inspection
 
-    Console().print(inspection.render(inspection.inspect(DataConfig(path=path))))
+    _console().print(inspection.render(inspection.inspect(DataConfig(path=path))))
 
 
 @app.command("track-sync")
@@ -99,13 +109,18 @@ def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
         raise SweepError(f"{report.pending} events not sent: {report.reason}")
 
 
-def _sweep(config: "SweepConfig", *, resume: bool) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _console() -> "Console":
+    """Tables in a file or a job's log are as wide as they need to be."""
     from rich.console import Console
 
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _sweep(config: "SweepConfig", *, resume: bool) -> None:
     from msae_sweep.results.table import best_table, criteria_table
     from msae_sweep.sweep.run import run as run_sweep
 
-    console = Console()
+    console = _console()
     command = shlex.join(["msae-sweep", *sys.argv[1:]])
     result = run_sweep(config, resume=resume, command=command, console=console)
     console.print(best_table(result.summary), criteria_table(result.summary))
@@ -118,7 +133,9 @@ def _sweep(config: "SweepConfig", *, resume: bool) -> None:  # type: ignore[name
             soft_wrap=True,
         )
     if result.interrupted:
-        console.print(f"interrupted; go on with: msae-sweep resume {result.folder.path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"interrupted; go on with: msae-sweep resume {result.folder.path}", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(130)
     if any(block["best"] is None for block in result.summary["blocks"].values()):
         raise typer.Exit(1)

@@ -194,7 +194,7 @@ class _Sweep:
                 prepared=self._prepared,
                 folder=self._folder,
                 cpus=resources.cpu,
-                holds_gpu=self._gpus > 0,
+                gpus=self._gpus,
                 checkpoint_seconds=resources.checkpoint_seconds,
             ),
             {"cpu": resources.cpu, "gpu": self._gpus},

@@ -7,6 +7,7 @@ driver trials that it had missed would begin again.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +16,12 @@ import torch
 from ray import tune
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.data.loader import make_batches
+from msae_sweep.data.loader import Batches, default_budget, make_batches
 from msae_sweep.data.shards import PreparedBlock
 from msae_sweep.errors import MsaeSweepError
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.sae import kernels, modelfile
-from msae_sweep.sae.train import Batches, Progress, TrainState, choose_device, fit
+from msae_sweep.sae.train import Progress, TrainState, choose_device, fit
 
 REPORT_SECONDS = 5.0
 """A trial reports at every rung and, between rungs, after these seconds, so that the live display moves."""
@@ -36,14 +37,17 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         prepared: dict[int, PreparedBlock],
         folder: SweepFolder,
         cpus: float,
-        holds_gpu: bool,
+        gpus: float,
         checkpoint_seconds: float,
     ) -> None:
         """Called once a process; `reset_config` begins every further trial in it."""
         torch.set_num_threads(max(1, int(cpus)))
         self._prepared, self._folder = prepared, folder
-        self._holds_gpu, self._checkpoint_seconds = holds_gpu, checkpoint_seconds
-        self._loaded: tuple[tuple[object, ...], Batches, Batches] | None = None
+        self._holds_gpu, self._checkpoint_seconds = gpus > 0, checkpoint_seconds
+        # Trials that share a device or a machine share its memory.
+        self._device_share = min(1.0, gpus) if gpus else min(1.0, cpus / (os.cpu_count() or 1))
+        self._budget: int | None = None
+        self._loaded: dict[int, tuple[Batches, ...]] = {}
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -129,14 +133,28 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         self._progress = fit(self._state, train, validation, self._training)
 
     def _load_data(self, device: torch.device) -> tuple[Batches, Batches]:
-        key = (self._block, self._training.batch_size, device)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # frees the last block's rows before the next one's are copied
-            block, batch_size = self._prepared[self._block], self._training.batch_size
-            train = make_batches(block.train_arrays(), batch_size, device).batches
-            validation = make_batches(block.val_arrays(), batch_size, device).batches
-            self._loaded = (key, train, validation)
-        return self._loaded[1], self._loaded[2]
+        """Train and validation rows of the block, kept for later trials; blocks make room for one another in turn."""
+        block = self._prepared[self._block]
+        batch_size = self._training.batch_size
+        if self._block not in self._loaded:
+            n_bytes = 4 * block.input_dim * (block.n_train + block.n_val)
+            while self._loaded and self._loaded_bytes() + n_bytes > self._budget_bytes(device):
+                self._loaded.pop(next(iter(self._loaded)))
+            self._loaded[self._block] = tuple(
+                make_batches(shards, n_rows, block.input_dim, batch_size, device, self._budget_bytes(device)).batches
+                for shards, n_rows in ((block.train_shards(), block.n_train), (block.val_shards(), block.n_val))
+            )
+        train, validation = self._loaded[self._block]
+        return train.with_batch_size(batch_size), validation.with_batch_size(batch_size)
+
+    def _loaded_bytes(self) -> int:
+        return sum(4 * p.input_dim * (p.n_train + p.n_val) for b, p in self._prepared.items() if b in self._loaded)
+
+    def _budget_bytes(self, device: torch.device) -> int:
+        """Asked once, while nothing is loaded; later the free memory would count the rows themselves."""
+        if self._budget is None:
+            self._budget = default_budget(device, self._device_share)
+        return self._budget
 
     def _at_rung(self) -> bool:
         return self._state is not None and self._state.epoch in self._rungs
@@ -155,7 +173,8 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
     def _give_up(self, reason: str) -> dict[str, Any]:
         """End this trial alone: drop what it holds, so that the next one in this process finds the memory free."""
         points = self._state.points if self._state else []
-        self._state = self._progress = self._loaded = None
+        self._state = self._progress = None
+        self._loaded.clear()
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
         return {

@@ -1,0 +1,204 @@
+"""Where activations come from: one interface over the notebook's folder, HDF5, Parquet or Arrow, and planted data.
+
+A source knows its blocks from headers alone and reads one row range at a time, so that nothing is ever loaded whole.
+Sources are picklable: Ray's workers open the files themselves.
+"""
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from msae_sweep.config import DataConfig
+from msae_sweep.errors import DataError
+
+FLOATS = ("float16", "float32", "float64")
+"""Types that activations may have."""
+
+
+class BlockInfo(NamedTuple):
+    """What the headers say of one block."""
+
+    block: int
+    where: str
+    """The file, dataset or column, for messages."""
+    n_rows: int
+    input_dim: int
+    dtype: str
+    has_groups: bool
+    """Whether every row has a game_id."""
+
+
+class RowRange(NamedTuple):
+    """Rows `start` to `stop` of one file, which are the block's rows from `first_row` on."""
+
+    block: int
+    file: str
+    start: int
+    stop: int
+    first_row: int
+
+    def name(self, first: int, last: int) -> str:
+        """How messages name the rows `first` to `last` (inclusive, counted within the range)."""
+        rows = f"row {self.start + first}" if first == last else f"rows {self.start + first}-{self.start + last}"
+        return f"{self.file} {rows}"
+
+
+class Rows(NamedTuple):
+    """One row range's content."""
+
+    x: Float[np.ndarray, "rows input_dim"]
+    """In the source's own type."""
+    groups: Int64[np.ndarray, " rows"] | None
+    """The game of each row, where the source has them."""
+
+
+class Source(ABC):
+    """Activations of several blocks."""
+
+    @abstractmethod
+    def infos(self) -> dict[int, BlockInfo]:
+        """Every block found, ascending; headers are checked here.
+
+        Raises:
+            DataError: a file is broken, or does not hold what its place says.
+        """
+
+    @abstractmethod
+    def row_ranges(self, block: int, rows: int) -> list[RowRange]:
+        """Ranges of about `rows` rows that cover the block in order; none spans two files."""
+
+    @abstractmethod
+    def read(self, row_range: RowRange) -> Rows:
+        """Read one range."""
+
+    @abstractmethod
+    def fingerprint(self, block: int) -> str:
+        """Changes when the block's rows may have changed; read from names, sizes, times and headers."""
+
+    def given_stats(self, block: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and std that came with the data, if any."""
+        return None
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that `data.path` names, told by what lies there.
+
+    Raises:
+        DataError: nothing there, or nothing that can be read.
+    """
+    if config.path == "planted":
+        from msae_sweep.data.planted import PlantedSource
+
+        return PlantedSource(config.planted, config.blocks)
+    if "://" in config.path:
+        raise DataError(f"data.path: {config.path} is a URI; give a path that every node can read")
+    path = Path(config.path).absolute()
+    if not path.exists():
+        raise DataError(f"data.path: {path} does not exist; give a folder of activations, an .h5 or a Parquet file")
+    if path.is_dir() and (path / "activations.h5").is_file() and not list(path.glob("block*/chunk_*.npy")):
+        path = path / "activations.h5"
+    if path.is_dir() and any(
+        block_of(child.name) is not None for child in path.glob("*/") if list(child.glob("*.npy"))
+    ):
+        from msae_sweep.data.npy import NpyFolder
+
+        return NpyFolder(path)
+    if path.suffix in (".h5", ".hdf5"):
+        from msae_sweep.data.hdf5 import Hdf5File
+
+        return Hdf5File(path)
+    from msae_sweep.data.parquet import SUFFIXES, ParquetTables
+
+    if path.suffix in SUFFIXES or (path.is_dir() and any(p.suffix in SUFFIXES for p in path.rglob("*"))):
+        return ParquetTables(path)
+    raise DataError(
+        f"data.path: {path} holds no activations; expected block{{B}}/chunk_*.npy, an .h5 file, or Parquet/Arrow files"
+    )
+
+
+def check(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
+    """The wanted blocks, checked as far as headers and the split go; no rows are read.
+
+    Raises:
+        DataError: a block is missing, blocks differ where they must not, or there are fewer rows than a batch.
+    """
+    source = open_source(config)
+    infos = select(source.infos(), config)
+    for info in infos:
+        if config.split_by == "game_id" and not info.has_groups:
+            raise DataError(f"data.split_by: game_id, but {info.where} has no game_id; add one or write row")
+        if info.n_rows * (1 - config.val_split) < batch_size and info.n_rows < 10 * batch_size:
+            raise DataError(
+                f"{info.where}: {info.n_rows} rows leave about {round(info.n_rows * (1 - config.val_split))} for "
+                f"training, fewer than training.batch_size {batch_size}; lower batch_size or give more rows"
+            )
+        if config.use_given_stats and source.given_stats(info.block) is None:
+            raise DataError(f"data.use_given_stats: {info.where} has no normalization_stats.npz beside it")
+    return infos
+
+
+def select(infos: dict[int, BlockInfo], config: DataConfig) -> list[BlockInfo]:
+    """The blocks that the configuration wants, in its order.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    wanted = config.blocks or tuple(infos)
+    for block in wanted:
+        if block not in infos:
+            found = ", ".join(str(b) for b in infos) or "none"
+            raise DataError(f"data.blocks: no block {block} in {config.path}; found {found}")
+    return [infos[block] for block in wanted]
+
+
+def block_of(name: str) -> int | None:
+    """The block that the name of a folder, dataset or column tells: `block5`, `block_05`, `blocks/5/act`, `5`."""
+    named = re.findall(r"(?:block|layer|resblock)s?[^0-9a-z]?0*(\d+)", name.lower())
+    numbers = named or re.findall(r"\d+", name)
+    return int(numbers[0]) if len(set(numbers)) == 1 else None
+
+
+def check_array(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Whether an array can hold activations.
+
+    Raises:
+        DataError: not 2-D, no rows or columns, or not a float type.
+    """
+    if len(shape) != 2:
+        raise DataError(f"{where}: {len(shape)}-D array of shape {shape}; must be 2-D [rows, input_dim]")
+    if 0 in shape:
+        raise DataError(f"{where}: empty array of shape {shape}; must hold rows")
+    if dtype.name not in FLOATS:
+        raise DataError(f"{where}: dtype {dtype.name}; must be one of {', '.join(FLOATS)}")
+
+
+def group_numbers(where: str, groups: np.ndarray) -> Int64[np.ndarray, " rows"]:
+    """Games as int64; a name becomes a number by a hash, so that it is the same in every file and on every node.
+
+    Raises:
+        DataError: neither whole numbers nor text.
+    """
+    if groups.dtype.kind in "iu":
+        return groups.astype(np.int64)
+    if groups.dtype.kind in "SUO":
+        names, inverse = np.unique(groups.astype(str), return_inverse=True)
+        hashed = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:8], "big", signed=True) for n in names]
+        return np.array(hashed, dtype=np.int64)[inverse]
+    raise DataError(f"{where}: game_id of dtype {groups.dtype}; must be whole numbers or text")
+
+
+def cut(block: int, file: str, n_rows: int, first_row: int, rows: int) -> Iterable[RowRange]:
+    """Ranges of `rows` rows over one file, the last one shorter."""
+    for start in range(0, n_rows, rows):
+        yield RowRange(block, file, start, min(start + rows, n_rows), first_row + start)
+
+
+def digest(*parts: object) -> str:
+    """Sixteen hex digits over the parts' text."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
