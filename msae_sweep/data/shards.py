@@ -1,15 +1,15 @@
 """Ray Data prepares activations once: row ranges → split → statistics → standardised shards, on disk and in memory.
 
-Three passes, each a Ray Data pipeline with one task a row range:
+Two passes, each a Ray Data pipeline with one task a row range:
 
 1. read the ranges, find non-finite rows, split, and sum the training rows' moments in float64 (merged on the driver as
    they stream in, so that its memory does not grow with the data);
-2. read the ranges again, standardise, write one float32 `.npy` per range and side, then the manifest;
-3. load the written shards into the object stores of the nodes.
+2. read them again, standardise, write each range as one float32 `.npy` (training rows first, then validation rows) and
+   keep it in the object store of the node that made it.
 
-The source is read twice rather than materialised raw between 1 and 2: that would need as much object store again, and
-spill, while a second read of a memory map or HDF5 file costs less than the statistics do. The third pass is the same
-for a fresh and for a reused preparation, and is what Ray repeats by lineage when a node is lost.
+A later sweep reads the files instead; a shard that is lost with its node is made again by lineage, either way. The
+source is read twice rather than materialised raw in between: that would need as much object store again, and spill,
+while a second read of a memory map or HDF5 file costs less than the statistics do.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,16 +54,23 @@ class PreparedBlock:
     """The same; 1 for constant channels, which standardise to 0."""
     manifest: dict[str, Any]
     """Source fingerprint, split, counts, shards: the `manifest.json` beside the shards."""
-    train_refs: list[ray.ObjectRef]
-    val_refs: list[ray.ObjectRef]
+    refs: list[ray.ObjectRef]
+    """A shard each: training rows, then validation rows."""
 
     def train_shards(self) -> list[Callable[[], np.ndarray]]:
-        """Functions that fetch a shard [rows, input_dim] each, read-only, zero-copy where it is on this node."""
-        return [functools.partial(_fetch, ref, i) for i, ref in enumerate(self.train_refs)]
+        """Functions that fetch the training rows [rows, input_dim] of a shard each.
+
+        Read-only, and zero-copy where the shard is on this node.
+        """
+        return [functools.partial(_fetch, ref, i, 0, n) for ref, i, n, _ in self._shards() if n]
 
     def val_shards(self) -> list[Callable[[], np.ndarray]]:
         """The same for the validation rows."""
-        return [functools.partial(_fetch, ref, i) for i, ref in enumerate(self.val_refs)]
+        return [functools.partial(_fetch, ref, i, n, n + n_val) for ref, i, n, n_val in self._shards() if n_val]
+
+    def _shards(self) -> Iterator[tuple[ray.ObjectRef, int, int, int]]:
+        for ref, (i, n_train, n_val) in zip(self.refs, self.manifest["shards"], strict=True):
+            yield ref, i, n_train, n_val
 
 
 def prepare(
@@ -95,16 +102,20 @@ def prepare(
         key = _key(source, info, config)
         folder = Path(storage).absolute() / "prepared" / f"block{info.block}-{key}"
         manifest = _read_manifest(folder)
-        how = "reused"
-        if manifest is None:
-            how = "prepared"
-            manifest = _write_shards(source, info, config, folder, key)
+        how = "reused" if manifest else "prepared"
+        if manifest is not None:
+            refs = _load(folder, manifest)
+        else:
+            manifest, refs = _make(source, info, config, folder, key)
         if manifest["n_train"] < batch_size:
             raise DataError(
                 f"{info.where}: {manifest['n_train']} training rows, fewer than training.batch_size {batch_size}; "
                 "lower batch_size or give more rows"
             )
-        prepared[info.block] = _load(folder, manifest)
+        mean, std = np.load(folder / "stats.npy", allow_pickle=False)
+        prepared[info.block] = PreparedBlock(
+            info.block, info.input_dim, manifest["n_train"], manifest["n_val"], mean, std, manifest, refs
+        )
         on_progress(_say(manifest, how, time.monotonic() - started))
     return prepared
 
@@ -166,20 +177,37 @@ def _measure(batch: dict[str, np.ndarray], job: Any) -> dict[str, Any]:
     }
 
 
-def _write(batch: dict[str, np.ndarray], job: Any, folder: Path, mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
-    """Pass 2 over one range: its standardised rows, a file a side; no file for a side without rows."""
+def _standardise(
+    batch: dict[str, np.ndarray], job: Any, folder: Path, mean: np.ndarray, std: np.ndarray
+) -> dict[str, Any]:
+    """Pass 2 over one range: its standardised rows, training rows first; written, and kept as a shard."""
     work: _Job = ray.get(job)
     i = int(batch["i"][0])
     x, held_out, finite = work.read(i)
-    counts = {}
-    for side, rows in (("train", ~held_out & finite), ("val", held_out & finite)):
-        counts[side] = int(rows.sum())
-        if counts[side]:
-            _save(folder / f"{side}-{i:05d}.npy", standardise(x[rows], mean, std))
-    return {"i": [i], **{side: [count] for side, count in counts.items()}}
+    order = np.concatenate([np.flatnonzero(~held_out & finite), np.flatnonzero(held_out & finite)])
+    z = standardise(x[order], mean, std)
+    _save(folder / _shard_name(i), z)
+    return _shard(z, i)
 
 
-def _write_shards(source: Source, info: BlockInfo, config: DataConfig, folder: Path, key: str) -> dict[str, Any]:
+def _read_shard(batch: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
+    """One shard that was written before."""
+    i = int(batch["i"][0])
+    return _shard(np.load(folder / _shard_name(i), mmap_mode="r", allow_pickle=False), i)
+
+
+def _shard(z: np.ndarray, i: int) -> dict[str, np.ndarray]:
+    return {"x": z, "shard": np.full(len(z), i, dtype=np.int32)}
+
+
+def _shard_name(i: int) -> str:
+    return f"shard-{i:05d}.npy"
+
+
+def _make(
+    source: Source, info: BlockInfo, config: DataConfig, folder: Path, key: str
+) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
+    """Both passes; the manifest is written last, as the mark that the shards are whole."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,13 +217,16 @@ def _write_shards(source: Source, info: BlockInfo, config: DataConfig, folder: P
     work = _Job(source, ranges, split_by, config.seed, config.val_split, config.drop_nonfinite)
     job = ray.put(work)
 
-    moments, n_val = Moments.of(np.empty((0, info.input_dim))), 0
+    moments = Moments.of(np.empty((0, info.input_dim)))
+    counts: dict[int, tuple[int, int]] = {}
     bad: list[tuple[RowRange, int, int, int]] = []
-    for row in _stream(len(ranges), functools.partial(_measure, job=job)):
-        moments = moments.merge(Moments(int(row["n_train"]), row["mean"], row["m2"]))
-        n_val += int(row["n_val"])
-        if row["n_bad"]:
-            bad.append((ranges[int(row["i"])], int(row["n_bad"]), int(row["bad_first"]), int(row["bad_last"])))
+    with _plain_errors():
+        for row in _over(range(len(ranges)), functools.partial(_measure, job=job)).iter_rows():
+            counts[int(row["i"])] = int(row["n_train"]), int(row["n_val"])
+            moments = moments.merge(Moments(int(row["n_train"]), row["mean"], row["m2"]))
+            if row["n_bad"]:
+                bad.append((ranges[int(row["i"])], int(row["n_bad"]), int(row["bad_first"]), int(row["bad_last"])))
+    n_val = sum(held_out for _, held_out in counts.values())
     n_dropped = sum(count for _, count, _, _ in bad)
     if bad and not config.drop_nonfinite:
         row_range, _, first, last = min(bad)
@@ -217,11 +248,10 @@ def _write_shards(source: Source, info: BlockInfo, config: DataConfig, folder: P
             raise DataError(f"{info.where}: normalization_stats.npz has {len(given[0])} channels, not {info.input_dim}")
         mean, std = given
 
-    shards: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
-    for row in _stream(len(ranges), functools.partial(_write, job=job, folder=folder, mean=mean, std=std)):
-        for side, files in shards.items():
-            if row[side]:
-                files.append((f"{side}-{int(row['i']):05d}.npy", int(row[side])))
+    # A range without a usable row makes no shard.
+    kept = [i for i in range(len(ranges)) if sum(counts[i])]
+    with _plain_errors():
+        made = _over(kept, functools.partial(_standardise, job=job, folder=folder, mean=mean, std=std)).materialize()
     constant = np.flatnonzero(std == 0)
     _save(folder / "stats.npy", np.stack([mean, np.where(std == 0, 1.0, std)]).astype(np.float32))
     manifest = {
@@ -241,65 +271,48 @@ def _write_shards(source: Source, info: BlockInfo, config: DataConfig, folder: P
         "n_val": n_val,
         "n_dropped": n_dropped,
         "constant_channels": constant.tolist(),
-        "shards": {side: sorted(files) for side, files in shards.items()},
+        "shards": [[i, *counts[i]] for i in kept],
     }
     _save_text(folder / "manifest.json", json.dumps(manifest, indent=1))
-    return manifest
+    return manifest, _refs(made, manifest)
 
 
-def _stream(n_ranges: int, function: Callable[..., dict[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Run a function over range numbers, one task each, and yield its rows as they come."""
-    numbers = ray.data.from_items([{"i": i} for i in range(n_ranges)], override_num_blocks=n_ranges)
-    results = numbers.map_batches(function, batch_size=1, zero_copy_batch=True)
+def _over(numbers: Iterable[int], function: Callable[..., dict[str, Any]]) -> ray.data.Dataset:
+    """A Ray Data pipeline that calls `function` for each number, in a task of its own."""
+    items = [{"i": i} for i in numbers]
+    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(function, batch_size=1)
+
+
+def _load(folder: Path, manifest: dict[str, Any]) -> list[ray.ObjectRef]:
+    """Shards that were written before, into the object stores."""
     with _plain_errors():
-        yield from results.iter_rows()
+        numbers = [i for i, _, _ in manifest["shards"]]
+        return _refs(_over(numbers, functools.partial(_read_shard, folder=folder)).materialize(), manifest)
 
 
-def _load(folder: Path, manifest: dict[str, Any]) -> PreparedBlock:
-    """Pass 3: the shards into the object stores, one object each, in order."""
-    files = [(side, i, name) for side in ("train", "val") for i, (name, _) in enumerate(manifest["shards"][side])]
-    items = [{"file": str(folder / name), "i": i} for _, i, name in files]
-    loaded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(_read_shard, batch_size=1)
-    with _plain_errors():
-        refs = loaded.materialize().to_arrow_refs()
-    assert len(refs) == len(files), "Ray Data cut a shard in two"
-    n_train_shards = len(manifest["shards"]["train"])
-    mean, std = np.load(folder / "stats.npy", allow_pickle=False)
-    return PreparedBlock(
-        manifest["block"],
-        manifest["input_dim"],
-        manifest["n_train"],
-        manifest["n_val"],
-        mean,
-        std,
-        manifest,
-        refs[:n_train_shards],
-        refs[n_train_shards:],
-    )
+def _refs(made: Any, manifest: dict[str, Any]) -> list[ray.ObjectRef]:
+    refs: list[ray.ObjectRef] = made.to_arrow_refs()
+    assert len(refs) == len(manifest["shards"]), "Ray Data cut a shard in two"
+    return refs
 
 
-def _read_shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    x = np.load(batch["file"][0], mmap_mode="r", allow_pickle=False)
-    return {"x": x, "shard": np.full(len(x), batch["i"][0], dtype=np.int32)}
-
-
-def _fetch(ref: ray.ObjectRef, number: int) -> np.ndarray:
-    table = BlockAccessor.for_block(ray.get(ref))
-    assert int(table.to_numpy("shard")[0]) == number, "shards are out of order"
-    x: np.ndarray = table.to_numpy("x")
-    return x
+def _fetch(ref: ray.ObjectRef, number: int, start: int, stop: int) -> np.ndarray:
+    shard = BlockAccessor.for_block(ray.get(ref))
+    assert int(shard.to_numpy("shard")[0]) == number, "shards are out of order"
+    x: np.ndarray = shard.to_numpy("x")
+    return x[start:stop]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished preparation whose files are all there; None where it must be made (again)."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     row_bytes = 4 * manifest["input_dim"]
-    for name, rows in (shard for files in manifest["shards"].values() for shard in files):
-        file = folder / name
-        if not file.is_file() or file.stat().st_size < rows * row_bytes:
+    for i, n_train, n_val in manifest["shards"]:
+        file = folder / _shard_name(i)
+        if not file.is_file() or file.stat().st_size < (n_train + n_val) * row_bytes:
             return None
     return manifest
 

@@ -133,7 +133,7 @@ def check(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
     for info in infos:
         if config.split_by == "game_id" and not info.has_groups:
             raise DataError(f"data.split_by: game_id, but {info.where} has no game_id; add one or write row")
-        if info.n_rows * (1 - config.val_split) < batch_size and info.n_rows < 10 * batch_size:
+        if round(info.n_rows * (1 - config.val_split)) < batch_size:
             raise DataError(
                 f"{info.where}: {info.n_rows} rows leave about {round(info.n_rows * (1 - config.val_split))} for "
                 f"training, fewer than training.batch_size {batch_size}; lower batch_size or give more rows"

@@ -1,0 +1,214 @@
+import json
+
+import numpy as np
+import pytest
+from activation_files import WRITERS, write_npy
+
+from msae_sweep.config import DataConfig
+from msae_sweep.data import shards
+from msae_sweep.data.split import Moments, is_validation, standardise
+from msae_sweep.errors import DataError, SweepError
+
+
+def prepare(path, storage, **settings):
+    config = DataConfig.model_validate({"path": path, "val_split": 0.2, **settings})
+    return shards.prepare(config, str(storage), batch_size=10)
+
+
+def arrays(block):
+    train, val = (np.concatenate([fetch() for fetch in s]) for s in (block.train_shards(), block.val_shards()))
+    return train, val
+
+
+def sides(x, block, **settings):
+    """Split and standardised with plain numpy, the obvious way."""
+    held_out = is_validation(np.arange(len(x)), 0, 0.2)
+    mean, std = x[~held_out].astype("f8").mean(axis=0), x[~held_out].astype("f8").std(axis=0)
+    std[2] = np.inf  # the constant channel
+    return (x[~held_out] - mean) / std, (x[held_out] - mean) / std
+
+
+# The split, and the moments: pure functions.
+
+
+def test_about_val_split_of_the_rows_is_held_out():
+    for seed in (0, 1, -5):
+        assert is_validation(np.arange(100_000), seed, 0.1).mean() == pytest.approx(0.1, abs=0.005)
+
+
+def test_the_split_depends_on_the_id_and_the_seed_alone():
+    ids = np.random.default_rng(0).permutation(10_000)
+    whole = is_validation(ids, 3, 0.1)
+    parts = np.concatenate([is_validation(part, 3, 0.1) for part in np.array_split(ids, 7)])
+    np.testing.assert_array_equal(whole, parts)
+    assert (is_validation(ids, 4, 0.1) != whole).any()
+
+
+def test_merged_moments_equal_numpys_float64_also_far_from_zero():
+    x = np.random.default_rng(0).normal(size=(5000, 3)) + np.array([0, 1e4, 1e6])
+    moments = Moments.of(x[:0])
+    for part in np.array_split(x, 7):
+        moments = moments.merge(Moments.of(part))
+    np.testing.assert_allclose(moments.mean, x.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.std(), x.std(axis=0), rtol=1e-9)
+
+
+def test_a_constant_channel_has_std_zero_and_standardises_to_zero():
+    x = np.random.default_rng(0).normal(size=(3000, 2)).astype(np.float32)
+    x[:, 1] = 0.1
+    moments = Moments.of(x)
+    assert moments.std()[1] == 0
+    z = standardise(x, moments.mean, moments.std())
+    assert not z[:, 1].any()
+    assert z[:, 0].std() == pytest.approx(1, abs=1e-5)
+
+
+# The pipelines.
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_every_format_gives_the_shards_that_numpy_gives(ray_session, tmp_path, rows, form):
+    block = prepare(WRITERS[form](tmp_path / "data", rows), tmp_path / "storage")[5]
+    train, val = sides(rows, block)
+    assert (block.n_train, block.n_val) == (len(train), len(val))
+    for found, expected in zip(arrays(block), (train, val), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert block.manifest["constant_channels"] == [2]
+    assert block.std[2] == 1
+
+
+def test_games_never_stand_on_both_sides(ray_session, tmp_path, rows, games):
+    # The row's number is written into channel 0, to know it again.
+    rows[:, 0] = np.arange(len(rows))
+    block = prepare(write_npy(tmp_path / "data", rows, games), tmp_path / "storage")[5]
+    assert block.manifest["split"]["by"] == "game_id"
+    numbers = [np.rint(part[:, 0] * block.std[0] + block.mean[0]).astype(int) for part in arrays(block)]
+    train, val = (set(games[part]) for part in numbers)
+    assert train
+    assert val
+    assert not train & val
+    assert sum(len(part) for part in numbers) == len(rows)
+
+
+def test_by_row_is_taken_where_it_is_asked_for(ray_session, tmp_path, rows, games):
+    block = prepare(write_npy(tmp_path / "data", rows, games), tmp_path / "storage", split_by="row")[5]
+    np.testing.assert_allclose(arrays(block)[0], sides(rows, block)[0], atol=1e-5)
+
+
+def test_the_same_rows_are_held_out_in_every_block(ray_session, tmp_path, rows):
+    write_npy(tmp_path / "data", rows, block=5, chunks=3)
+    path = write_npy(tmp_path / "data", rows * 2 + 1, block=20, chunks=2)
+    blocks = prepare(path, tmp_path / "storage")
+    for a, b in zip(arrays(blocks[5]), arrays(blocks[20]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_second_preparation_reuses_the_files(ray_session, tmp_path, rows):
+    path, lines = write_npy(tmp_path / "data", rows), []
+    first = prepare(path, tmp_path / "storage")[5]
+    times = {f: f.stat().st_mtime_ns for f in (tmp_path / "storage").rglob("*") if f.is_file()}
+    config = DataConfig(path=path, val_split=0.2)
+    second = shards.prepare(config, str(tmp_path / "storage"), batch_size=10, on_progress=lines.append)[5]
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "storage").rglob("*") if f.is_file()} == times
+    assert "reused" in lines[0]
+    for a, b in zip(arrays(first), arrays(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "a shard is gone", "a shard is short"])
+def test_an_unfinished_or_damaged_preparation_is_made_again(ray_session, tmp_path, rows, damage):
+    path = write_npy(tmp_path / "data", rows)
+    first = arrays(prepare(path, tmp_path / "storage")[5])
+    folder = next((tmp_path / "storage" / "prepared").iterdir())
+    shard = next(folder.glob("shard-*.npy"))
+    if damage == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif damage == "a shard is gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:200])
+    for a, b in zip(first, arrays(prepare(path, tmp_path / "storage")[5]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert json.loads((folder / "manifest.json").read_text())["n_train"] == len(first[0])
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"val_split": 0.3}, {"drop_nonfinite": True}, "data"])
+def test_another_question_or_other_data_is_another_key(ray_session, tmp_path, rows, change):
+    path = write_npy(tmp_path / "data", rows)
+    prepare(path, tmp_path / "storage")
+    if change == "data":
+        np.save(tmp_path / "data" / "block5" / "chunk_0000.npy", rows[:20])
+        change = {}
+    prepare(path, tmp_path / "storage", **change)
+    assert len(list((tmp_path / "storage" / "prepared").iterdir())) == 2
+
+
+def test_nonfinite_rows_are_named_by_file_and_rows(ray_session, tmp_path, rows):
+    rows[[200, 203, 450]] = np.nan
+    path = write_npy(tmp_path / "data", rows)
+    with pytest.raises(DataError, match=r"chunk_0001\.npy rows 33-36: NaN or Inf \(3 rows in all\)") as caught:
+        prepare(path, tmp_path / "storage")
+    assert "\n" not in str(caught.value)
+
+
+def test_nonfinite_rows_are_dropped_and_counted_on_request(ray_session, tmp_path, rows):
+    clean, rows = rows.copy(), rows
+    rows[17, 1], rows[400, 3] = np.inf, np.nan
+    block = prepare(write_npy(tmp_path / "data", rows), tmp_path / "storage", drop_nonfinite=True)[5]
+    assert block.manifest["n_dropped"] == 2
+    assert block.n_train + block.n_val == len(clean) - 2
+    assert all(np.isfinite(part).all() for part in arrays(block))
+
+
+def test_given_statistics_are_used_only_when_asked_for(ray_session, tmp_path, rows):
+    path = write_npy(tmp_path / "data", rows)
+    np.savez(tmp_path / "data" / "block5" / "normalization_stats.npz", mean=np.full(6, 7.0), std=np.full(6, 2.0))
+    own = prepare(path, tmp_path / "storage")[5]
+    given = prepare(path, tmp_path / "storage", use_given_stats=True)[5]
+    assert not np.allclose(own.mean, 7)
+    assert np.allclose(given.mean, 7)
+    assert np.allclose(given.std, 2)
+
+
+def test_too_few_training_rows_for_a_batch_are_found_after_the_split(ray_session, tmp_path, rows):
+    games = np.zeros(len(rows), dtype=int)
+    games[:50] = np.arange(1, 51)
+    path = write_npy(tmp_path / "data", rows, games)
+    seed = next(s for s in range(50) if is_validation(np.zeros(1, dtype=int), s, 0.2)[0])
+    with pytest.raises(DataError, match="training rows, fewer than"):
+        shards.prepare(DataConfig(path=path, val_split=0.2, seed=seed), str(tmp_path / "s"), batch_size=100)
+
+
+def test_a_split_that_leaves_a_side_empty_is_refused(ray_session, tmp_path, rows):
+    path = write_npy(tmp_path / "data", rows, np.zeros(len(rows), dtype=int))
+    with pytest.raises(DataError, match=r"leaves no (validation|training) rows .*500 rows, split by game"):
+        prepare(path, tmp_path / "storage")
+
+
+def test_unwritable_storage_is_one_line(ray_session, tmp_path, rows):
+    (tmp_path / "storage").write_text("a file, not a folder")
+    with pytest.raises(SweepError, match=r"storage: .* cannot be made"):
+        prepare(write_npy(tmp_path / "data", rows), tmp_path / "storage")
+
+
+def test_an_error_in_a_task_comes_out_without_rays_wrapping(ray_session, tmp_path, rows, monkeypatch):
+    path = write_npy(tmp_path / "data", rows)
+    source = shards.open_source(DataConfig(path=path))
+    source.infos()
+    file = tmp_path / "data" / "block5" / "chunk_0002.npy"
+    file.write_bytes(file.read_bytes()[:300])  # after the headers were checked
+    monkeypatch.setattr(shards, "open_source", lambda config: source)
+    with pytest.raises(DataError, match=r"chunk_0002\.npy: cannot be read: truncated") as caught:
+        prepare(path, tmp_path / "storage")
+    assert "\n" not in str(caught.value)
+
+
+def test_real_activations_are_split_by_game_with_the_spread_that_was_measured(ray_session, real_data, tmp_path):
+    block = prepare(str(real_data), tmp_path, blocks=[20], val_split=0.1)[20]
+    train, val = arrays(block)
+    assert block.manifest["split"]["by"] == "game_id"
+    assert len(train) + len(val) == 40_000
+    assert len(val) == pytest.approx(4000, rel=0.15)
+    np.testing.assert_allclose(train.mean(axis=0, dtype=np.float64), 0, atol=1e-4)
+    np.testing.assert_allclose(train.std(axis=0, dtype=np.float64), 1, atol=1e-4)
+    assert np.abs(val.mean(axis=0)).max() < 0.2
