@@ -8,7 +8,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from msae_sweep.results.folder import SweepFolder
-from msae_sweep.results.record import TrialRecord
+from msae_sweep.results.record import FINAL, TrialRecord
 from msae_sweep.sweep.progress import Display
 from msae_sweep.sweep.schedule import BlockAsha
 from msae_sweep.track.tracker import Tracker
@@ -28,6 +28,10 @@ class Monitor(tune.Callback):  # type: ignore[misc]
     ) -> None:
         self._records, self._folder, self._scheduler = records, folder, scheduler
         self._tracker, self._display, self._tracked_params = tracker, display, tracked_params
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its settings for `Tuner.restore`, which is not used here; files and threads cannot be pickled.
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial began, or goes on after a pause or a failure."""
@@ -55,7 +59,8 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         """It ended by itself, or ASHA stopped it."""
         result = trial.last_result or {}
         spec = trial.config["trial"]
-        if result.get("done"):
+        # Tune sets `done` on a result that its scheduler stopped, so the trial's own word counts.
+        if result.get("status") in FINAL:
             self._end(self._record(trial), result["status"], result["reason"])
             return
         verdict, rung = self._scheduler.verdict(spec["group"], spec["trial_id"])

@@ -46,6 +46,10 @@ class BlockOptuna(Searcher):  # type: ignore[misc]
             if record not in self._again:
                 self._learn(record)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its settings for `Tuner.restore`, which is not used here.
+        return {}
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's config, or FINISHED; `trial_id` is Tune's own."""
         if self._again:

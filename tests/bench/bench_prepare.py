@@ -59,11 +59,10 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        forms = ("npy", "hdf5", "parquet")
         # Written in a child process, whose memory is not the driver's.
         with ProcessPoolExecutor(1) as pool:
-            paths = {
-                f: pool.submit(write, folder, f, args.rows, args.input_dim).result() for f in ("npy", "hdf5", "parquet")
-            }
+            paths = {form: pool.submit(write, folder, form, args.rows, args.input_dim).result() for form in forms}
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(

@@ -1,0 +1,147 @@
+"""Runs of one sweep in MLflow: created at most once, and filled without doubling anything.
+
+Every method may be called again with the same arguments and then changes nothing: runs are found by their tags before
+they are created, MLflow keeps equal metric rows once, params that are there already are left alone.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from msae_sweep.errors import TrackingError
+from msae_sweep.track.connection import Refused, is_code, refusals
+
+SWEEP_TAG = "msae_sweep.sweep_id"
+TRIAL_TAG = "msae_sweep.trial_id"
+_BATCH = {"metrics": 1000, "params": 100, "tags": 100}
+"""Most entities that MLflow takes in one `log_batch`."""
+
+Refuse = Callable[[str, str], None]
+"""Told of a part that MLflow will never take, and of its reason."""
+
+
+class NewRun(NamedTuple):
+    """What a run begins with."""
+
+    name: str
+    time_ms: int
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+
+
+class Runs:
+    """The experiment, and the runs in it that belong to one sweep."""
+
+    def __init__(self, client: Any, experiment: str, artifact_location: str | None) -> None:
+        """Find the experiment, or create it.
+
+        Raises:
+            TrackingError: it was deleted.
+        """
+        self._client = client
+        self.experiment_id = self._ensure_experiment(experiment, artifact_location)
+        self._known: dict[str, str] = {}
+
+    def is_alive(self, run_id: str) -> bool:
+        """Whether a run is there and not deleted."""
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except Exception as error:
+            if is_code(error, "RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+                return False
+            raise
+
+    def find(self, sweep_id: str, sent: set[str]) -> None:
+        """Learn which runs the sweep has, by trial (`""` is its own), and delete twins.
+
+        A twin comes of a creation that the server carried out after the sender had ceased to wait for it; it is empty.
+
+        Args:
+            sent: ids of runs that were filled, which are never taken for twins.
+        """
+        twins: dict[str, list[Any]] = defaultdict(list)
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id], f"tags.`{SWEEP_TAG}` = '{sweep_id}'", page_token=token
+            )
+            for run in page:
+                twins[run.data.tags.get(TRIAL_TAG, "")].append(run)
+            token = page.token
+            if not token:
+                break
+        for trial_id, runs in twins.items():
+            keep = max(runs, key=lambda run: (run.info.run_id in sent, len(run.data.metrics), len(run.data.params)))
+            self._known[trial_id] = keep.info.run_id
+            for run in runs:
+                if run is not keep and run.info.run_id not in sent:
+                    self._client.delete_run(run.info.run_id)
+
+    def begin(self, trial_id: str, run: NewRun, refuse: Refuse) -> str:
+        """Create a run with its params, or go on with the one there is, which keeps the params it began with.
+
+        Returns:
+            Its run id.
+        """
+        from mlflow.entities import Param, RunTag
+
+        params, run_id = dict(run.params), self._known.get(trial_id)
+        if run_id is None:
+            created = self._client.create_run(
+                self.experiment_id, start_time=run.time_ms, tags=dict(run.tags), run_name=run.name
+            )
+            run_id = self._known[trial_id] = str(created.info.run_id)
+        else:
+            self._client.update_run(run_id, status="RUNNING")
+            before = self._client.get_run(run_id).data.params
+            changed = {key: value for key, value in params.items() if before.get(key, value) != value}
+            params = {key: value for key, value in params.items() if key not in before}
+            tags = {**run.tags, "reason": ""} | ({"changed_on_resume": json.dumps(changed)} if changed else {})
+            self.log(run_id, refuse, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.log(run_id, refuse, params=[Param(key, value) for key, value in params.items()])
+        return run_id
+
+    def end(self, run_id: str, status: str, time_ms: int, tags: Mapping[str, str], refuse: Refuse) -> None:
+        """Set the last tags and MLflow's own status."""
+        from mlflow.entities import RunTag
+
+        self.log(run_id, refuse, tags=[RunTag(key, value) for key, value in tags.items()])
+        self._client.set_terminated(run_id, status, end_time=time_ms)
+
+    def log(self, run_id: str, refuse: Refuse, **entities: Sequence[Any]) -> None:
+        """`log_batch` of `metrics`, `params` or `tags`, in as many calls as MLflow's limits ask for."""
+        for kind, sequence in entities.items():
+            for start in range(0, len(sequence), _BATCH[kind]):
+                self._log_batch(run_id, refuse, kind, sequence[start : start + _BATCH[kind]])
+
+    def time_of(self, run_id: str, epoch: int) -> int | None:
+        """When the metrics of an epoch were logged; what is filed again about it takes the same time."""
+        history = self._client.get_metric_history(run_id, "epoch")
+        return next((metric.timestamp for metric in history if metric.step == epoch), None)
+
+    def _log_batch(self, run_id: str, refuse: Refuse, kind: str, batch: Sequence[Any]) -> None:
+        """Halve a refused batch until the entity is found that MLflow does not take; the others get through."""
+        try:
+            with refusals():
+                self._client.log_batch(run_id, synchronous=True, **{kind: batch})
+        except Refused as error:
+            if len(batch) == 1:
+                refuse(f"{kind} {batch[0].key}", str(error))
+                return
+            middle = len(batch) // 2
+            self._log_batch(run_id, refuse, kind, batch[:middle])
+            self._log_batch(run_id, refuse, kind, batch[middle:])
+
+    def _ensure_experiment(self, name: str, artifact_location: str | None) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name, artifact_location=artifact_location))
+            except Exception as error:
+                if not is_code(error, "RESOURCE_ALREADY_EXISTS"):
+                    raise
+                found = self._client.get_experiment_by_name(name)  # another sweep was quicker
+        if found.lifecycle_stage != "active":
+            raise TrackingError(f"experiment {name} is deleted; restore it, or set another tracking.experiment")
+        return str(found.experiment_id)

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+
+from msae_sweep.errors import ConfigError
+from msae_sweep.track.uri import artifact_root, redact, resolve_uri
+
+
+def test_the_file_or_option_wins_over_the_environment_and_that_over_the_default(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    environ = {"MLFLOW_TRACKING_URI": "http://tracking:5000"}
+    assert resolve_uri("https://mine", environ) == "https://mine"
+    assert resolve_uri(None, environ) == "http://tracking:5000"
+    assert resolve_uri(None, {}) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_a_sqlite_path_does_not_depend_on_the_working_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_uri("sqlite:///sub/a.db?timeout=5", {}) == f"sqlite:///{tmp_path}/sub/a.db?timeout=5"
+    assert resolve_uri("sqlite:////var/a.db", {}) == "sqlite:////var/a.db"
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "/var/mlruns", "file:///var/mlruns"])
+def test_a_folder_is_refused_with_what_to_write_instead(uri):
+    with pytest.raises(ConfigError, match=r"sqlite:///mlflow\.db"):
+        resolve_uri(uri, {})
+
+
+@pytest.mark.parametrize("uri", ["http://h:5000", "postgresql://u:p@h/db", "databricks", "databricks://profile"])
+def test_what_mlflow_understands_passes_unchanged(uri):
+    assert resolve_uri(uri, {}) == uri
+
+
+def test_only_a_sqlite_file_gets_its_artifacts_beside_it():
+    assert artifact_root("sqlite:////var/a b/mlflow.db") == Path("/var/a b/mlartifacts").as_uri()
+    assert artifact_root("http://h:5000") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@host:5000/x", "http://***@host:5000/x"),
+        ("http://me:p@ss@host", "http://***@host"),
+        ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?user=me&password=***"),
+        ('{"yaml": "uri: http://a:b@h\\nmail: x@y"}', '{"yaml": "uri: http://***@h\\nmail: x@y"}'),
+        ("http://host/path@version and me@example.org", "http://host/path@version and me@example.org"),
+        ('{"a": "http://h\\nmail: x@y"}', '{"a": "http://h\\nmail: x@y"}'),
+    ],
+)
+def test_secrets_of_uris_are_hidden_and_nothing_else(text, shown):
+    assert redact(text) == shown
