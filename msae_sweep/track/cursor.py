@@ -35,6 +35,8 @@ class Cursor:
     sweep_id: str = ""
     run_id: str = ""
     """The sweep's own run."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """Tags on commit, command and user, which trials share with their sweep."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Data manifest of each block, by block number as text."""
     trials: dict[str, SentTrial] = field(default_factory=dict)

@@ -66,7 +66,8 @@ class Replay:
         event, cursor = entry.event, self._cursor
         cursor.sweep_id, cursor.datasets = event["sweep_id"], event["datasets"]
         self._find_runs()
-        tags = {_MLFLOW_TAGS.get(key, key): str(value) for key, value in event["tags"].items()}
+        cursor.origin = {_MLFLOW_TAGS[key]: str(event["tags"][key]) for key in _MLFLOW_TAGS if key in event["tags"]}
+        tags = {key: str(value) for key, value in event["tags"].items() if key not in _MLFLOW_TAGS} | cursor.origin
         tags |= {SWEEP_TAG: cursor.sweep_id, "status": "running"}
         cursor.run_id = self._begin(entry, "", event["name"], tags)
         self._log_datasets(entry, cursor.run_id, cursor.datasets)
@@ -76,7 +77,7 @@ class Replay:
     def _trial_started(self, entry: Entry) -> None:
         cursor, trial_id, block = self._cursor, entry.event["trial_id"], str(entry.event["block"])
         tags = {SWEEP_TAG: cursor.sweep_id, TRIAL_TAG: trial_id, "mlflow.parentRunId": self._sweep_run()}
-        tags |= {"block": block, "status": "running"}
+        tags |= {"block": block, "status": "running", **cursor.origin}
         run_id = self._begin(entry, trial_id, trial_id, tags)
         known = cursor.trials.get(trial_id)
         cursor.trials[trial_id] = SentTrial(run_id, int(block), known.epoch if known else 0)
