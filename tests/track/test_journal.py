@@ -82,10 +82,12 @@ def test_no_second_sender_sends_the_same_sweep(tmp_path):
 
 def test_no_secret_reaches_the_disk(tmp_path):
     written = Journal(tmp_path)
-    written.append("sweep_started", config_yaml="uri: http://me:secret@host\n", params={"tracking.uri": "x://a:secret@b"})
+    written.append(
+        "sweep_started", config_yaml="uri: http://me:secret@host\n", params={"tracking.uri": "x://a:secret@b"}
+    )
     written.close()
     assert "secret" not in events(tmp_path).read_text()
-    assert list(journal.read(tmp_path))[0].event["config_yaml"] == "uri: http://***@host\n"
+    assert next(iter(journal.read(tmp_path))).event["config_yaml"] == "uri: http://***@host\n"
 
 
 def test_a_cursor_is_what_was_saved_and_a_broken_one_begins_anew(tmp_path):
