@@ -69,14 +69,19 @@ class TrainState:
     ) -> "TrainState":
         """A fresh state; the same seed gives the same weights on every device.
 
-        `train` gives the rows for `pre_bias_init: geometric_median`, and is not touched otherwise.
+        `train` gives the rows for the starts that look at data (`encoder_init: scaled`, `pre_bias_init:
+        geometric_median`): the first batch of the first epoch. Without it those parameters start as for the others,
+        which is right where a saved state is loaded next.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = MSAE(input_dim, config.hidden_dim(input_dim), config.k_levels, config.weighting)
-        if config.pre_bias_init == "geometric_median":
-            assert train is not None, "geometric_median needs rows"
-            model.pre_bias.data = geometric_median(next(train.epoch(1, seed)).cpu())
+        if train is not None:
+            first_batch = next(train.epoch(1, seed)).cpu()
+            if config.pre_bias_init == "geometric_median":
+                model.pre_bias.data = geometric_median(first_batch)
+            if config.encoder_init == "scaled":
+                model.W_enc.data *= encoder_scale(model, first_batch, config)
         model.to(device)
         # Fused Adam is one pass over the parameters on CPU and CUDA; MPS takes torch's default.
         optimizer = torch.optim.Adam(
@@ -181,6 +186,22 @@ def fit(state: TrainState, train: Batches, validation: Batches, config: Training
             "samples_per_second": samples / seconds,
         }
         yield _finish_epoch(state, metrics, config)
+
+
+@torch.no_grad()
+def encoder_scale(model: MSAE, x: Tensor, config: TrainingConfig) -> float:
+    """The factor c on W_enc that minimises the loss on `x` before training, 1 where there is none.
+
+    Scaling the encoder scales every code and keeps its order, so x̂_l − pre_bias is linear in c and least squares gives
+    c = Σ_l α_l ⟨x − b, x̂_l − b⟩ / Σ_l α_l ‖x̂_l − b‖². Measured at block 20 of the real activations (lr 8e-4, 4096
+    latents): after 200 steps R² at k = 16 and 128 was 0.52 and 0.76 with c = 1, 0.63 and 0.86 with c near 0.3.
+    """
+    weights = loss.level_weights(len(config.k_levels), config.weighting)
+    # On the CPU by the reference, whatever the trial's device: the same start everywhere.
+    directions = model.reconstruct(x).x_hats - model.pre_bias
+    along = weights @ (directions * (x - model.pre_bias)).sum(dim=(1, 2))
+    size = weights @ directions.square().sum(dim=(1, 2))
+    return (along / size).item() if along > 0 and size > 0 else 1.0
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainingConfig) -> float:

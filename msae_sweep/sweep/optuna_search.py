@@ -27,7 +27,7 @@ class BlockOptuna(Searcher):  # type: ignore[misc]
         to_spec: Callable[[TrialRecord], dict[str, Any]],
     ) -> None:
         """`known`: trials of an interrupted run; those that have not ended are proposed first, under their numbers."""
-        super().__init__(metric="objective", mode="max")
+        super().__init__()  # no metric: a result holds every epoch's, not one
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._config, self._blocks, self._to_spec = config, list(blocks), to_spec
         self._options = {key: list(d.values) for key, d in config.space.items() if d.kind in ("choice", "grid")}

@@ -124,9 +124,12 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         train, validation = self._load_data(device)
         input_dim = self._prepared[self._block].input_dim
         assert self._training.seed is not None, "the driver gives every trial its seed"
-        self._state = TrainState.create(self._training, input_dim, seed=self._training.seed, device=device, train=train)
         saved = self._folder.state_file(self._trial_id)
-        if saved.exists():
+        fresh = not saved.exists()
+        self._state = TrainState.create(
+            self._training, input_dim, seed=self._training.seed, device=device, train=train if fresh else None
+        )
+        if not fresh:
             raw = torch.load(saved, map_location="cpu", weights_only=True)
             self._seconds = raw["seconds"]
             self._state.load_state_dict(raw["train_state"])

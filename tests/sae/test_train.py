@@ -72,7 +72,7 @@ def test_stop_and_resume_gives_the_same_weights_bit_for_bit(changes):
     whole, whole_progress = train_fresh(settings)
 
     rows, validation = planted()
-    state = TrainState.create(settings, 16, seed=0, device=CPU)
+    state = TrainState.create(settings, 16, seed=0, device=CPU, train=rows)
     for progress in fit(state, rows, validation, settings):
         if progress.epoch == 3:
             break
@@ -175,6 +175,22 @@ def test_the_geometric_median_start_is_used():
     settings = config(pre_bias_init="geometric_median")
     state = TrainState.create(settings, 16, seed=0, device=CPU, train=planted()[0])
     assert state.model.pre_bias.abs().max() > 0
+
+
+def test_the_encoder_starts_at_the_scale_with_the_least_loss():
+    rows, _ = planted()
+    x = next(rows.epoch(1, 0))
+    settings = config(weighting="reverse")
+
+    def loss_at(factor: float) -> float:
+        state = TrainState.create(settings, 16, seed=0, device=CPU, train=rows)
+        state.model.W_enc.data *= factor
+        x_hats = state.model.reconstruct(x).x_hats
+        return train.loss.reconstruction_loss(x, x_hats, train.loss.level_weights(3, "reverse")).item()
+
+    assert loss_at(1) < min(loss_at(0.97), loss_at(1.03))
+    unscaled = TrainState.create(config(encoder_init="transpose"), 16, seed=0, device=CPU, train=rows).model
+    assert torch.equal(unscaled.W_enc, unscaled.W_dec)
 
 
 def test_learning_rate_warms_up_then_decays():

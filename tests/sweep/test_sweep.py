@@ -1,0 +1,308 @@
+"""A whole sweep on planted data: what it leaves, and that nothing about how it ran shows in the result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from msae_sweep.config import SweepConfig, parse
+from msae_sweep.data.planted import PlantedSource
+from msae_sweep.errors import ConfigError, DeviceError, SweepError
+from msae_sweep.sae import modelfile
+
+SPACE = """
+name: small
+data:
+  path: planted
+  blocks: [5, 20]
+  planted: {rows: 3000, input_dim: 16, dictionary_size: 32, active: 3, noise: 0.02}
+space:
+  learning_rate: {loguniform: [1e-3, 3e-2]}
+  expansion_factor: {choice: [2, 4]}
+  weighting: {choice: [uniform, reverse]}
+training: {k_levels: [2, 4, 8], batch_size: 128, epochs: 6, aux_k: 8}
+search: {trials_per_block: 4, seed: 0}
+asha: {grace_epochs: 1, reduction_factor: 2}
+"""
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def config(folder: Path, *overrides: str) -> SweepConfig:
+    uri = f"tracking.uri=sqlite:///{folder}/mlflow.db"
+    return parse(SPACE, [f"storage={folder}/sweeps", uri, *overrides])
+
+
+def sweep(folder: Path, *overrides: str, resume: bool = False) -> Any:
+    from msae_sweep.sweep.run import run
+
+    console = Console(file=open(folder / "log", "a"), width=200)  # noqa: SIM115
+    return run(config(folder, *overrides), resume=resume, command="test", console=console)
+
+
+def results(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without what clocks say."""
+    stripped = json.loads(json.dumps(summary))
+    stripped.pop("seconds")
+    for block in stripped["blocks"].values():
+        for trial in block["trials"]:
+            trial.pop("seconds")
+            trial["metrics"].pop("samples_per_second", None)
+    return stripped
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return sweep(tmp_path_factory.mktemp("finished"))
+
+
+def test_the_summary_has_every_trial_best_first(finished):
+    written = json.loads((finished.folder.path / "summary.json").read_text())
+    assert written == json.loads(json.dumps(finished.summary))
+    assert not finished.interrupted
+    for name, block in written["blocks"].items():
+        assert len(block["trials"]) == 4
+        for trial in block["trials"]:
+            assert {"trial_id", "status", "epochs", "params", "metrics"} <= set(trial)
+            assert set(trial["params"]) == {"learning_rate", "expansion_factor", "weighting"}
+            assert {"r2_k2", "r2_k4", "r2_k8", "objective", "dead_ratio"} <= set(trial["metrics"])
+        objectives = [trial["metrics"]["objective"] for trial in block["trials"]]
+        assert objectives == sorted(objectives, reverse=True)
+        assert block["best"] == block["trials"][0]["trial_id"]
+        assert block["best"].startswith(name)
+
+
+def test_asha_stops_some_trials_at_rungs_and_the_rest_train_to_the_end(finished):
+    trials = [t for block in finished.summary["blocks"].values() for t in block["trials"]]
+    assert {t["status"] for t in trials} == {"completed", "stopped_early"}
+    for trial in trials:
+        assert trial["epochs"] in ([6] if trial["status"] == "completed" else [1, 2, 4])
+        assert trial["reason"] == ("epochs" if trial["status"] == "completed" else f"asha at epoch {trial['epochs']}")
+
+
+def test_reconstruction_json_is_in_the_notebooks_form(finished):
+    written = json.loads((finished.folder.path / "results" / "reconstruction.json").read_text())
+    assert {name: set(levels) for name, levels in written.items()} == {
+        "block5": {"k2", "k4", "k8"},
+        "block20": {"k2", "k4", "k8"},
+    }
+
+
+def test_the_figure_is_a_png(finished):
+    png = (finished.folder.path / "figures" / "msae_training.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 50_000
+
+
+@pytest.mark.parametrize("block", [5, 20])
+def test_the_best_model_of_a_block_has_the_r2_that_the_summary_states(finished, block):
+    best = finished.summary["blocks"][f"block{block}"]["trials"][0]
+    file = modelfile.load(finished.folder.path / "models" / f"msae_block{block}.pt")
+    same = modelfile.load_safetensors(finished.folder.path / "models" / f"msae_block{block}.safetensors")
+    source = PlantedSource(config(finished.folder.path).data.planted)
+    raw = torch.from_numpy(np.concatenate([source.read(r).x for r in source.row_ranges(block, 3000)]))
+    from msae_sweep.data.split import is_validation
+
+    val = raw[torch.from_numpy(is_validation(np.arange(3000) // 10, 0, 0.1))]
+    x = (val - torch.from_numpy(file.mean)) / torch.from_numpy(file.std)
+    x_hat = (file.standardised()(val) - torch.from_numpy(file.mean)) / torch.from_numpy(file.std)
+    r2 = 1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(dim=0)) ** 2).sum()
+    assert r2.item() == pytest.approx(best["metrics"]["r2_k8"], abs=1e-5)
+    assert torch.equal(file.standardised()(val), same.standardised()(val))
+
+
+def test_the_summary_says_how_much_of_the_true_dictionary_was_recovered(finished):
+    for block in finished.summary["blocks"].values():
+        assert 0.5 < block["dictionary_recovery"] <= 1
+
+
+def test_success_criteria_stand_for_the_largest_and_smallest_k(finished):
+    criteria = finished.summary["blocks"]["block5"]["success_criteria"]
+    assert list(criteria) == ["R² (k=8) > 0.85", "R² (k=2) > 0.40", "Dead latents < 30%"]
+    assert all(
+        c["passed"] == (c["value"] < 0.3 if "Dead" in n else c["value"] > float(n[-4:])) for n, c in criteria.items()
+    )
+
+
+def test_finished_trials_leave_a_model_and_no_training_state(finished):
+    folders = list((finished.folder.path / "trials").iterdir())
+    assert len(folders) == 8
+    assert all((folder / "model.pt").exists() and not (folder / "state.pt").exists() for folder in folders)
+
+
+def test_mlflow_has_a_run_for_the_sweep_and_one_for_each_trial_with_every_epoch(finished):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished.folder.path.parents[1]}/mlflow.db")
+    experiment = client.get_experiment_by_name("msae-sweep")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    trials = {r.data.tags["msae_sweep.trial_id"]: r for r in runs if r is not parent}
+    entries = {t["trial_id"]: t for block in finished.summary["blocks"].values() for t in block["trials"]}
+    assert set(trials) == set(entries)
+    for trial_id, run in trials.items():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["status"] == entries[trial_id]["status"]
+        assert run.data.params["aux_coefficient"] == "0.03125"
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, "r2_k8")]
+        assert steps == list(range(1, entries[trial_id]["epochs"] + 1))
+    assert finished.tracking.pending == 0
+
+
+@pytest.mark.parametrize("concurrent", [1, 2])
+def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp_path, concurrent):
+    other = sweep(tmp_path, f"resources.max_concurrent={concurrent}")
+    assert results(other.summary) == results(finished.summary)
+
+
+def test_a_block_swept_alone_has_the_same_trials(finished, tmp_path):
+    alone = sweep(tmp_path, "data.blocks=[20]")
+    assert results(alone.summary)["blocks"]["block20"] == results(finished.summary)["blocks"]["block20"]
+
+
+def test_a_name_that_exists_needs_resume_and_a_finished_sweep_stays_as_it_is(finished):
+    folder = finished.folder.path.parents[1]
+    with pytest.raises(SweepError, match=r"small exists in .*; go on with --resume"):
+        sweep(folder)
+    times = {f: f.stat().st_mtime_ns for f in (finished.folder.path / "trials").rglob("model.pt")}
+    again = sweep(folder, resume=True)
+    assert results(again.summary) == results(finished.summary)
+    assert {f: f.stat().st_mtime_ns for f in (finished.folder.path / "trials").rglob("model.pt")} == times
+
+
+def test_a_resumed_sweep_must_ask_the_same_question(finished):
+    with pytest.raises(ConfigError, match=r"training\.epochs: is 7 but sweep small was started with 6"):
+        sweep(finished.folder.path.parents[1], "training.epochs=7", resume=True)
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_any_trial(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(DeviceError, match=r"resources\.gpu: 1 a trial, but the cluster has 0; write 0 or auto"):
+        sweep(tmp_path, "resources.gpu=1")
+    with pytest.raises(DeviceError, match=r"resources\.cpu: 99"):
+        sweep(tmp_path, "resources.cpu=99")
+    with pytest.raises(DeviceError, match="cuda"):
+        sweep(tmp_path, "training.device=cuda")
+    assert not (tmp_path / "sweeps" / "small").exists()
+
+
+def test_a_diverged_and_an_oversized_trial_end_alone(tmp_path):
+    outcome = sweep(
+        tmp_path, "data.blocks=[5]", "asha=null", "training.epochs=2", "search={algorithm: grid}",
+        "space={learning_rate: {grid: [1e-2, 1e30]}, expansion_factor: {grid: [2, 1e13]}}",
+        "training.normalize_decoder=false",
+    )  # fmt: skip
+    statuses = {
+        (t["params"]["learning_rate"], t["params"]["expansion_factor"]): (t["status"], t["reason"])
+        for t in outcome.summary["blocks"]["block5"]["trials"]
+    }
+    assert statuses[1e-2, 2][0] == "completed"
+    assert statuses[1e30, 2] == ("diverged", "diverged")
+    for rate in (1e-2, 1e30):
+        status, reason = statuses[rate, 1e13]
+        assert status == "failed"
+        assert reason.startswith("out of memory")
+    assert not outcome.interrupted
+    text = (outcome.folder.path / "summary.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_optuna_proposes_within_the_space_and_resumes(tmp_path):
+    first = sweep(tmp_path, "search.algorithm=optuna", "data.blocks=[5]")
+    trials = first.summary["blocks"]["block5"]["trials"]
+    assert len(trials) == 4
+    assert all(1e-3 <= t["params"]["learning_rate"] <= 3e-2 for t in trials)
+    assert all(t["params"]["expansion_factor"] in (2, 4) for t in trials)
+    again = sweep(tmp_path, "search.algorithm=optuna", "data.blocks=[5]", resume=True)
+    assert results(again.summary) == results(first.summary)
+
+
+# Killed and resumed: in processes of their own.
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.Popen:
+    (folder / "space.yaml").write_text(SPACE)
+    command = [sys.executable, "-m", "msae_sweep", *arguments, "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
+    with open(folder / "out", "ab") as out:
+        return subprocess.Popen(
+            command, cwd=folder, stdout=out, stderr=out, start_new_session=True,
+            # A Ray of its own, not the test session's.
+            env={**os.environ, "RAY_ADDRESS": "local"},
+        )  # fmt: skip
+
+
+def finished_trials(folder: Path) -> set[str]:
+    files = (folder / "sweeps" / "small" / "trials").glob("*/trial.json")
+    return {f.parent.name for f in files if json.loads(f.read_text())["status"] in ("completed", "stopped_early")}
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the sweep ended before it could be disturbed"
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+LONGER = ("--set", "training.epochs=24", "--set", "asha.grace_epochs=3", "--set", "training.early_stopping_patience=null",
+          "--set", "data.planted.rows=8000",
+          "--set", "resources.checkpoint_seconds=0.5")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    overrides = [o for o in LONGER if o != "--set"]
+    return sweep(tmp_path_factory.mktemp("undisturbed"), *overrides).summary
+
+
+def test_a_driver_killed_twice_and_resumed_ends_as_the_undisturbed_sweep(undisturbed, tmp_path):
+    process = launch(tmp_path, "run", "space.yaml", *LONGER)
+    wait_until(lambda: finished_trials(tmp_path), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    ended = finished_trials(tmp_path)
+    times = {name: (tmp_path / "sweeps/small/trials" / name / "model.pt").stat().st_mtime_ns for name in ended}
+    assert ended
+    assert len(ended) < 8
+
+    process = launch(tmp_path, "resume", "sweeps/small")
+    wait_until(lambda: len(finished_trials(tmp_path)) > len(ended), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    assert launch(tmp_path, "resume", "sweeps/small").wait(timeout=240) == 0, (tmp_path / "out").read_text()[-3000:]
+    summary = json.loads((tmp_path / "sweeps" / "small" / "summary.json").read_text())
+    assert results(summary) == results(undisturbed)
+    for name, before in times.items():
+        assert (tmp_path / "sweeps/small/trials" / name / "model.pt").stat().st_mtime_ns == before, f"{name} ran again"
+
+
+def test_a_lost_worker_costs_no_trial(undisturbed, tmp_path):
+    process = launch(tmp_path, "run", "space.yaml", *LONGER)
+    wait_until(lambda: list((tmp_path / "sweeps/small/trials").glob("*/state.pt")), process)
+    killed = kill_workers(process.pid)
+    assert process.wait(timeout=240) == 0, (tmp_path / "out").read_text()[-3000:]
+    assert killed
+    summary = json.loads((tmp_path / "sweeps" / "small" / "summary.json").read_text())
+    assert results(summary) == results(undisturbed)
+
+
+def kill_workers(driver: int) -> int:
+    """kill -9 every trial worker of one driver's Ray."""
+    children = psutil.Process(driver).children(recursive=True)
+    workers = [child for child in children if "MSAETrial" in " ".join(child.cmdline())]
+    for worker in workers:
+        worker.kill()
+    return len(workers)
