@@ -256,15 +256,14 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> No
         time.sleep(0.05)
 
 
-LONGER = ("--set", "training.epochs=24", "--set", "asha.grace_epochs=3", "--set", "training.early_stopping_patience=null",
-          "--set", "data.planted.rows=8000",
-          "--set", "resources.checkpoint_seconds=0.5")  # fmt: skip
+CHANGES = ["training.epochs=24", "asha.grace_epochs=3", "training.early_stopping_patience=null",
+           "data.planted.rows=8000", "resources.checkpoint_seconds=0.5"]  # fmt: skip
+LONGER = [word for change in CHANGES for word in ("--set", change)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    overrides = [o for o in LONGER if o != "--set"]
-    return sweep(tmp_path_factory.mktemp("undisturbed"), *overrides).summary
+    return sweep(tmp_path_factory.mktemp("undisturbed"), *CHANGES).summary
 
 
 def test_a_driver_killed_twice_and_resumed_ends_as_the_undisturbed_sweep(undisturbed, tmp_path):
@@ -302,7 +301,7 @@ def test_a_lost_worker_costs_no_trial(undisturbed, tmp_path):
 def kill_workers(driver: int) -> int:
     """kill -9 every trial worker of one driver's Ray."""
     children = psutil.Process(driver).children(recursive=True)
-    workers = [child for child in children if "MSAETrial" in " ".join(child.cmdline())]
+    workers = [child for child in children if "Trainable" in " ".join(child.cmdline())]
     for worker in workers:
         worker.kill()
     return len(workers)
