@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from msae_sweep.config import TrackingConfig
+from msae_sweep.errors import TrackingError
 from msae_sweep.track import journal
 from msae_sweep.track.connection import connect, one_line
 from msae_sweep.track.cursor import Cursor
@@ -141,6 +142,8 @@ class Sender:
 
     def _refused(self, entry: Entry, part: str, reason: str) -> None:
         """Write down what MLflow will never take, and say so once."""
+        if _is_exiting():
+            raise TrackingError("the process is ending")
         if not self._cursor.refused:
             logging.getLogger(__name__).warning(
                 "MLflow refused part of event %d (%s): %s; all such parts are listed in %s",
@@ -150,3 +153,8 @@ class Sender:
         line = {"seq": entry.seq, "event": entry.kind, "part": part, "reason": reason}
         with open(self._folder / "journal" / "refused.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _is_exiting() -> bool:
+    """Whether Python is shutting down: then thread pools, and with them uploads, fail in ways that say nothing."""
+    return not threading.main_thread().is_alive()

@@ -25,6 +25,7 @@ from small_sweep import (
 )
 
 from msae_sweep.errors import ConfigError, SweepError
+from msae_sweep.track import journal, sender
 from msae_sweep.track.tracker import Tracker, sync
 
 
@@ -280,6 +281,26 @@ def test_a_running_sweep_cannot_be_started_again(uri, tmp_path):
     tracker.close(timeout_seconds=60)
 
 
+def test_a_sync_beside_a_sender_leaves_the_work_to_it(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(sender, "LAST_TRIES", 1)
+    tracker = start(tmp_path / "sweep", "http://127.0.0.1:9")
+    tell_start(tracker)
+    tracker.close(timeout_seconds=60)
+    with journal.lock(tmp_path / "sweep"):
+        report = sync(tmp_path / "sweep", uri, tracking(uri))
+    assert report.pending == 1
+    assert "is sending this sweep" in report.reason
+
+
+def test_nothing_is_given_up_for_what_fails_while_python_shuts_down(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(sender, "LAST_TRIES", 1)
+    monkeypatch.setattr(sender, "_is_exiting", lambda: True)
+    tracker = start(tmp_path / "sweep", uri)
+    tell_start(tracker, **{"bad?key": 1})
+    report = tracker.close(timeout_seconds=60)
+    assert (report.pending, report.refused) == (1, 0)
+
+
 def test_a_folder_as_tracking_uri_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="file store"):
         Tracker.start(tmp_path, tracking("./mlruns"), sweep_id="s")
@@ -290,7 +311,8 @@ def test_a_sweep_that_told_nothing_has_nothing_to_sync(tmp_path):
     assert sync(tmp_path, f"sqlite:///{tmp_path}/mlflow.db").pending == 0
 
 
-def test_progress_is_told_step_by_step(uri, tmp_path):
+def test_progress_is_told_step_by_step(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(sender, "LAST_TRIES", 1)
     folder = tmp_path / "sweep"
     tracker = start(folder, "http://127.0.0.1:9")
     tell_start(tracker)
