@@ -6,7 +6,18 @@ from typing import Any
 
 import h5py
 
-from msae_sweep.data.source import BlockInfo, RowRange, Rows, Source, block_of, check_array, cut, digest, group_numbers
+from msae_sweep.data.source import (
+    BlockInfo,
+    RowRange,
+    Rows,
+    Source,
+    block_of,
+    check_array,
+    check_groups,
+    cut,
+    digest,
+    group_numbers,
+)
 from msae_sweep.errors import DataError
 
 
@@ -23,7 +34,7 @@ class Hdf5File(Source):
 
         def visit(name: str, node: Any) -> None:
             if isinstance(node, h5py.Dataset) and name.rsplit("/", 1)[-1] != "game_id":
-                names.append((name, node.ndim))
+                names.append((name, len(node.shape or ())))
 
         with self._open() as file:
             file.visititems(visit)
@@ -54,9 +65,10 @@ class Hdf5File(Source):
     def _info(self, file: h5py.File, block: int) -> BlockInfo:
         dataset, groups = file[self._datasets[block]], self._groups(file, block)
         where = f"{self._path}:{dataset.name}"
-        check_array(where, dataset.shape, dataset.dtype)
-        if groups is not None and groups.shape != dataset.shape[:1]:
-            raise DataError(f"{self._path}:{groups.name}: shape {groups.shape}, but {where} has {len(dataset)} rows")
+        # A dataset without a dataspace has no shape at all.
+        check_array(where, dataset.shape or (), dataset.dtype)
+        if groups is not None:
+            check_groups(f"{self._path}:{groups.name}", groups.shape or (), groups.dtype, len(dataset))
         return BlockInfo(block, where, dataset.shape[0], dataset.shape[1], dataset.dtype.name, groups is not None)
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
@@ -70,9 +82,10 @@ class Hdf5File(Source):
             groups = self._groups(file, row_range.block)
             try:
                 x = file[self._datasets[row_range.block]][rows]
-                return Rows(x, None if groups is None else group_numbers(f"{self._path}:{groups.name}", groups[rows]))
+                return Rows(x, None if groups is None else group_numbers(groups[rows]))
             except OSError as error:
-                raise DataError(f"{row_range.name(0, len(range(*rows.indices(rows.stop))) - 1)}: {error}") from None
+                where = row_range.name(0, row_range.stop - row_range.start - 1)
+                raise DataError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
 
     def fingerprint(self, block: int) -> str:
         """See `Source`."""
@@ -89,4 +102,4 @@ class Hdf5File(Source):
     def _groups(self, file: h5py.File, block: int) -> h5py.Dataset | None:
         parent = self._datasets[block].rpartition("/")[0]
         candidates = (f"{parent}/game_id", "game_id") if parent else ("game_id",)
-        return next((file[name] for name in candidates if name in file), None)
+        return next((file[name] for name in candidates if isinstance(file.get(name), h5py.Dataset)), None)

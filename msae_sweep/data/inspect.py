@@ -71,7 +71,7 @@ def render(reports: list[BlockReport]) -> Group:
 def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:
     dim = info.input_dim
     n_finite = n_zeros = 0
-    # Sums are taken about the first finite row, so that a mean far from 0 costs no digits.
+    # Sums are taken about the first finite row: a mean far from 0 costs no digits, a constant channel gives exactly 0.
     origin: np.ndarray | None = None
     total, products = np.zeros(dim), np.zeros((dim, dim))
     groups: set[int] = set()
@@ -94,7 +94,6 @@ def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:
     covariance = products / n - np.outer(mean, mean)
     std = np.sqrt(np.maximum(np.diag(covariance), 0))
     centre = mean if origin is None else mean + origin
-    std[std <= 1e-9 * np.abs(centre)] = 0
     varies = std > 0
     correlation = covariance[np.ix_(varies, varies)] / np.outer(std[varies], std[varies])
     spectrum = np.linalg.eigvalsh(correlation)[::-1].cumsum() if varies.any() else np.zeros(0)

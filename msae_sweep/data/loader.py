@@ -1,9 +1,11 @@
 """Shards to batches: one tensor on the device where it fits, else a shuffled stream of shards."""
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +16,7 @@ Shard = Callable[[], np.ndarray]
 """Fetches one shard [rows, input_dim], read-only float32."""
 
 WINDOW_BYTES = 512 << 20
-"""Rows of this many bytes are mixed with one another when streaming; two such windows are in memory at a time."""
+"""Rows of at most this many bytes are mixed with one another when streaming."""
 
 
 class Batches(Protocol):
@@ -48,15 +50,18 @@ def make_batches(
     sizes = f"{need / 2**20:,.0f} MiB of rows, {budget_bytes / 2**20:,.0f} MiB allowed on {device}"
     if need <= budget_bytes:
         return Loaded(ResidentBatches.load(shards, n_rows, input_dim, batch_size, device), f"resident: {sizes}")
-    return Loaded(StreamedBatches(shards, n_rows, input_dim, batch_size, device), f"streamed: {sizes}")
+    # On the device lie a window, its copy behind what was left over, and a batch; on the host the window to come.
+    window_bytes = min(WINDOW_BYTES, budget_bytes // 3)
+    streamed = StreamedBatches(shards, n_rows, input_dim, batch_size, device, window_bytes)
+    return Loaded(streamed, f"streamed: {sizes}")
 
 
 def default_budget(device: torch.device, share: float = 1.0) -> int:
-    """Bytes that data may take: half of the device's free memory (of the machine's memory on a CPU), times `share`."""
+    """Bytes that data may take: half of the device's free memory (on a CPU, of the machine's), times `share`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.5 * share)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.5 * share)
+    return int(_machine_bytes() * 0.5 * share)
 
 
 class ResidentBatches:
@@ -69,7 +74,12 @@ class ResidentBatches:
     def load(
         cls, shards: Sequence[Shard], n_rows: int, input_dim: int, batch_size: int, device: torch.device
     ) -> "ResidentBatches":
-        """Copy the shards into place one after another, so that only one of them is held besides."""
+        """Copy the shards into place one after another, so that only one of them is held besides.
+
+        On the CPU a single shard is used where it lies, shared with every other process on the node.
+        """
+        if len(shards) == 1 and device.type == "cpu":
+            return cls(_tensor(shards[0]()), batch_size)
         x = torch.empty(n_rows, input_dim, device=device)
         start = 0
         for fetch in shards:
@@ -98,7 +108,8 @@ class ResidentBatches:
 class StreamedBatches:
     """Shards in random order, mixed within a window of several; the next window is fetched while this one is used.
 
-    What does not fill a batch at a window's end goes into the next window; only an epoch's last rows are left out.
+    A window goes to the device whole and is shuffled there. What does not fill a batch at its end goes into the next
+    window; only an epoch's last rows are left out.
     """
 
     def __init__(
@@ -117,52 +128,61 @@ class StreamedBatches:
 
     def with_batch_size(self, batch_size: int) -> "StreamedBatches":
         """The same shards in batches of another size."""
-        other = StreamedBatches(self._shards, self.n_rows, self._input_dim, batch_size, self._device)
-        other._shards_a_window = self._shards_a_window
+        other = copy.copy(self)
+        other.batch_size = batch_size
         return other
 
     def epoch(self, epoch: int, seed: int) -> Iterator[Tensor]:
         """See `Batches`."""
         generator = _generator(seed, epoch)
-        order = torch.randperm(len(self._shards), generator=generator).tolist()
-        left_over = torch.empty(0, self._input_dim)
-        for window in self._windows(order):
+        shard_order = torch.randperm(len(self._shards), generator=generator).tolist()
+        left_over = torch.empty(0, self._input_dim, device=self._device)
+        for window in self._windows(shard_order):
             rows = torch.cat([left_over, window])
-            rows = rows[torch.randperm(len(rows), generator=generator)]
+            # Drawn on the CPU: the same order on every device.
+            order = torch.randperm(len(rows), generator=generator).to(self._device)
             whole = len(rows) - len(rows) % self.batch_size
-            for batch in torch.split(rows[:whole], self.batch_size):
-                yield self._move(batch)
-            left_over = rows[whole:].clone()
+            for start in range(0, whole, self.batch_size):
+                yield rows[order[start : start + self.batch_size]]
+            left_over = rows[order[whole:]]
 
     def ordered(self) -> Iterator[Tensor]:
         """See `Batches`."""
-        left_over = torch.empty(0, self._input_dim)
+        left_over = torch.empty(0, self._input_dim, device=self._device)
         for window in self._windows(range(len(self._shards))):
             rows = torch.cat([left_over, window])
             whole = len(rows) - len(rows) % self.batch_size
-            for batch in torch.split(rows[:whole], self.batch_size):
-                yield self._move(batch)
+            yield from torch.split(rows[:whole], self.batch_size) if whole else ()
             left_over = rows[whole:].clone()
         if len(left_over):
-            yield self._move(left_over)
+            yield left_over
 
     def _windows(self, order: Sequence[int]) -> Iterator[Tensor]:
+        """Rows of the shards in `order`, some shards at a time, on the device."""
         groups = [order[i : i + self._shards_a_window] for i in range(0, len(order), self._shards_a_window)]
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
             coming = pool.submit(self._read, groups[0])
             for following in [*groups[1:], None]:
-                window = coming.result()
+                window = coming.result().to(self._device, non_blocking=True)
                 if following is not None:
                     coming = pool.submit(self._read, following)
                 yield window
 
     def _read(self, numbers: Sequence[int]) -> Tensor:
-        return torch.cat([_tensor(self._shards[i]()) for i in numbers])
+        """Some shards in one host tensor, pinned where it goes to a GPU."""
+        arrays = [self._shards[i]() for i in numbers]
+        n_rows = sum(len(array) for array in arrays)
+        window = torch.empty(n_rows, self._input_dim, pin_memory=self._device.type == "cuda")
+        return torch.cat([_tensor(array) for array in arrays], out=window)
 
-    def _move(self, batch: Tensor) -> Tensor:
-        if self._device.type != "cuda":
-            return batch.to(self._device)
-        return batch.pin_memory().to(self._device, non_blocking=True)
+
+def _machine_bytes() -> int:
+    """Memory of the machine, or of the container where that has a limit."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup v2 here, or the word "max"
+        return machine
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -173,5 +193,5 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    state = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
+    state = int(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state % 2**63)

@@ -1,12 +1,24 @@
 """The notebook's activation folder: `block{B}/chunk_*.npy`, memory-mapped."""
 
 import re
+import zipfile
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from msae_sweep.data.source import BlockInfo, RowRange, Rows, Source, block_of, check_array, cut, digest, group_numbers
+from msae_sweep.data.source import (
+    BlockInfo,
+    RowRange,
+    Rows,
+    Source,
+    block_of,
+    check_array,
+    check_groups,
+    cut,
+    digest,
+    group_numbers,
+)
 from msae_sweep.errors import DataError
 
 
@@ -35,7 +47,7 @@ class NpyFolder(Source):
     def _chunks(self) -> dict[int, list[tuple[Path, int]]]:
         """Files with their row counts, by block."""
         return {
-            block: [(file, len(_open(file))) for file in sorted(folder.glob("chunk_*.npy"), key=_number)]
+            block: [(file, _n_rows(file)) for file in sorted(folder.glob("chunk_*.npy"), key=_number)]
             for block, folder in self._folders.items()
         }
 
@@ -50,20 +62,18 @@ class NpyFolder(Source):
         first = _open(chunks[0][0])
         for file, _ in chunks:
             array = _open(file)
-            check_array(str(file), array.shape, array.dtype)
             if array.shape[1] != first.shape[1]:
                 raise DataError(
                     f"{file}: width {array.shape[1]}, but {chunks[0][0].name} has {first.shape[1]}; "
                     "all chunks of a block must have the same width"
                 )
         n_rows = sum(rows for _, rows in chunks)
-        groups = self._groups(block)
-        if groups is not None and len(groups) != n_rows:
-            raise DataError(
-                f"{self._group_file(block)}: {len(groups)} entries, but block {block} has {n_rows} rows; one a row"
-            )
+        group_file = self._group_file(block)
+        if group_file is not None:
+            groups = _open(group_file)
+            check_groups(str(group_file), groups.shape, groups.dtype, n_rows)
         where = str(self._folders[block])
-        return BlockInfo(block, where, n_rows, first.shape[1], first.dtype.name, groups is not None)
+        return BlockInfo(block, where, n_rows, first.shape[1], first.dtype.name, group_file is not None)
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
         """See `Source`."""
@@ -77,11 +87,10 @@ class NpyFolder(Source):
     def read(self, row_range: RowRange) -> Rows:
         """See `Source`."""
         x = np.array(_open(Path(row_range.file))[row_range.start : row_range.stop])
-        groups = self._groups(row_range.block)
-        if groups is None:
+        group_file = self._group_file(row_range.block)
+        if group_file is None:
             return Rows(x, None)
-        ours = np.array(groups[row_range.first_row : row_range.first_row + len(x)])
-        return Rows(x, group_numbers(str(self._group_file(row_range.block)), ours))
+        return Rows(x, group_numbers(_open(group_file)[row_range.first_row : row_range.first_row + len(x)]))
 
     def fingerprint(self, block: int) -> str:
         """See `Source`."""
@@ -99,34 +108,39 @@ class NpyFolder(Source):
             return None
         try:
             with np.load(file, allow_pickle=False) as stats:
-                return np.asarray(stats["mean"], dtype=np.float64), np.asarray(stats["std"], dtype=np.float64)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{file}: must hold arrays mean and std: {error}") from None
+                mean, std = (np.asarray(stats[name], dtype=np.float64) for name in ("mean", "std"))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{file}: must hold arrays mean and std: {str(error).splitlines()[0]}") from None
+        input_dim = self._info(block).input_dim
+        if mean.shape != (input_dim,) or std.shape != (input_dim,):
+            raise DataError(f"{file}: mean {mean.shape} and std {std.shape}; both must be ({input_dim},)")
+        if not np.isfinite(mean).all() or not np.isfinite(std).all() or (std < 0).any():
+            raise DataError(f"{file}: NaN, Inf or a negative std; compute the statistics again")
+        return mean, std
 
     def _group_file(self, block: int) -> Path | None:
         candidates = (self._folders[block] / "game_id.npy", self._path / "game_id.npy")
         return next((file for file in candidates if file.is_file()), None)
 
-    def _groups(self, block: int) -> np.ndarray | None:
-        file = self._group_file(block)
-        if file is None:
-            return None
-        groups = _open(file)
-        if groups.ndim != 1:
-            raise DataError(f"{file}: {groups.ndim}-D array; must be 1-D, one entry a row")
-        return groups
+
+def _n_rows(file: Path) -> int:
+    array = _open(file)
+    check_array(str(file), array.shape, array.dtype)
+    return len(array)
 
 
 def _open(file: Path) -> np.ndarray:
     """Memory-map an array; only the header is read here."""
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(file, mode="r")
     except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        if "mmap length" in reason or "Cannot mmap an empty file" in reason or not file.stat().st_size:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if "Python objects" in reason:
+            reason = "an object array; activations are plain float arrays"
+        elif "mmap" in reason or "EOF" in reason:
             reason = f"truncated: its header announces more than its {file.stat().st_size} bytes"
-        elif "Python objects" in reason or "pickle" in reason:
-            reason = "an object array (or no .npy file); activations are plain float arrays"
+        elif "magic string" in reason:
+            reason = "not an .npy file"
         raise DataError(f"{file}: cannot be read: {reason}") from None
 
 

@@ -1,15 +1,27 @@
 """Activations in Parquet or Arrow files: a fixed-size-list column per block."""
 
+import itertools
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from msae_sweep.data.source import BlockInfo, RowRange, Rows, Source, block_of, check_array, digest, group_numbers
+from msae_sweep.data.source import (
+    BlockInfo,
+    RowRange,
+    Rows,
+    Source,
+    block_of,
+    check_array,
+    check_groups,
+    digest,
+    group_numbers,
+)
 from msae_sweep.errors import DataError
 
 SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
@@ -29,7 +41,9 @@ class _Part(NamedTuple):
 class ParquetTables(Source):
     """The column's name tells the block; where a file has one list column, its own or its folder's name may tell it.
 
-    A `game_id` column beside it gives the groups. Row groups are read whole, never twice in a pass.
+    A `game_id` column beside it gives the groups. Small row groups are read together. One that is larger than a range
+    is cut, and as Parquet cannot be entered in the middle, each of its ranges decodes it from the start: 500,000 rows
+    in one row group (what pyarrow writes by default) cost about a second a range more, and never lie in memory whole.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,31 +90,37 @@ class ParquetTables(Source):
         for part in parts:
             kind = part.schema.field(part.column).type
             where = f"{part.file}:{part.column}"
-            dtype = np.dtype(kind.value_type.to_pandas_dtype())
-            check_array(where, (sum(part.pieces), kind.list_size), dtype)
+            check_array(where, (sum(part.pieces), kind.list_size), _dtype(kind.value_type))
             if kind != first:
                 raise DataError(
                     f"{where}: {kind}, but {parts[0].file.name} has {first}; all files of a block must have the same"
                 )
         n_rows = sum(sum(part.pieces) for part in parts)
         where = str(parts[0].file if len(parts) == 1 else self._path)
-        dtype = np.dtype(first.value_type.to_pandas_dtype())
         grouped = ["game_id" in part.schema.names for part in parts]
         if any(grouped) and not all(grouped):
             missing = parts[grouped.index(False)].file
             raise DataError(f"{missing}: no game_id column, but other files of block {block} have one")
-        return BlockInfo(block, where, n_rows, first.list_size, dtype.name, all(grouped))
+        for part in parts:
+            if all(grouped):
+                rows = sum(part.pieces)
+                check_groups(f"{part.file}:game_id", (rows,), _dtype(part.schema.field("game_id").type), rows)
+        return BlockInfo(block, where, n_rows, first.list_size, _dtype(first.value_type).name, all(grouped))
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
-        """See `Source`; ranges end where row groups do, so a large row group is one range."""
+        """See `Source`; ranges end where row groups do, or lie within one."""
         ranges: list[RowRange] = []
         first_row = 0
         for part in self._parts[block]:
             start = stop = 0
             for piece in part.pieces:
                 stop += piece
+                n_ranges = max(1, round((stop - start) / rows))
                 if stop - start >= rows:
-                    ranges.append(RowRange(block, str(part.file), start, stop, first_row + start))
+                    ends = [start + (stop - start) * i // n_ranges for i in range(n_ranges + 1)]
+                    ranges += [
+                        RowRange(block, str(part.file), a, b, first_row + a) for a, b in itertools.pairwise(ends)
+                    ]
                     start = stop
             if stop > start:
                 ranges.append(RowRange(block, str(part.file), start, stop, first_row + start))
@@ -110,21 +130,19 @@ class ParquetTables(Source):
     def read(self, row_range: RowRange) -> Rows:
         """See `Source`."""
         part = next(p for p in self._parts[row_range.block] if str(p.file) == row_range.file)
-        ends = np.cumsum(part.pieces)
-        pieces = [i for i, end in enumerate(ends) if row_range.start < end <= row_range.stop]
-        grouped = "game_id" in part.schema.names
-        table = _read(part.file, pieces, [part.column, *(["game_id"] if grouped else [])])
-        column = table[part.column]
-        if column.null_count:
-            raise DataError(
-                f"{row_range.name(0, len(table) - 1)}: column {part.column} has nulls; every row needs a list"
-            )
         width = part.schema.field(part.column).type.list_size
-        x = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]).reshape(
-            -1, width
-        )
-        groups = group_numbers(str(part.file), table["game_id"].to_numpy()) if grouped else None
-        return Rows(x, groups)
+        grouped = "game_id" in part.schema.names
+        x: list[np.ndarray] = []
+        groups: list[np.ndarray] = []
+        for batch in _read(part, row_range, [part.column, *(["game_id"] if grouped else [])]):
+            for name in batch.schema.names:
+                if batch[name].null_count:
+                    where = row_range.name(0, row_range.stop - row_range.start - 1)
+                    raise DataError(f"{where}: column {name} has nulls; every row needs a value")
+            x.append(batch[part.column].flatten().to_numpy(zero_copy_only=False).reshape(-1, width))
+            if grouped:
+                groups.append(group_numbers(batch["game_id"].to_numpy(zero_copy_only=False)))
+        return Rows(np.concatenate(x), np.concatenate(groups) if grouped else None)
 
     def fingerprint(self, block: int) -> str:
         """See `Source`."""
@@ -146,12 +164,39 @@ def _header(file: Path) -> tuple[pa.Schema, tuple[int, ...]]:
         raise DataError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _read(file: Path, pieces: list[int], columns: list[str]) -> Any:
+def _read(part: _Part, row_range: RowRange, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The range's rows, in batches; rows of a row group that precede the range are decoded and dropped."""
+    ends = list(itertools.accumulate(part.pieces))
+    pieces = [i for i, end in enumerate(ends) if row_range.start < end and row_range.stop > end - part.pieces[i]]
+    at = ends[pieces[0]] - part.pieces[pieces[0]]
     try:
-        if file.suffix in (".parquet", ".pq"):
-            return pq.ParquetFile(file).read_row_groups(pieces, columns=columns)
-        with pa.memory_map(str(file)) as mapped:
-            reader = pa.ipc.open_file(mapped)
-            return pa.Table.from_batches([reader.get_batch(i) for i in pieces]).select(columns)
+        for batch in _batches(part.file, pieces, columns):
+            first, last = max(0, row_range.start - at), min(len(batch), row_range.stop - at)
+            if first < last:
+                yield batch.slice(first, last - first)
+            at += len(batch)
+            if at >= row_range.stop:
+                return
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{part.file}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _batches(file: Path, pieces: list[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
+    if file.suffix in (".parquet", ".pq"):
+        with pq.ParquetFile(file) as opened:
+            yield from opened.iter_batches(8192, row_groups=pieces, columns=columns, use_threads=False)
+        return
+    with pa.memory_map(str(file)) as mapped:
+        reader = pa.ipc.open_file(mapped)
+        for i in pieces:
+            yield reader.get_batch(i).select(columns)
+
+
+def _dtype(kind: pa.DataType) -> np.dtype:
+    """What numpy calls a column's type; object where it has no name for it."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    try:
+        return np.dtype(kind.to_pandas_dtype())
+    except NotImplementedError:
+        return np.dtype(object)

@@ -81,7 +81,7 @@ def recovery(
 
 
 def _truth(config: PlantedConfig, block: int) -> _Truth:
-    rng = np.random.default_rng([config.seed, block])
+    rng = np.random.default_rng([config.seed % 2**64, block])
     dictionary = rng.standard_normal((config.dictionary_size, config.input_dim))
     dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
     frequencies = _frequencies(config)
@@ -106,7 +106,7 @@ def _frequencies(config: PlantedConfig) -> Float[np.ndarray, " dictionary_size"]
 def _tile(
     config: PlantedConfig, truth: _Truth, block: int, tile: int, rows: int
 ) -> Float[np.ndarray, "rows input_dim"]:
-    rng = np.random.default_rng([config.seed, block, tile])
+    rng = np.random.default_rng([config.seed % 2**64, block, tile])
     half = 1 - np.sqrt(1 - truth.frequencies)  # alone or with the group: 1 − (1 − half)² is the frequency
     groups = rows // config.rows_per_group
     together = rng.random((groups, config.dictionary_size)) < half

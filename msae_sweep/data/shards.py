@@ -14,14 +14,13 @@ while a second read of a memory map or HDF5 file costs less than the statistics 
 
 import contextlib
 import functools
-import json
 import logging
-import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import ray
@@ -29,15 +28,21 @@ import ray.data
 from jaxtyping import Float32
 from ray.data.block import BlockAccessor
 
+from msae_sweep import errors
 from msae_sweep.config import DataConfig
+from msae_sweep.data.passes import Job, measure, read_shard, standardise_range
 from msae_sweep.data.source import BlockInfo, RowRange, Source, check, digest, open_source, select
-from msae_sweep.data.split import Moments, is_validation, standardise
-from msae_sweep.errors import DataError, MsaeSweepError, SweepError
+from msae_sweep.data.split import Moments
+from msae_sweep.data.store import ShardFolder
+from msae_sweep.errors import DataError, MsaeSweepError
 
 __all__ = ["PreparedBlock", "check", "prepare"]
 
 FORMAT = 1
 """Part of every key: raised when shards are written differently, so that old ones are not taken for new ones."""
+
+PROGRESS_SECONDS = 10
+"""Between two lines about a pass that goes on."""
 
 
 @dataclass(frozen=True)
@@ -94,25 +99,26 @@ def prepare(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What fails comes out as an exception; Ray Data would print it besides.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     source = open_source(config)
     prepared = {}
     for info in select(source.infos(), config):
         started = time.monotonic()
         key = _key(source, info, config)
-        folder = Path(storage).absolute() / "prepared" / f"block{info.block}-{key}"
-        manifest = _read_manifest(folder)
+        folder = ShardFolder(Path(storage).absolute() / "prepared" / f"block{info.block}-{key}")
+        manifest = folder.manifest()
         how = "reused" if manifest else "prepared"
         if manifest is not None:
             refs = _load(folder, manifest)
         else:
-            manifest, refs = _make(source, info, config, folder, key)
+            manifest, refs = _make(source, info, config, folder, key, on_progress)
         if manifest["n_train"] < batch_size:
             raise DataError(
                 f"{info.where}: {manifest['n_train']} training rows, fewer than training.batch_size {batch_size}; "
                 "lower batch_size or give more rows"
             )
-        mean, std = np.load(folder / "stats.npy", allow_pickle=False)
+        mean, std = folder.stats()
         prepared[info.block] = PreparedBlock(
             info.block, info.input_dim, manifest["n_train"], manifest["n_val"], mean, std, manifest, refs
         )
@@ -138,94 +144,33 @@ def _rows_per_range(info: BlockInfo) -> int:
     return max(1, min(max(info.n_rows // 64, (32 << 20) // row_bytes), (64 << 20) // row_bytes))
 
 
-class _Job(NamedTuple):
-    """What the tasks of both reading passes need; travels to the workers."""
-
-    source: Source
-    ranges: list[RowRange]
-    split_by: str
-    seed: int
-    val_split: float
-    drop_nonfinite: bool
-
-    def read(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of range i, whether each is held out, and whether each is finite."""
-        row_range = self.ranges[i]
-        x, groups = self.source.read(row_range)
-        ids = groups if self.split_by == "game_id" else np.arange(row_range.first_row, row_range.first_row + len(x))
-        assert ids is not None, "split by game_id is only chosen where the source has groups"
-        finite = np.isfinite(x).all(axis=1)
-        return x, is_validation(ids, self.seed, self.val_split), finite
-
-
-def _measure(batch: dict[str, np.ndarray], job: Any) -> dict[str, Any]:
-    """Pass 1 over one range: counts, the place of non-finite rows, the training rows' moments."""
-    work: _Job = ray.get(job)
-    i = int(batch["i"][0])
-    x, held_out, finite = work.read(i)
-    bad = np.flatnonzero(~finite)
-    n, mean, m2 = Moments.of(x[~held_out & finite])
-    return {
-        "i": [i],
-        "n_train": [n],
-        "n_val": [int((held_out & finite).sum())],
-        "n_bad": [len(bad)],
-        "bad_first": [int(bad[0]) if len(bad) else -1],
-        "bad_last": [int(bad[-1]) if len(bad) else -1],
-        "mean": mean[np.newaxis],
-        "m2": m2[np.newaxis],
-    }
-
-
-def _standardise(
-    batch: dict[str, np.ndarray], job: Any, folder: Path, mean: np.ndarray, std: np.ndarray
-) -> dict[str, Any]:
-    """Pass 2 over one range: its standardised rows, training rows first; written, and kept as a shard."""
-    work: _Job = ray.get(job)
-    i = int(batch["i"][0])
-    x, held_out, finite = work.read(i)
-    order = np.concatenate([np.flatnonzero(~held_out & finite), np.flatnonzero(held_out & finite)])
-    z = standardise(x[order], mean, std)
-    _save(folder / _shard_name(i), z)
-    return _shard(z, i)
-
-
-def _read_shard(batch: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
-    """One shard that was written before."""
-    i = int(batch["i"][0])
-    return _shard(np.load(folder / _shard_name(i), mmap_mode="r", allow_pickle=False), i)
-
-
-def _shard(z: np.ndarray, i: int) -> dict[str, np.ndarray]:
-    return {"x": z, "shard": np.full(len(z), i, dtype=np.int32)}
-
-
-def _shard_name(i: int) -> str:
-    return f"shard-{i:05d}.npy"
-
-
 def _make(
-    source: Source, info: BlockInfo, config: DataConfig, folder: Path, key: str
+    source: Source,
+    info: BlockInfo,
+    config: DataConfig,
+    folder: ShardFolder,
+    key: str,
+    on_progress: Callable[[str], None],
 ) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
     """Both passes; the manifest is written last, as the mark that the shards are whole."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SweepError(f"storage: {folder} cannot be made: {error.strerror}") from None
+    folder.create()
     ranges = source.row_ranges(info.block, _rows_per_range(info))
     split_by = _split_by(info, config)
-    work = _Job(source, ranges, split_by, config.seed, config.val_split, config.drop_nonfinite)
-    job = ray.put(work)
+    job = Job(source, ranges, split_by, config.seed, config.val_split)
 
     moments = Moments.of(np.empty((0, info.input_dim)))
     counts: dict[int, tuple[int, int]] = {}
     bad: list[tuple[RowRange, int, int, int]] = []
+    said = started = time.monotonic()
     with _plain_errors():
-        for row in _over(range(len(ranges)), functools.partial(_measure, job=job)).iter_rows():
+        for row in _over(range(len(ranges)), functools.partial(measure, job=job)).iter_rows():
             counts[int(row["i"])] = int(row["n_train"]), int(row["n_val"])
             moments = moments.merge(Moments(int(row["n_train"]), row["mean"], row["m2"]))
             if row["n_bad"]:
                 bad.append((ranges[int(row["i"])], int(row["n_bad"]), int(row["bad_first"]), int(row["bad_last"])))
+            if time.monotonic() - said > PROGRESS_SECONDS:
+                said = time.monotonic()
+                on_progress(f"block {info.block}: {len(counts)} of {len(ranges)} row ranges measured")
     n_val = sum(held_out for _, held_out in counts.values())
     n_dropped = sum(count for _, count, _, _ in bad)
     if bad and not config.drop_nonfinite:
@@ -244,16 +189,21 @@ def _make(
     if config.use_given_stats:
         given = source.given_stats(info.block)
         assert given is not None, "checked before"
-        if any(len(v) != info.input_dim for v in given):
-            raise DataError(f"{info.where}: normalization_stats.npz has {len(given[0])} channels, not {info.input_dim}")
         mean, std = given
+    if not np.isfinite(std).all():
+        channel = int(np.flatnonzero(~np.isfinite(std))[0])
+        raise DataError(f"{info.where}: values of channel {channel} overflow when squared in float64; scale them down")
+    if time.monotonic() - started > PROGRESS_SECONDS:
+        on_progress(f"block {info.block}: measured in {time.monotonic() - started:.0f} s; standardising")
 
     # A range without a usable row makes no shard.
     kept = [i for i in range(len(ranges)) if sum(counts[i])]
     with _plain_errors():
-        made = _over(kept, functools.partial(_standardise, job=job, folder=folder, mean=mean, std=std)).materialize()
+        made = _over(
+            kept, functools.partial(standardise_range, job=job, folder=folder, mean=mean, std=std)
+        ).materialize()
     constant = np.flatnonzero(std == 0)
-    _save(folder / "stats.npy", np.stack([mean, np.where(std == 0, 1.0, std)]).astype(np.float32))
+    folder.save_stats(mean, np.where(std == 0, 1.0, std))
     manifest = {
         "format": FORMAT,
         "key": key,
@@ -273,7 +223,7 @@ def _make(
         "constant_channels": constant.tolist(),
         "shards": [[i, *counts[i]] for i in kept],
     }
-    _save_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    folder.save_manifest(manifest)
     return manifest, _refs(made, manifest)
 
 
@@ -283,11 +233,11 @@ def _over(numbers: Iterable[int], function: Callable[..., dict[str, Any]]) -> ra
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(function, batch_size=1)
 
 
-def _load(folder: Path, manifest: dict[str, Any]) -> list[ray.ObjectRef]:
+def _load(folder: ShardFolder, manifest: dict[str, Any]) -> list[ray.ObjectRef]:
     """Shards that were written before, into the object stores."""
     with _plain_errors():
         numbers = [i for i, _, _ in manifest["shards"]]
-        return _refs(_over(numbers, functools.partial(_read_shard, folder=folder)).materialize(), manifest)
+        return _refs(_over(numbers, functools.partial(read_shard, folder=folder)).materialize(), manifest)
 
 
 def _refs(made: Any, manifest: dict[str, Any]) -> list[ray.ObjectRef]:
@@ -301,38 +251,6 @@ def _fetch(ref: ray.ObjectRef, number: int, start: int, stop: int) -> np.ndarray
     assert int(shard.to_numpy("shard")[0]) == number, "shards are out of order"
     x: np.ndarray = shard.to_numpy("x")
     return x[start:stop]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished preparation whose files are all there; None where it must be made (again)."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    row_bytes = 4 * manifest["input_dim"]
-    for i, n_train, n_val in manifest["shards"]:
-        file = folder / _shard_name(i)
-        if not file.is_file() or file.stat().st_size < (n_train + n_val) * row_bytes:
-            return None
-    return manifest
-
-
-def _save(file: Path, array: np.ndarray) -> None:
-    """Write an array whole or not at all."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as opened:
-            np.save(opened, array, allow_pickle=False)
-        os.replace(part, file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise SweepError(f"storage: {file} cannot be written: {error.strerror or error}") from None
-
-
-def _save_text(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def _say(manifest: dict[str, Any], how: str, seconds: float) -> str:
@@ -353,21 +271,17 @@ def _some(numbers: list[int]) -> str:
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What a task raised on purpose comes out as it was raised, without Ray's wrapping."""
+    """What a task raised on purpose comes out as it was raised.
+
+    It is read from the text of Ray's error: only some of Ray Data's ways out keep the exception itself.
+    """
     try:
         yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, MsaeSweepError):
-                raise type(cause)(_message(cause)) from None
-            cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
+    except MsaeSweepError:
         raise
-
-
-def _message(error: MsaeSweepError) -> str:
-    """Ray appends the worker's traceback to the text of an error that it carries over."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (
-        (lines[-1] if len(lines) > 1 else lines[0]).removeprefix(f"{type(error).__module__}.").split("Error: ", 1)[-1]
-    )
+    except Exception as error:
+        ours = re.findall(r"^msae_sweep\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+        if not ours:
+            raise
+        name, message = ours[-1]
+        raise getattr(errors, name)(message) from None

@@ -82,7 +82,11 @@ class Source(ABC):
         """Changes when the block's rows may have changed; read from names, sizes, times and headers."""
 
     def given_stats(self, block: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Mean and std that came with the data, if any."""
+        """Mean and std that came with the data, if any.
+
+        Raises:
+            DataError: they do not fit the block, or cannot be statistics.
+        """
         return None
 
 
@@ -98,7 +102,7 @@ def open_source(config: DataConfig) -> Source:
         return PlantedSource(config.planted, config.blocks)
     if "://" in config.path:
         raise DataError(f"data.path: {config.path} is a URI; give a path that every node can read")
-    path = Path(config.path).absolute()
+    path = Path(config.path).expanduser().absolute()
     if not path.exists():
         raise DataError(f"data.path: {path} does not exist; give a folder of activations, an .h5 or a Parquet file")
     if path.is_dir() and (path / "activations.h5").is_file() and not list(path.glob("block*/chunk_*.npy")):
@@ -178,19 +182,27 @@ def check_array(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         raise DataError(f"{where}: dtype {dtype.name}; must be one of {', '.join(FLOATS)}")
 
 
-def group_numbers(where: str, groups: np.ndarray) -> Int64[np.ndarray, " rows"]:
-    """Games as int64; a name becomes a number by a hash, so that it is the same in every file and on every node.
+def check_groups(where: str, shape: tuple[int, ...], dtype: np.dtype, n_rows: int) -> None:
+    """Whether an array can hold the game of each of a block's rows.
 
     Raises:
-        DataError: neither whole numbers nor text.
+        DataError: not one entry a row, or neither whole numbers nor text.
     """
+    if len(shape) != 1:
+        raise DataError(f"{where}: {len(shape)}-D array; must be 1-D, one entry a row")
+    if shape[0] != n_rows:
+        raise DataError(f"{where}: {shape[0]} entries, but the block has {n_rows} rows; one a row")
+    if dtype.kind not in "iuSUO":
+        raise DataError(f"{where}: game_id of dtype {dtype}; must be whole numbers or text")
+
+
+def group_numbers(groups: np.ndarray) -> Int64[np.ndarray, " rows"]:
+    """Games as int64; a name becomes a number by a hash, so that it is the same in every file and on every node."""
     if groups.dtype.kind in "iu":
         return groups.astype(np.int64)
-    if groups.dtype.kind in "SUO":
-        names, inverse = np.unique(groups.astype(str), return_inverse=True)
-        hashed = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:8], "big", signed=True) for n in names]
-        return np.array(hashed, dtype=np.int64)[inverse]
-    raise DataError(f"{where}: game_id of dtype {groups.dtype}; must be whole numbers or text")
+    names, inverse = np.unique(groups.astype(str), return_inverse=True)
+    hashed = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:8], "big", signed=True) for n in names]
+    return np.array(hashed, dtype=np.int64)[inverse]
 
 
 def cut(block: int, file: str, n_rows: int, first_row: int, rows: int) -> Iterable[RowRange]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 def is_validation(ids: Int64[np.ndarray, " rows"], seed: int, val_split: float) -> Bool[np.ndarray, " rows"]:
     """Whether each row (or group) is held out: a hash of (id, seed), so neither order nor cutting nor nodes matter."""
     with np.errstate(over="ignore"):
-        seeded = _splitmix64(np.array([seed], dtype=np.int64).view(np.uint64))
+        seeded = _splitmix64(np.array([seed % 2**64], dtype=np.uint64))
         hashed = _splitmix64(ids.view(np.uint64) ^ seeded)
     return hashed < np.uint64(int(val_split * 2.0**64))
 
@@ -31,15 +31,18 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, x: Float[np.ndarray, "rows input_dim"]) -> "Moments":
-        """Of some rows; none give zeros. Non-finite rows make the channel's mean non-finite."""
+        """Of some finite rows; none give zeros. Values near the end of float64 overflow to a non-finite std."""
         moments = cls(0, np.zeros(x.shape[1]), np.zeros(x.shape[1]))
-        # In tiles that stay in the cache: each is read from memory once, and every sum is float64.
+        # In tiles that stay in the cache: each is read from memory once, and every sum is float64. Sums are taken about
+        # the tile's first row: a constant channel comes out with exactly 0, whatever its value.
         for start in range(0, len(x), 1024):
-            tile = x[start : start + 1024].astype(np.float64)
+            rows = x[start : start + 1024]
+            origin = rows[0].astype(np.float64)
             with np.errstate(invalid="ignore", over="ignore"):
-                mean = tile.mean(axis=0)
-                tile -= mean
-                moments = moments.merge(cls(len(tile), mean, np.einsum("ij,ij->j", tile, tile)))
+                tile = np.subtract(rows, origin, dtype=np.float64)
+                shift = tile.mean(axis=0)
+                tile -= shift
+                moments = moments.merge(cls(len(tile), origin + shift, np.einsum("ij,ij->j", tile, tile)))
         return moments
 
     def merge(self, other: "Moments") -> "Moments":
@@ -47,17 +50,19 @@ class Moments(NamedTuple):
         n = self.n + other.n
         if n == 0:
             return self
-        delta = other.mean - self.mean
-        return Moments(
-            n,
-            self.mean + delta * (other.n / n),
-            self.m2 + other.m2 + delta**2 * (self.n * other.n / n),
-        )
+        if self.n == 0:
+            return other
+        with np.errstate(invalid="ignore", over="ignore"):
+            delta = other.mean - self.mean
+            return Moments(
+                n,
+                self.mean + delta * (other.n / n),
+                self.m2 + other.m2 + delta**2 * (self.n * other.n / n),
+            )
 
     def std(self) -> Float64[np.ndarray, " input_dim"]:
-        """Population standard deviation; exactly 0 where a channel is constant up to rounding."""
-        std = np.sqrt(self.m2 / max(self.n, 1))
-        return np.where(std <= 1e-10 * np.abs(self.mean), 0.0, std)
+        """Population standard deviation; exactly 0 where a channel is constant."""
+        return np.sqrt(self.m2 / max(self.n, 1))
 
 
 def standardise(

@@ -28,6 +28,7 @@ class Monitor(tune.Callback):  # type: ignore[misc]
     ) -> None:
         self._records, self._folder, self._scheduler = records, folder, scheduler
         self._tracker, self._display, self._tracked_params = tracker, display, tracked_params
+        self._runs_on: dict[str, dict[str, str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its settings for `Tuner.restore`, which is not used here; files and threads cannot be pickled.
@@ -48,6 +49,9 @@ class Monitor(tune.Callback):  # type: ignore[misc]
     ) -> None:
         """New epochs."""
         record = self._record(trial)
+        if (runs_on := result.get("runs_on")) and runs_on not in self._runs_on.values():
+            self._display.say(", ".join(f"{key}: {value}" for key, value in runs_on.items()))
+        self._runs_on[record.trial_id] = runs_on or {}
         record.seconds = max(record.seconds, float(result.get("seconds", 0.0)))
         if new := record.add_points(result["points"]):
             now = int(time.time() * 1000)
@@ -90,5 +94,6 @@ class Monitor(tune.Callback):  # type: ignore[misc]
             reason=record.reason,
             best=record.best,
             model_file=model if model.exists() and record.status in ("completed", "stopped_early") else None,
+            tags=self._runs_on.get(record.trial_id, {}),
         )
         self._display.trial_ended(record)

@@ -42,6 +42,10 @@ class Display:
         self._records = {record.trial_id: record for record in records}
         self._epochs_before = sum(record.epochs for record in self._records.values())
 
+    def say(self, line: str) -> None:
+        """Print a line above the table."""
+        self._console.print(line, highlight=False)
+
     def trial_ended(self, record: TrialRecord) -> None:
         """Say that a trial ended."""
         self._records[record.trial_id] = record

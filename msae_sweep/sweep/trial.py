@@ -48,6 +48,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         self._device_share = min(1.0, gpus) if gpus else min(1.0, cpus / (os.cpu_count() or 1))
         self._budget: int | None = None
         self._loaded: dict[int, tuple[Batches, ...]] = {}
+        self._runs_on: dict[str, str] = {}
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -87,8 +88,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             "seconds": self._seconds,
             "status": ("diverged" if reason == "diverged" else "completed") if done else "running",
             "reason": reason,
-            "device": str(self._state.samples_since_fired.device),
-            "kernel": kernels.choose(self._state.samples_since_fired.device).name,
+            "runs_on": self._runs_on,
             "done": done,
         }
 
@@ -121,6 +121,9 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self) -> None:
         device = choose_device(self._training, holds_gpu=self._holds_gpu)
+        choice = kernels.choose(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        self._runs_on |= {"device": f"{device.type} ({name})", "kernel": f"{choice.name} ({choice.reason})"}
         train, validation = self._load_data(device)
         input_dim = self._prepared[self._block].input_dim
         assert self._training.seed is not None, "the driver gives every trial its seed"
@@ -143,10 +146,12 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             n_bytes = 4 * block.input_dim * (block.n_train + block.n_val)
             while self._loaded and self._loaded_bytes() + n_bytes > self._budget_bytes(device):
                 self._loaded.pop(next(iter(self._loaded)))
-            self._loaded[self._block] = tuple(
-                make_batches(shards, n_rows, block.input_dim, batch_size, device, self._budget_bytes(device)).batches
+            sides = [
+                make_batches(shards, n_rows, block.input_dim, batch_size, device, self._budget_bytes(device))
                 for shards, n_rows in ((block.train_shards(), block.n_train), (block.val_shards(), block.n_val))
-            )
+            ]
+            self._loaded[self._block] = tuple(side.batches for side in sides)
+            self._runs_on["data"] = sides[0].reason
         train, validation = self._loaded[self._block]
         return train.with_batch_size(batch_size), validation.with_batch_size(batch_size)
 
