@@ -65,9 +65,8 @@ def main() -> None:
             paths = {form: pool.submit(write, folder, form, args.rows, args.input_dim).result() for form in forms}
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(
-            f"{args.rows:,} x {args.input_dim} float32; {platform.machine()}, {os.cpu_count()} cores; ray {ray.__version__}"
-        )
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        print(f"{args.rows:,} x {args.input_dim} float32; {machine}; ray {ray.__version__}")
         for form, path in paths.items():
             for attempt in ("cold", "reused"):
                 started = time.perf_counter()

@@ -5,6 +5,8 @@ import torch
 from msae_sweep.data.loader import ResidentBatches, StreamedBatches, default_budget, make_batches
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""The laws of both kinds hold on every device; each machine tries the best that it has."""
 
 
 def shards(sizes=(50, 30, 45, 7)):
@@ -20,12 +22,12 @@ def shards(sizes=(50, 30, 45, 7)):
 
 def resident(batch_size=16):
     fetchers, n = shards()
-    return ResidentBatches.load(fetchers, n, 2, batch_size, CPU)
+    return ResidentBatches.load(fetchers, n, 2, batch_size, DEVICE)
 
 
 def streamed(batch_size=16, window_bytes=600):
     fetchers, n = shards()
-    return StreamedBatches(fetchers, n, 2, batch_size, CPU, window_bytes)
+    return StreamedBatches(fetchers, n, 2, batch_size, DEVICE, window_bytes)
 
 
 def numbers(batches) -> list[int]:
@@ -71,6 +73,28 @@ def test_ordered_gives_every_row_once_in_order(make):
     batches = list(make().ordered())
     assert numbers(batches) == list(range(132))
     assert [len(b) for b in batches] == [16] * 8 + [4]
+
+
+@pytest.mark.parametrize("window_bytes", [1, 600, 10**6])
+def test_streamed_batches_hold_the_rows_that_resident_ones_do(window_bytes):
+    batches = streamed(batch_size=12, window_bytes=window_bytes)  # 12 divides 132: no row is left out
+    assert sorted(numbers(batches.epoch(1, 0))) == sorted(numbers(resident(12).epoch(1, 0))) == list(range(132))
+
+
+def test_stopping_in_the_middle_of_an_epoch_leaves_nothing_running():
+    import threading
+
+    before = threading.active_count()
+    epoch = streamed().epoch(1, 0)
+    next(epoch)
+    epoch.close()
+    assert threading.active_count() == before
+
+
+def test_a_single_shard_on_the_cpu_is_not_copied():
+    fetchers, n = shards((64,))
+    batches = ResidentBatches.load(fetchers, n, 2, 16, CPU)
+    assert batches.x.data_ptr() == fetchers[0]().ctypes.data
 
 
 def test_streamed_rows_are_mixed_across_shards():

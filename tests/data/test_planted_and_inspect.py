@@ -42,6 +42,11 @@ def test_recovery_is_one_for_the_dictionary_itself_and_low_for_noise():
     assert recovery(np.random.default_rng(0).normal(size=(64, 32)), std, dictionary) < 0.6
 
 
+def test_any_seed_is_a_seed():
+    other = CONFIG.model_copy(update={"seed": -1, "rows": 500})
+    assert np.isfinite(planted_rows(other).x).all()
+
+
 def test_inspect_counts_what_a_sweep_would_stumble_over(tmp_path, rows, games):
     rows[3, 1], rows[77, 0] = np.nan, np.inf
     (report,) = inspect(DataConfig(path=write_npy(tmp_path, rows, games)))

@@ -32,7 +32,7 @@ def sides(x, block, **settings):
 
 
 def test_about_val_split_of_the_rows_is_held_out():
-    for seed in (0, 1, -5):
+    for seed in (0, 1, -5, 2**63):
         assert is_validation(np.arange(100_000), seed, 0.1).mean() == pytest.approx(0.1, abs=0.005)
 
 
@@ -63,6 +63,22 @@ def test_a_constant_channel_has_std_zero_and_standardises_to_zero():
     assert z[:, 0].std() == pytest.approx(1, abs=1e-5)
 
 
+def test_a_channel_that_varies_little_about_a_large_mean_is_not_constant():
+    x = np.random.default_rng(0).normal(size=(5000, 2)) * [1, 0.5] + [0, 1e10]
+    moments = Moments.of(x[:777]).merge(Moments.of(x[777:]))
+    np.testing.assert_allclose(moments.std(), [x[:, 0].std(), 0.5], rtol=0.02)
+    assert standardise(x, moments.mean, moments.std())[:, 1].std() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.1, -7e30, 1e-300, 60_000.0])
+def test_the_same_constant_in_every_part_has_std_exactly_zero(value):
+    x = np.full((4000, 1), value)
+    moments = Moments.of(x[:0])
+    for part in np.array_split(x, 13):
+        moments = moments.merge(Moments.of(part))
+    assert moments.std()[0] == 0
+
+
 # The pipelines.
 
 
@@ -75,6 +91,18 @@ def test_every_format_gives_the_shards_that_numpy_gives(ray_session, tmp_path, r
         np.testing.assert_allclose(found, expected, atol=1e-5)
     assert block.manifest["constant_channels"] == [2]
     assert block.std[2] == 1
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def test_neither_split_nor_statistics_depend_on_how_the_rows_are_cut(ray_session, tmp_path, rows, form, monkeypatch):
+    path = WRITERS[form](tmp_path / "data", rows)
+    few = prepare(path, tmp_path / "few")[5]
+    monkeypatch.setattr(shards, "_rows_per_range", lambda info: 23)
+    many = prepare(path, tmp_path / "many")[5]
+    assert len(many.refs) > 3 * len(few.refs)
+    np.testing.assert_allclose(many.mean, few.mean, rtol=1e-6)
+    for a, b in zip(arrays(few), arrays(many), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_games_never_stand_on_both_sides(ray_session, tmp_path, rows, games):
@@ -189,6 +217,27 @@ def test_unwritable_storage_is_one_line(ray_session, tmp_path, rows):
     (tmp_path / "storage").write_text("a file, not a folder")
     with pytest.raises(SweepError, match=r"storage: .* cannot be made"):
         prepare(write_npy(tmp_path / "data", rows), tmp_path / "storage")
+
+
+def test_a_shard_that_cannot_be_written_is_one_line(ray_session, tmp_path, rows):
+    path = write_npy(tmp_path / "data", rows)
+    prepare(path, tmp_path / "storage")
+    folder = next((tmp_path / "storage" / "prepared").iterdir())
+    (folder / "manifest.json").unlink()
+    shard = next(folder.glob("shard-*.npy"))
+    shard.unlink()
+    shard.mkdir()  # nothing can be written in its place, as on a full disk
+    with pytest.raises(SweepError, match=r"storage: .*shard-0.*npy cannot be written: Is a directory$") as caught:
+        prepare(path, tmp_path / "storage")
+    assert "\n" not in str(caught.value)
+    assert not list(folder.glob(".*.part"))
+
+
+def test_values_that_overflow_are_refused(ray_session, tmp_path):
+    x = np.random.default_rng(0).normal(size=(300, 3))
+    x[:, 1] *= 1e200
+    with pytest.raises(DataError, match="channel 1 overflow"):
+        prepare(write_npy(tmp_path / "data", x), tmp_path / "storage")
 
 
 def test_an_error_in_a_task_comes_out_without_rays_wrapping(ray_session, tmp_path, rows, monkeypatch):

@@ -159,6 +159,27 @@ def cube_in_h5(folder, rows):
     return write_h5(folder, rows.reshape(10, 50, 6), name="block5")
 
 
+def archive_as_npy(folder, rows):
+    (folder / "block5").mkdir(parents=True)
+    with open(folder / "block5" / "chunk_0000.npy", "wb") as file:
+        np.savez(file, rows=rows)
+    return str(folder)
+
+
+def without_dataspace(folder, rows):
+    folder.mkdir()
+    with h5py.File(folder / "activations.h5", "w") as file:
+        file["block5"] = h5py.Empty("f4")
+    return str(folder)
+
+
+def lists_of_lists(folder, rows):
+    folder.mkdir()
+    inner = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(20)), 5)
+    pq.write_table(pa.table({"block5": pa.FixedSizeListArray.from_arrays(inner, 2)}), folder / "a.parquet")
+    return str(folder)
+
+
 BROKEN = {
     "missing folder": (lambda folder, rows: str(folder / "nowhere"), "does not exist"),
     "empty folder": (nothing, "holds no activations"),
@@ -174,6 +195,14 @@ BROKEN = {
     "ragged parquet": (ragged_parquet, "lists of varying size"),
     "two datasets of one block": (twice_in_h5, "both name block 5"),
     "3-D dataset": (cube_in_h5, "3-D array"),
+    "one number": (one_array(np.float32(3)), "0-D array of shape"),
+    "an archive called npy": (archive_as_npy, "chunk_0000.npy: cannot be read: not an .npy file"),
+    "dataset without a dataspace": (without_dataspace, "0-D array"),
+    "lists of lists": (lists_of_lists, "dtype object; must be one of float16"),
+    "fractional games": (lambda f, rows: write_npy(f, rows, np.zeros(500)), "game_id of dtype float64"),
+    "fractional games in h5": (lambda f, rows: write_h5(f, rows, np.zeros(500)), "game_id of dtype float64"),
+    "fractional games in parquet": (lambda f, rows: write_parquet(f, rows, np.zeros(500)), "game_id of dtype float64"),
+    "too few games in h5": (lambda f, rows: write_h5(f, rows, np.zeros(3, dtype=int)), "3 entries.*500 rows"),
     "too few games": (lambda f, rows: write_npy(f, rows, np.zeros(3, dtype=int)), "game_id.npy: 3 entries.*500 rows"),
     "2-D games": (lambda f, rows: write_npy(f, rows, np.zeros((500, 2), dtype=int)), "game_id.npy: 2-D array"),
 }
@@ -217,6 +246,45 @@ def test_given_statistics_must_be_there(tmp_path, rows):
         check(DataConfig(path=write_npy(tmp_path, rows), use_given_stats=True), batch_size=10)
 
 
+@pytest.mark.parametrize(
+    ("stats", "says"),
+    [
+        ({"mean": np.zeros(6)}, "must hold arrays mean and std"),
+        ({"mean": np.zeros(3), "std": np.ones(3)}, r"both must be \(6,\)"),
+        ({"mean": np.zeros(6), "std": np.full(6, np.nan)}, "NaN, Inf or a negative std"),
+        ({"mean": np.zeros(6), "std": np.full(6, -1.0)}, "NaN, Inf or a negative std"),
+        (None, "must hold arrays mean and std"),
+    ],
+)
+def test_given_statistics_must_fit(tmp_path, rows, stats, says):
+    config = DataConfig(path=write_npy(tmp_path, rows), use_given_stats=True)
+    file = tmp_path / "block5" / "normalization_stats.npz"
+    if stats is None:
+        file.write_bytes(b"PK\x03\x04 no archive")
+    else:
+        np.savez(file, **stats)
+    with pytest.raises(DataError, match=says):
+        check(config, batch_size=10)
+
+
+def test_a_missing_game_is_refused_when_it_is_read(tmp_path, rows):
+    games = pa.array([*range(499), None], pa.int64())
+    pq.write_table(table(rows).append_column("game_id", games), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet rows .*: column game_id has nulls"):
+        read_all(str(tmp_path))
+
+
+def test_a_path_may_begin_at_home(tmp_path, rows, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_npy(tmp_path / "activations", rows)
+    assert open_source(DataConfig(path="~/activations")).infos()[5].n_rows == len(rows)
+
+
+def test_a_uri_is_refused(tmp_path):
+    with pytest.raises(DataError, match="s3://bucket/activations is a URI; give a path"):
+        check(DataConfig(path="s3://bucket/activations"), batch_size=10)
+
+
 def test_pickled_games_are_never_loaded(tmp_path, rows):
     path = write_npy(tmp_path, rows)
     np.save(tmp_path / "game_id.npy", np.array([{}] * len(rows), dtype=object), allow_pickle=True)
@@ -231,6 +299,7 @@ def test_an_h5_file_without_blocks_lists_what_it_has(tmp_path):
         check(DataConfig(path=str(tmp_path / "a.h5")), batch_size=10)
 
 
-def test_parquet_row_groups_are_read_whole(tmp_path, rows):
+def test_small_parquet_row_groups_are_read_together_and_large_ones_cut(tmp_path, rows):
     source = open_source(DataConfig(path=write_parquet(tmp_path, rows)))
     assert [r.stop - r.start for r in source.row_ranges(5, 100)] == [140, 140, 140, 80]
+    assert [r.stop - r.start for r in source.row_ranges(5, 35)] == [35] * 14 + [10]
