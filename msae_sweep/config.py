@@ -113,9 +113,9 @@ class TrainingConfig(_Frozen):
     """Largest gradient norm over all parameters; null does not clip."""
     pre_bias_init: Literal["zero", "geometric_median"] = "zero"
     """Start of `pre_bias`: 0 (the data is standardised), or the geometric median of the first rows."""
-    encoder_init: Literal["scaled", "transpose"] = "scaled"
-    """Start of `W_enc`: the decoder's rows times the one factor that reconstructs the first batch best, or unscaled.
-    Unscaled, x̂ starts far too large (R² of -2 at k=128) and the first epochs only shrink it; see `sae/train.py`."""
+    encoder_init: Literal["transpose", "scaled"] = "transpose"
+    """Start of `W_enc`: the decoder's rows, or these times the one factor that reconstructs the first batch best.
+    `scaled` is far ahead in short runs and falls behind in long ones; see `encoder_scale` in `sae/train.py`."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Arithmetic of matrix products on CUDA: full float32, tf32, or bf16 autocast. CPU and MPS use float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -85,9 +85,9 @@ class Monitor(tune.Callback):  # type: ignore[misc]
 
     def _end(self, record: TrialRecord, status: Any, reason: str) -> None:
         record.status, record.reason = status, reason
-        self._folder.save_record(record)
-        self._folder.state_file(record.trial_id).unlink(missing_ok=True)
         model = self._folder.model_file(record.trial_id)
+        # The journal before the record: a trial whose record says that it ended is never spoken of again, while saying
+        # twice that it ended changes nothing.
         self._tracker.trial_ended(
             trial_id=record.trial_id,
             status=record.status,
@@ -96,4 +96,6 @@ class Monitor(tune.Callback):  # type: ignore[misc]
             model_file=model if model.exists() and record.status in ("completed", "stopped_early") else None,
             tags=self._runs_on.get(record.trial_id, {}),
         )
+        self._folder.save_record(record)
+        self._folder.state_file(record.trial_id).unlink(missing_ok=True)
         self._display.trial_ended(record)

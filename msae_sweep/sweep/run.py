@@ -28,6 +28,7 @@ from msae_sweep.sweep.schedule import BlockAsha, rungs
 from msae_sweep.sweep.space import plan
 from msae_sweep.sweep.trial import MSAETrial
 from msae_sweep.track.tracker import SyncReport, Tracker
+from msae_sweep.track.uri import redact, resolve_uri
 
 FLUSH_SECONDS = 60.0
 """How long the end of a sweep waits for MLflow; what is left is sent later by `msae-sweep track-sync`."""
@@ -58,6 +59,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
         raise SweepError(
             f"name: sweep {config.name} exists in {config.storage}; go on with --resume, or give another --name"
         )
+    resolve_uri(config.tracking.uri)  # a URI that MLflow cannot use is said now, not after the preparation
     # Row counts and widths from headers: most mistakes in the data are found before Ray starts.
     infos = shards.check(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
     for info in infos:
@@ -79,7 +81,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     tracker.sweep_started(
         name=config.name,
         params=_flatten(config.model_dump(mode="json")),
-        tags={key: str(value) for key, value in identity.items() if value},
+        tags={key: str(value) for key, value in identity.items() if value and key != "sweep_id"},
         config_yaml=config.to_yaml(),
         datasets={block: p.manifest for block, p in prepared.items()},
     )
@@ -314,7 +316,7 @@ def _identity(folder: SweepFolder, config: SweepConfig, command: str) -> dict[st
         "ray": ray.__version__,
     }
     folder.write_text(file, json.dumps(identity, indent=1))
-    folder.write_text(folder.config_file, config.to_yaml())
+    folder.write_text(folder.config_file, redact(config.to_yaml()))
     return identity
 
 

@@ -180,7 +180,7 @@ def test_the_geometric_median_start_is_used():
 def test_the_encoder_starts_at_the_scale_with_the_least_loss():
     rows, _ = planted()
     x = next(rows.epoch(1, 0))
-    settings = config(weighting="reverse")
+    settings = config(weighting="reverse", encoder_init="scaled")
 
     def loss_at(factor: float) -> float:
         state = TrainState.create(settings, 16, seed=0, device=CPU, train=rows)
