@@ -1,0 +1,205 @@
+"""The front door: help without weight, wrong input in one line and exit code 2 before any trial starts."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from msae_sweep.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+SPACE = """
+name: small
+data: {path: planted, blocks: [5], planted: {rows: 1000, input_dim: 16, dictionary_size: 32, active: 3}}
+space: {learning_rate: {loguniform: [1e-3, 3e-2]}, expansion_factor: {choice: [2, 4]}}
+training: {k_levels: [2, 4, 8], batch_size: 64, epochs: 1, aux_k: 8}
+search: {trials_per_block: 1}
+asha: null
+"""
+
+
+@pytest.fixture
+def rows() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Path:
+    path = tmp_path / "space.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+def npy(folder: Path, *chunks: np.ndarray) -> Path:
+    (folder / "block5").mkdir(parents=True)
+    for i, chunk in enumerate(chunks):
+        np.save(folder / "block5" / f"chunk_{i:04d}.npy", chunk)
+    return folder
+
+
+def refused(monkeypatch, capsys, space: Path, *arguments: str) -> str:
+    """Run the command; assert exit code 2, one line, no sweep folder; return the line."""
+    storage = space.parent / "sweeps"
+    command = ["msae-sweep", "run", str(space), "--storage", str(storage), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(space.parent)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert not (storage / "small" / "trials").exists()
+    return lines[0]
+
+
+WRONG_SETTINGS = {
+    "misspelt key": (["--set", "training.learning_rat=1"], "training.learning_rat: no such key; did you mean"),
+    "missing folder": (["--data", "nowhere"], "nowhere does not exist"),
+    "no such block": (["--data", "npy", "--set", "data.blocks=[7]"], "no block 7 in npy; found 5"),
+    "k above hidden_dim": (["--set", "training.k_levels=[64]"], "64 exceeds hidden_dim 32 .*lower k or raise"),
+    "unsorted k_levels": (["--set", "training.k_levels=[8, 4]"], r"must ascend without repeats; write \[4, 8\]"),
+    "repeated k_levels": (["--set", "training.k_levels=[4, 4]"], r"must ascend without repeats; write \[4\]"),
+    "low above high": (["--set", "space.learning_rate={uniform: [2, 1]}"], "low 2 must be below high 1"),
+    "fewer rows than a batch": (["--set", "training.batch_size=5000"], "fewer than training.batch_size 5000"),
+    "unwritable storage": (["--storage", "space.yaml"], "storage: .* cannot be (made|written)"),
+    "storage as URI": (["--storage", "s3://bucket/sweeps"], "storage: s3://bucket/sweeps is a URI"),
+    "folder as tracking URI": (["--tracking-uri", "mlruns"], "write sqlite:///mlflow.db"),
+    "no such file": (["--set", "data.path=/nowhere/at/all"], "/nowhere/at/all does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SETTINGS)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(ray_session, monkeypatch, capsys, space, rows, case):
+    npy(space.parent / "npy", rows)
+    arguments, says = WRONG_SETTINGS[case]
+    assert re.search(says, refused(monkeypatch, capsys, space, *arguments))
+
+
+def truncated(folder: Path, rows: np.ndarray) -> Path:
+    npy(folder, rows)
+    file = folder / "block5" / "chunk_0000.npy"
+    file.write_bytes(file.read_bytes()[:999])
+    return folder
+
+
+def truncated_h5(folder: Path, rows: np.ndarray) -> Path:
+    folder.mkdir()
+    with h5py.File(folder / "activations.h5", "w") as file:
+        file["block5"] = rows
+    (folder / "activations.h5").write_bytes((folder / "activations.h5").read_bytes()[:-999])
+    return folder
+
+
+def with_nan(folder: Path, rows: np.ndarray) -> Path:
+    rows[41:44, 3] = np.nan
+    return npy(folder, rows)
+
+
+def object_array(folder: Path, rows: np.ndarray) -> Path:
+    (folder / "block5").mkdir(parents=True)
+    np.save(folder / "block5" / "chunk_0000.npy", np.array([{}]), allow_pickle=True)
+    return folder
+
+
+def one_game(folder: Path, rows: np.ndarray) -> Path:
+    np.save(npy(folder, rows) / "game_id.npy", np.zeros(len(rows), dtype=int))
+    return folder
+
+
+WRONG_DATA = {
+    "chunks of different width": (lambda f, r: npy(f, r, r[:, :4]), "chunk_0001.npy: width 4"),
+    "truncated npy": (truncated, "chunk_0000.npy: cannot be read: truncated"),
+    "truncated h5": (truncated_h5, "cannot be read as HDF5"),
+    "1-D array": (lambda f, r: npy(f, r[:, 0]), "1-D array"),
+    "object array": (object_array, "object array"),
+    "NaN rows": (with_nan, r"chunk_0000.npy rows 41-43: NaN or Inf \(3 rows in all\).*drop_nonfinite"),
+    "a side without rows": (one_game, "leaves no (training|validation) rows"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_DATA)
+def test_wrong_data_is_one_line_and_exit_code_2(ray_session, monkeypatch, capsys, space, rows, case):
+    write, says = WRONG_DATA[case]
+    data = write(space.parent / "data", rows)
+    assert re.search(says, refused(monkeypatch, capsys, space, "--data", str(data)))
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["resume"], ["inspect"], ["track-sync"]])
+def test_help_answers_without_torch_or_ray(command):
+    heavy = "sorted({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules))"
+    code = f"""
+import sys
+sys.argv = ['msae-sweep', *{command}, '--help']
+from msae_sweep.cli import main
+try:
+    main()
+finally:
+    print('loaded', {heavy})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    assert done.stdout.strip().endswith("loaded []")
+
+
+def test_options_replace_what_the_file_says(monkeypatch, space):
+    from msae_sweep import cli
+
+    seen = []
+    monkeypatch.setattr(cli, "_sweep", lambda config, resume: seen.append((config, resume)))
+    options = [
+        "--data",
+        "123",
+        "--storage",
+        "somewhere",
+        "--name",
+        "other",
+        "--tracking-uri",
+        "http://h:5000",
+        "--resume",
+    ]
+    monkeypatch.setattr(sys, "argv", ["msae-sweep", "run", str(space), *options, "--set", "training.epochs=9"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    ((config, resume),) = seen
+    assert (config.data.path, config.storage, config.name) == ("123", "somewhere", "other")
+    assert (config.tracking.uri, config.training.epochs, resume) == ("http://h:5000", 9, True)
+
+
+def test_inspect_prints_a_table(monkeypatch, capsys, tmp_path, rows):
+    monkeypatch.setattr(sys, "argv", ["msae-sweep", "inspect", str(npy(tmp_path / "data", rows))])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    assert "1,000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["resume", "track-sync"])
+def test_a_folder_without_a_sweep_is_one_line(monkeypatch, capsys, tmp_path, command):
+    monkeypatch.setattr(sys, "argv", ["msae-sweep", command, str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "no sweep.yaml there" in capsys.readouterr().err
+
+
+def test_python_m_runs_the_same_command_line():
+    done = subprocess.run([sys.executable, "-m", "msae_sweep", "run", "missing.yaml"], capture_output=True, text=True,
+                          env={**os.environ, "COLUMNS": "200"})  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip() == "msae-sweep: missing.yaml: no such search-space file"
+
+
+def test_the_readme_names_only_commands_and_files_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"search_spaces/\w+\.yaml|tests/bench/\w+\.py|\.github/\w+\.\w+", text):
+        assert (ROOT / name).exists(), name
+    for command in re.findall(r"msae-sweep (\w[\w-]*)", text):
+        assert command in {"run", "resume", "inspect", "track-sync"}, command
