@@ -73,7 +73,7 @@ class Hdf5File(Source):
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
         """See `Source`."""
-        return list(cut(block, f"{self._path}:{self._datasets[block]}", self.infos()[block].n_rows, 0, rows))
+        return list(cut(block, f"{self._path}:{self._datasets[block]}", 0, self.infos()[block].n_rows, 0, rows))
 
     def read(self, row_range: RowRange) -> Rows:
         """See `Source`."""

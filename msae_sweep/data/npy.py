@@ -1,4 +1,4 @@
-"""The notebook's activation folder: `block{B}/chunk_*.npy`, memory-mapped."""
+"""The notebook's activation folder: `block{B}/chunk_*.npy`."""
 
 import re
 import zipfile
@@ -80,13 +80,13 @@ class NpyFolder(Source):
         ranges: list[RowRange] = []
         first_row = 0
         for file, n_rows in self._chunks[block]:
-            ranges += cut(block, str(file), n_rows, first_row, rows)
+            ranges += cut(block, str(file), 0, n_rows, first_row, rows)
             first_row += n_rows
         return ranges
 
     def read(self, row_range: RowRange) -> Rows:
         """See `Source`."""
-        x = np.array(_open(Path(row_range.file))[row_range.start : row_range.stop])
+        x = _read(Path(row_range.file), row_range.start, row_range.stop)
         group_file = self._group_file(row_range.block)
         if group_file is None:
             return Rows(x, None)
@@ -129,7 +129,18 @@ def _n_rows(file: Path) -> int:
     return len(array)
 
 
-def _open(file: Path) -> np.ndarray:
+def _read(file: Path, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop`, copied."""
+    array = _open(file)
+    if not array.flags.c_contiguous:
+        return np.array(array[start:stop])
+    # A plain read: faulting the same bytes in through the map took 25-50 ms for 32 MiB, reading them 11 ms.
+    width = array.shape[1]
+    offset = array.offset + start * width * array.itemsize
+    return np.fromfile(file, array.dtype, (stop - start) * width, offset=offset).reshape(-1, width)
+
+
+def _open(file: Path) -> np.memmap:
     """Memory-map an array; only the header is read here."""
     try:
         return np.lib.format.open_memmap(file, mode="r")

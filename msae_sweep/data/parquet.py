@@ -19,6 +19,7 @@ from msae_sweep.data.source import (
     block_of,
     check_array,
     check_groups,
+    cut,
     digest,
     group_numbers,
 )
@@ -115,15 +116,11 @@ class ParquetTables(Source):
             start = stop = 0
             for piece in part.pieces:
                 stop += piece
-                n_ranges = max(1, round((stop - start) / rows))
                 if stop - start >= rows:
-                    ends = [start + (stop - start) * i // n_ranges for i in range(n_ranges + 1)]
-                    ranges += [
-                        RowRange(block, str(part.file), a, b, first_row + a) for a, b in itertools.pairwise(ends)
-                    ]
+                    ranges += cut(block, str(part.file), start, stop, first_row, rows)
                     start = stop
             if stop > start:
-                ranges.append(RowRange(block, str(part.file), start, stop, first_row + start))
+                ranges += cut(block, str(part.file), start, stop, first_row, rows)
             first_row += stop
         return ranges
 

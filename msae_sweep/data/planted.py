@@ -40,7 +40,7 @@ class PlantedSource(Source):
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
         """See `Source`."""
-        return list(cut(block, f"planted block {block}", self._config.rows, 0, rows))
+        return list(cut(block, f"planted block {block}", 0, self._config.rows, 0, rows))
 
     def read(self, row_range: RowRange) -> Rows:
         """See `Source`."""

@@ -9,7 +9,7 @@ Two passes, each a Ray Data pipeline with one task a row range:
 
 A later sweep reads the files instead; a shard that is lost with its node is made again by lineage, either way. The
 source is read twice rather than materialised raw in between: that would need as much object store again, and spill,
-while a second read of a memory map or HDF5 file costs less than the statistics do.
+while a second read of an npy or HDF5 file costs less than the statistics do.
 """
 
 import contextlib

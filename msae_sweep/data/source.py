@@ -5,6 +5,7 @@ Sources are picklable: Ray's workers open the files themselves.
 """
 
 import hashlib
+import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -205,10 +206,12 @@ def group_numbers(groups: np.ndarray) -> Int64[np.ndarray, " rows"]:
     return np.array(hashed, dtype=np.int64)[inverse]
 
 
-def cut(block: int, file: str, n_rows: int, first_row: int, rows: int) -> Iterable[RowRange]:
-    """Ranges of `rows` rows over one file, the last one shorter."""
-    for start in range(0, n_rows, rows):
-        yield RowRange(block, file, start, min(start + rows, n_rows), first_row + start)
+def cut(block: int, file: str, start: int, stop: int, first_row: int, rows: int) -> Iterable[RowRange]:
+    """Equal ranges of about `rows` rows over rows `start` to `stop` of a file whose first row is `first_row`."""
+    n_ranges = max(1, round((stop - start) / rows))
+    ends = [start + (stop - start) * i // n_ranges for i in range(n_ranges + 1)]
+    for first, last in itertools.pairwise(ends):
+        yield RowRange(block, file, first, last, first_row + first)
 
 
 def digest(*parts: object) -> str:

@@ -50,8 +50,8 @@ class ShardFolder:
         self._write(self.path / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
     def shard(self, i: int) -> Float32[np.ndarray, "rows input_dim"]:
-        """Shard `i`, memory-mapped."""
-        return np.load(self._shard(i), mmap_mode="r", allow_pickle=False)
+        """Shard `i`."""
+        return np.load(self._shard(i), allow_pickle=False)
 
     def save_shard(self, i: int, z: Float32[np.ndarray, "rows input_dim"]) -> None:
         """Write shard `i`."""

@@ -63,6 +63,7 @@ def main() -> None:
         # Written in a child process, whose memory is not the driver's.
         with ProcessPoolExecutor(1) as pool:
             paths = {form: pool.submit(write, folder, form, args.rows, args.input_dim).result() for form in forms}
+        os.sync()  # what is still to be written would be written meanwhile
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"

@@ -45,6 +45,14 @@ def test_float16_stays_float16(tmp_path, rows):
     assert source.infos()[5].dtype == "float16"
 
 
+def test_column_major_and_big_endian_chunks_are_read_as_they_are(tmp_path, rows):
+    folder = tmp_path / "block5"
+    folder.mkdir()
+    np.save(folder / "chunk_0.npy", np.asfortranarray(rows))
+    np.save(folder / "chunk_1.npy", rows.astype(">f4"))
+    np.testing.assert_array_equal(read_all(str(tmp_path))[0], np.concatenate([rows, rows]))
+
+
 def test_chunks_follow_the_order_of_their_numbers(tmp_path):
     folder = tmp_path / "block5"
     folder.mkdir()
