@@ -30,8 +30,9 @@ from msae_sweep.sweep.trial import MSAETrial
 from msae_sweep.track.tracker import SyncReport, Tracker
 from msae_sweep.track.uri import redact, resolve_uri
 
-FLUSH_SECONDS = 60.0
-"""How long the end of a sweep waits for MLflow; what is left is sent later by `msae-sweep track-sync`."""
+FLUSH_SECONDS = 600.0
+"""How long the end of a sweep waits while MLflow takes what is left, about a second a trial; a server that is down is
+given up within seconds. What is left then is sent later by `msae-sweep track-sync`."""
 
 
 class SweepResult(NamedTuple):
@@ -89,9 +90,11 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     started = time.monotonic()
     try:
         records = sweep.tune()
-    finally:
-        # Also when something unforeseen is raised: what is in the journal is whole, and `track-sync` can send it.
-        interrupted = any(not r.finished for r in sweep.records.values()) or len(sweep.records) < sweep.n_trials
+    except BaseException:
+        # What is in the journal is whole: a resumed sweep goes on from it, and `track-sync` can send it.
+        tracker.close(timeout_seconds=0)
+        raise
+    interrupted = len(records) < sweep.n_trials or any(not record.finished for record in records)
     seconds = time.monotonic() - started
     summary = finish.write(config, folder, records, {b: p.manifest for b, p in prepared.items()}, seconds=seconds)
     tracker.sweep_ended(
@@ -100,6 +103,8 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
         champions={} if interrupted else finish.champions(summary),
         metrics=finish.block_metrics(summary) | {"wall_seconds": seconds},
     )
+    if (pending := tracker.status.pending) > 1:
+        console.print(f"sending the last {pending} events to MLflow", highlight=False)
     return SweepResult(folder, summary, tracker.close(timeout_seconds=FLUSH_SECONDS), interrupted)
 
 
