@@ -78,4 +78,6 @@ class ShardFolder:
             os.replace(part, file)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise SweepError(f"storage: {file} cannot be written: {error.strerror or error}") from None
+            # numpy reports a short write, which is a full disk, without the system's word for it.
+            reason = error.strerror or f"no space left ({error})"
+            raise SweepError(f"storage: {file} cannot be written: {reason}") from None
