@@ -1,9 +1,10 @@
 """Shards to batches: one tensor on the device where it fits, else a shuffled stream of shards."""
 
+import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -137,27 +138,30 @@ class StreamedBatches:
         generator = _generator(seed, epoch)
         shard_order = torch.randperm(len(self._shards), generator=generator).tolist()
         left_over = torch.empty(0, self._input_dim, device=self._device)
-        for window in self._windows(shard_order):
-            rows = torch.cat([left_over, window])
-            # Drawn on the CPU: the same order on every device.
-            order = torch.randperm(len(rows), generator=generator).to(self._device)
-            whole = len(rows) - len(rows) % self.batch_size
-            for start in range(0, whole, self.batch_size):
-                yield rows[order[start : start + self.batch_size]]
-            left_over = rows[order[whole:]]
+        # Closed by hand: not every Python closes an inner generator as soon as the outer one is.
+        with contextlib.closing(self._windows(shard_order)) as windows:
+            for window in windows:
+                rows = torch.cat([left_over, window])
+                # Drawn on the CPU: the same order on every device.
+                order = torch.randperm(len(rows), generator=generator).to(self._device)
+                whole = len(rows) - len(rows) % self.batch_size
+                for start in range(0, whole, self.batch_size):
+                    yield rows[order[start : start + self.batch_size]]
+                left_over = rows[order[whole:]]
 
     def ordered(self) -> Iterator[Tensor]:
         """See `Batches`."""
         left_over = torch.empty(0, self._input_dim, device=self._device)
-        for window in self._windows(range(len(self._shards))):
-            rows = torch.cat([left_over, window])
-            whole = len(rows) - len(rows) % self.batch_size
-            yield from torch.split(rows[:whole], self.batch_size) if whole else ()
-            left_over = rows[whole:].clone()
+        with contextlib.closing(self._windows(range(len(self._shards)))) as windows:
+            for window in windows:
+                rows = torch.cat([left_over, window])
+                whole = len(rows) - len(rows) % self.batch_size
+                yield from torch.split(rows[:whole], self.batch_size) if whole else ()
+                left_over = rows[whole:].clone()
         if len(left_over):
             yield left_over
 
-    def _windows(self, order: Sequence[int]) -> Iterator[Tensor]:
+    def _windows(self, order: Sequence[int]) -> Generator[Tensor, None, None]:
         """Rows of the shards in `order`, some shards at a time, on the device."""
         groups = [order[i : i + self._shards_a_window] for i in range(0, len(order), self._shards_a_window)]
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:

@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msae_sweep.sae.metrics import DEAD_RATIO_ALLOWED
+
 
 def training_figure(histories: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Draw training loss, validation loss, dead latent ratio by epoch, and R² by sparsity level.
+
+    A thin upright line marks each best epoch, a dotted one the dead share that the success criteria allow.
 
     Args:
         histories: the notebook's history of each block's best trial, by `block5` …, with `best_epoch` (from 1).
@@ -39,6 +43,9 @@ def training_figure(histories: Mapping[str, Mapping[str, Any]], path: Path) -> N
         panel.set(title=title, xlabel="Epoch", ylabel=title)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
+    dead = panels[1, 0]
+    dead.axhline(DEAD_RATIO_ALLOWED, color="grey", linestyle=":", linewidth=1)
+    dead.set_ylim(0, max(DEAD_RATIO_ALLOWED + 0.05, dead.get_ylim()[1]))
     last = panels[1, 1]
     last.set(title="Best R² by Sparsity Level", xlabel="k (sparsity level)", ylabel="R²")
     last.set_xscale("log", base=2)

@@ -29,6 +29,7 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         self._records, self._folder, self._scheduler = records, folder, scheduler
         self._tracker, self._display, self._tracked_params = tracker, display, tracked_params
         self._runs_on: dict[str, dict[str, str]] = {}
+        self._said: list[dict[str, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its settings for `Tuner.restore`, which is not used here; files and threads cannot be pickled.
@@ -49,9 +50,13 @@ class Monitor(tune.Callback):  # type: ignore[misc]
     ) -> None:
         """New epochs."""
         record = self._record(trial)
-        if (runs_on := result.get("runs_on")) and runs_on not in self._runs_on.values():
-            self._display.say(", ".join(f"{key}: {value}" for key, value in runs_on.items()))
-        self._runs_on[record.trial_id] = runs_on or {}
+        runs_on = result.get("runs_on", {})
+        # Said once for each kind: how many bytes are free differs from worker to worker.
+        kind = {key: text.split(":")[0] for key, text in runs_on.items()}
+        if runs_on and kind not in self._said:
+            self._said.append(kind)
+            self._display.say(", ".join(f"{key}: {text}" for key, text in runs_on.items()))
+        self._runs_on[record.trial_id] = runs_on
         record.seconds = max(record.seconds, float(result.get("seconds", 0.0)))
         if new := record.add_points(result["points"]):
             now = int(time.time() * 1000)
