@@ -39,58 +39,53 @@ class _Reconstruct(torch.autograd.Function):
         values, indices = (centred @ W_enc.T).topk(k_levels[-1], dim=1, sorted=True)
         # ReLU after the top-k: it keeps the order, and works on k values a row instead of hidden_dim.
         values.relu_()
-        groups = _grouped_codes(values, indices, len(W_enc), k_levels) @ W_dec  # [batch · levels, input_dim]
-        x_hats = groups.view(len(x), len(k_levels), -1).transpose(0, 1).cumsum(0).add_(pre_bias)
-        ctx.save_for_backward(centred, W_enc, W_dec, values, indices)
-        ctx.k_levels = k_levels
+        codes = _grouped_codes(values, indices, len(W_enc), k_levels)
+        x_hats = (codes @ W_dec).view(len(k_levels), *x.shape)
+        # Running sums and the bias in place: cumsum would write another array of this size.
+        x_hats[0] += pre_bias
+        for level in range(1, len(k_levels)):
+            x_hats[level] += x_hats[level - 1]
+        ctx.save_for_backward(centred, W_enc, W_dec, codes)
         ctx.mark_non_differentiable(values, indices)
         return x_hats, values, indices
 
     @staticmethod
     def backward(ctx: Any, grad_x_hats: Tensor, *_: Any) -> tuple[None, Tensor, Tensor, Tensor, None]:
         assert not ctx.needs_input_grad[0], "x takes no gradient here; use the reference"
-        centred, W_enc, W_dec, values, indices = ctx.saved_tensors
-        k_levels, (batch, k), hidden_dim = ctx.k_levels, values.shape, len(W_enc)
+        centred, W_enc, W_dec, codes = ctx.saved_tensors
+        (batch, input_dim), hidden_dim = centred.shape, len(W_enc)
         # A latent of group j stands in the reconstruction of every level from j on.
-        grad_groups = grad_x_hats.flip(0).cumsum(0).flip(0).transpose(0, 1).reshape(-1, centred.shape[1])
+        grad_groups = grad_x_hats.clone()
+        for level in range(len(grad_groups) - 2, -1, -1):
+            grad_groups[level] += grad_groups[level + 1]
+        grad_groups = grad_groups.view(-1, input_dim)  # [levels · batch, input_dim]
+        values, latents = codes.values(), codes.col_indices()
+        grad_values = torch.sparse.sampled_addmm(codes, grad_groups, W_dec.T, beta=0.0).values()
+        grad_pre_acts = torch.where(values > 0, grad_values, 0)  # zero wherever the ReLU cut
 
-        codes = _grouped_codes(values, indices, hidden_dim, k_levels)
-        grad_codes = torch.sparse.sampled_addmm(codes, grad_groups, W_dec.T, beta=0.0).values().view(batch, k)
-        grad_pre_acts = torch.where(values > 0, grad_codes, 0)  # [batch, k], zero wherever the ReLU cut
-
-        # Entries ordered by latent: row n of the transposed codes lists the (row, group) in which latent n is active.
-        by_latent = indices.flatten().to(torch.int32).argsort(stable=True)
-        counts = torch.bincount(indices.flatten(), minlength=hidden_dim)
-        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        row = by_latent // k
-        group = torch.bucketize(by_latent % k, torch.tensor(k_levels), right=True)
-        grad_W_dec = (
-            torch.sparse_csr_tensor(
-                starts,
-                row * len(k_levels) + group,
-                values.flatten()[by_latent],
-                (hidden_dim, batch * len(k_levels)),
-                check_invariants=False,
-            )
-            @ grad_groups
-        )
-        entries = grad_pre_acts.flatten()[by_latent]
-        grad_W_enc = (
-            torch.sparse_csr_tensor(starts, row, entries, (hidden_dim, batch), check_invariants=False) @ centred
-        )
+        # The same entries ordered by latent: row n lists the (level, row) pairs in which latent n is active.
+        by_latent = latents.to(torch.int32).argsort(stable=True)
+        starts = torch.nn.functional.pad(torch.bincount(latents, minlength=hidden_dim).cumsum(0), (1, 0))
+        group_rows = torch.repeat_interleave(codes.crow_indices().diff())[by_latent]
+        by_group = _csr(starts, group_rows, values[by_latent], (hidden_dim, codes.shape[0]))
+        by_row = _csr(starts, group_rows % batch, grad_pre_acts[by_latent], (hidden_dim, batch))
         # pre_bias is added after decoding, at every level, and subtracted before encoding.
-        per_latent = torch.zeros(hidden_dim, dtype=entries.dtype).scatter_add_(
-            0, indices.flatten(), grad_pre_acts.flatten()
-        )
+        per_latent = torch.zeros(hidden_dim, dtype=values.dtype).scatter_add_(0, latents, grad_pre_acts)
         grad_pre_bias = grad_x_hats.sum(dim=(0, 1)) - per_latent @ W_enc
-        return None, grad_W_enc, grad_W_dec, grad_pre_bias, None
+        return None, by_row @ centred, by_group @ grad_groups, grad_pre_bias, None
 
 
 def _grouped_codes(values: Tensor, indices: Tensor, hidden_dim: int, k_levels: tuple[int, ...]) -> Tensor:
-    """Codes as a CSR matrix [batch · levels, hidden_dim]: row b · levels + j holds row b's group j."""
-    batch, k = values.shape
-    starts = torch.arange(batch).unsqueeze(1) * k + torch.tensor((0, *k_levels[:-1]))
-    crow = torch.cat([starts.flatten(), torch.tensor([batch * k])])
-    return torch.sparse_csr_tensor(
-        crow, indices.flatten(), values.flatten(), (batch * len(k_levels), hidden_dim), check_invariants=False
+    """Codes as a CSR matrix [levels · batch, hidden_dim]: row j · batch + b holds row b's group j."""
+    groups = list(zip((0, *k_levels), k_levels, strict=False))
+    counts = torch.cat([torch.full((len(values),), high - low) for low, high in groups])
+    return _csr(
+        torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+        torch.cat([indices[:, low:high].flatten() for low, high in groups]),
+        torch.cat([values[:, low:high].flatten() for low, high in groups]),
+        (len(counts), hidden_dim),
     )
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
