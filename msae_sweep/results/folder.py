@@ -71,14 +71,18 @@ class SweepFolder:
         except OSError as error:
             raise SweepError(f"storage: {self.path} cannot be written: {error.strerror}") from None
 
-    def write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Let `write` fill a file beside `path`, then put it in its place: readers see the old file or the new one."""
+    def write(self, path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
+        """Let `write` fill a file beside `path`, then put it in its place: readers see the old file or the new one.
+
+        `durable` waits until it is safe from a power cut, which takes milliseconds.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             write(part)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
+            if durable:
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -88,8 +92,9 @@ class SweepFolder:
         self.write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     def save_record(self, record: TrialRecord) -> None:
-        """Write a trial's `trial.json`."""
-        self.write_text(self.trial(record.trial_id) / "trial.json", record.to_json())
+        """Write a trial's `trial.json`; while it goes on, what a power cut takes is told again by the trial itself."""
+        file = self.trial(record.trial_id) / "trial.json"
+        self.write(file, lambda part: part.write_text(record.to_json(), encoding="utf-8"), durable=record.finished)
 
     def load_records(self) -> dict[str, TrialRecord]:
         """Every trial that was written so far, by trial_id."""
