@@ -78,11 +78,7 @@ def resume(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Go on with a sweep that was interrupted; finished trials stay finished."""
     from msae_sweep.sweep.run import load_config
 
-    config = load_config(sweep)
-    tracking = config.tracking.model_copy(update={"uri": tracking_uri or config.tracking.uri})
-    # The folder may have been moved or mounted elsewhere since.
-    moved = {"storage": str(sweep.absolute().parent), "name": sweep.absolute().name, "tracking": tracking}
-    _sweep(config.model_copy(update=moved), resume=True)
+    _sweep(load_config(sweep, tracking_uri), resume=True)
 
 
 @app.command()
@@ -102,8 +98,8 @@ def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     from msae_sweep.sweep.run import load_config
     from msae_sweep.track.tracker import sync
 
-    config = load_config(sweep)
-    report = sync(sweep, tracking_uri or config.tracking.uri, config.tracking)
+    tracking = load_config(sweep, tracking_uri).tracking
+    report = sync(sweep, tracking.uri, tracking)
     print(report)
     if report.pending:
         raise SweepError(f"{report.pending} events not sent: {report.reason}")

@@ -61,7 +61,7 @@ def refused(monkeypatch, capsys, space: Path, *arguments: str) -> str:
 WRONG_SETTINGS = {
     "misspelt key": (["--set", "training.learning_rat=1"], "training.learning_rat: no such key; did you mean"),
     "missing folder": (["--data", "nowhere"], "nowhere does not exist"),
-    "no such block": (["--data", "npy", "--set", "data.blocks=[7]"], "no block 7 in npy; found 5"),
+    "no such block": (["--data", "npy", "--set", "data.blocks=[7]"], "no block 7 in .*npy; found 5"),
     "k above hidden_dim": (["--set", "training.k_levels=[64]"], "64 exceeds hidden_dim 32 .*lower k or raise"),
     "unsorted k_levels": (["--set", "training.k_levels=[8, 4]"], r"must ascend without repeats; write \[4, 8\]"),
     "repeated k_levels": (["--set", "training.k_levels=[4, 4]"], r"must ascend without repeats; write \[4\]"),

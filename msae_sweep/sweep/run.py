@@ -52,6 +52,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
         MsaeSweepError: something that the user can mend, found before any trial starts.
     """
     console = console or Console()
+    config = _with_whole_paths(config)
     folder = SweepFolder.locate(config.storage, config.name)
     resume = resume and folder.exists()
     if resume:
@@ -60,7 +61,6 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
         raise SweepError(
             f"name: sweep {config.name} exists in {config.storage}; go on with --resume, or give another --name"
         )
-    resolve_uri(config.tracking.uri)  # a URI that MLflow cannot use is said now, not after the preparation
     # Row counts and widths from headers: most mistakes in the data are found before Ray starts.
     infos = shards.check(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
     for info in infos:
@@ -108,16 +108,28 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     return SweepResult(folder, summary, tracker.close(timeout_seconds=FLUSH_SECONDS), interrupted)
 
 
-def load_config(sweep: str | Path) -> SweepConfig:
-    """The configuration of a sweep that was started, from its folder.
+def load_config(sweep: str | Path, tracking_uri: str | None = None) -> SweepConfig:
+    """The configuration of a sweep that was started, from its folder; `tracking_uri` replaces the one in it.
 
     Raises:
         SweepError: no sweep there.
+        ConfigError: its tracking URI had a password, which is not kept, and none is given.
     """
     folder = SweepFolder(sweep)
     if not folder.exists():
         raise SweepError(f"{sweep}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
-    return parse(folder.config_file.read_text(encoding="utf-8"), source=str(folder.config_file))
+    config = parse(folder.config_file.read_text(encoding="utf-8"), source=str(folder.config_file))
+    uri = tracking_uri or config.tracking.uri
+    if uri and uri != tracking_uri and "***" in uri:
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            raise ConfigError(
+                f"tracking.uri: the password of {config.tracking.uri} is not kept in {folder.config_file}; "
+                "give --tracking-uri or MLFLOW_TRACKING_URI"
+            )
+    # The folder may have been moved, or mounted elsewhere, since.
+    moved = {"storage": str(folder.path.parent), "name": folder.path.name}
+    return config.model_copy(update={**moved, "tracking": config.tracking.model_copy(update={"uri": uri})})
 
 
 def connect() -> None:
@@ -270,6 +282,21 @@ class _Sweep:
 
 def _trial_id(trial: Any) -> str:
     return str(trial.config["trial"]["trial_id"])
+
+
+def _with_whole_paths(config: SweepConfig) -> SweepConfig:
+    """Paths and tracking URI independent of the working folder, so that a sweep can be resumed from any other.
+
+    Raises:
+        ConfigError: a URI that MLflow cannot use.
+    """
+    data, storage = config.data, config.storage
+    if data.path != "planted" and "://" not in data.path:
+        data = data.model_copy(update={"path": str(Path(data.path).expanduser().absolute())})
+    if "://" not in storage:
+        storage = str(Path(storage).expanduser().absolute())
+    tracking = config.tracking.model_copy(update={"uri": resolve_uri(config.tracking.uri)})
+    return config.model_copy(update={"data": data, "storage": storage, "tracking": tracking})
 
 
 def _check_same_question(folder: SweepFolder, config: SweepConfig) -> None:

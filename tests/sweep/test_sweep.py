@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +185,33 @@ def test_a_name_that_exists_needs_resume_and_a_finished_sweep_stays_as_it_is(fin
 def test_a_resumed_sweep_must_ask_the_same_question(finished):
     with pytest.raises(ConfigError, match=r"training\.epochs: is 7 but sweep small was started with 6"):
         sweep(finished.folder.path.parents[1], "training.epochs=7", resume=True)
+
+
+def test_a_sweep_is_resumed_from_another_working_folder_and_after_it_was_moved(finished, tmp_path, monkeypatch):
+    from msae_sweep.sweep.run import load_config
+
+    monkeypatch.chdir(tmp_path)
+    config = load_config(finished.folder.path)
+    assert Path(config.storage) == finished.folder.path.parent
+    assert config.tracking.uri.startswith("sqlite:////")
+    moved = tmp_path / "elsewhere" / "renamed"
+    shutil.copytree(finished.folder.path, moved)
+    assert (load_config(moved).storage, load_config(moved).name) == (str(moved.parent), "renamed")
+
+
+def test_a_password_in_the_tracking_uri_is_not_kept_and_has_to_be_given_again(finished, tmp_path, monkeypatch):
+    from msae_sweep.sweep.run import load_config
+
+    shutil.copytree(finished.folder.path, tmp_path / "small")
+    file = tmp_path / "small" / "sweep.yaml"
+    file.write_text(re.sub("uri: sqlite.*", "uri: http://***@mlflow:5000", file.read_text()))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match=r"password .* is not kept"):
+        load_config(tmp_path / "small")
+    given = "http://me:secret@mlflow:5000"
+    assert load_config(tmp_path / "small", given).tracking.uri == given
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert load_config(tmp_path / "small").tracking.uri == given
 
 
 def test_a_gpu_that_is_not_there_is_refused_before_any_trial(tmp_path):
