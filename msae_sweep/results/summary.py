@@ -48,13 +48,20 @@ def trial_entry(record: TrialRecord) -> dict[str, Any]:
 def block_entry(
     records: list[TrialRecord], k_levels: Mapping[str, Sequence[int]], manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One block: `best` is a trial_id (or None where no trial got through an epoch); trials stand best first."""
+    """One block: `best` is a trial_id (or None where no trial got through an epoch); trials stand best first.
+
+    `best_by_k_levels` names the best trial of every set of levels, whose objectives mean different things.
+    """
     order = [record for record in ranked(records) if record.status in ("completed", "stopped_early")]
     rest = [record for record in records if record not in order]
     best = order[0] if order else None
+    by_levels: dict[str, str] = {}
+    for record in order:
+        by_levels.setdefault(str(list(k_levels[record.trial_id])), record.trial_id)
     criteria = success_criteria(best.best, k_levels[best.trial_id]) if best else []
     return {
         "best": best.trial_id if best else None,
+        "best_by_k_levels": by_levels,
         "success_criteria": {c.name: {"value": c.value, "passed": c.passed} for c in criteria},
         "data": dict(manifest),
         "trials": [trial_entry(record) for record in (*order, *rest)],
@@ -64,6 +71,12 @@ def block_entry(
 def best_entry(block: Mapping[str, Any]) -> dict[str, Any] | None:
     """The winner's entry in a block of a summary."""
     return next((trial for trial in block["trials"] if trial["trial_id"] == block["best"]), None)
+
+
+def best_entries(block: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The winners' entries of a block, one for every set of k_levels, smallest k first."""
+    winners = [trial for trial in block["trials"] if trial["trial_id"] in block["best_by_k_levels"].values()]
+    return sorted(winners, key=lambda trial: [int(key[4:]) for key in trial["metrics"] if key.startswith("r2_k")])
 
 
 def reconstruction(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:

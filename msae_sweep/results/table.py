@@ -6,23 +6,22 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from msae_sweep.results.summary import best_entry
+from msae_sweep.results.summary import best_entries
 
 
 def best_table(summary: Mapping[str, Any]) -> Table:
-    """A row per block: R² at every k, dead ratio, and the settings of the best trial."""
-    winners = {name: best_entry(block) for name, block in summary["blocks"].items()}
-    levels = sorted({int(key[4:]) for w in winners.values() if w for key in w["metrics"] if key.startswith("r2_k")})
+    """A row per block (and set of k_levels): R² at every k, dead ratio, and the settings of the best trial."""
+    rows = [(name, winner) for name, block in summary["blocks"].items() for winner in best_entries(block) or [None]]
+    levels = sorted({int(key[4:]) for _, w in rows if w for key in w["metrics"] if key.startswith("r2_k")})
     recovery = any("dictionary_recovery" in block for block in summary["blocks"].values())
     table = Table(title="Best trial of each block (validation, best epoch)", title_justify="left")
     for heading in ("block", "trial", *(f"R² k={k}" for k in levels), "dead", "lr", "expansion", "weighting", "epoch"):
         table.add_column(heading, justify="left" if heading in ("block", "trial", "weighting") else "right")
     if recovery:
         table.add_column("dictionary recovered", justify="right")
-    for name, block in summary["blocks"].items():
-        winner = winners[name]
+    for name, winner in rows:
         if winner is None:
-            table.add_row(name, "no trial finished")
+            table.add_row(name.removeprefix("block"), "no trial finished")
             continue
         metrics, settings = winner["metrics"], {**summary["training"], **winner["params"]}
         row = [
@@ -35,8 +34,10 @@ def best_table(summary: Mapping[str, Any]) -> Table:
             settings["weighting"],
             f"{winner['best_epoch']}/{winner['epochs']}",
         ]
+        block = summary["blocks"][name]
         if recovery:
-            row.append(f"{block['dictionary_recovery']:.3f}" if "dictionary_recovery" in block else "–")
+            is_best = winner["trial_id"] == block["best"]
+            row.append(f"{block['dictionary_recovery']:.3f}" if is_best and "dictionary_recovery" in block else "–")
         table.add_row(*row)
     return table
 
