@@ -11,7 +11,10 @@ from msae_sweep.results.summary import best_entries
 
 def best_table(summary: Mapping[str, Any]) -> Table:
     """A row per block (and set of k_levels): R² at every k, dead ratio, and the settings of the best trial."""
-    rows = [(name, winner) for name, block in summary["blocks"].items() for winner in best_entries(block) or [None]]
+    rows: list[tuple[str, dict[str, Any] | None]] = []
+    for name, block in summary["blocks"].items():
+        winners = best_entries(block)
+        rows += [(name, winner) for winner in winners] if winners else [(name, None)]
     levels = sorted({int(key[4:]) for _, w in rows if w for key in w["metrics"] if key.startswith("r2_k")})
     recovery = any("dictionary_recovery" in block for block in summary["blocks"].values())
     table = Table(title="Best trial of each block (validation, best epoch)", title_justify="left")
