@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from msae_sweep.errors import MsaeSweepError, SweepError
+from msae_sweep.errors import MsaeSweepError, TrackingError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,9 +100,9 @@ def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
 
     tracking = load_config(sweep, tracking_uri).tracking
     report = sync(sweep, tracking.uri, tracking)
-    print(report)
     if report.pending:
-        raise SweepError(f"{report.pending} events not sent: {report.reason}")
+        raise TrackingError(str(report))
+    print(report)
 
 
 def _console() -> "Console":

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,11 @@ def is_code(error: Exception, *codes: str) -> bool:
 def one_line(error: BaseException) -> str:
     """An error as one line without secrets, at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
+    # MLflow wraps what requests wraps what urllib3 says of a server that is not there.
+    if silent := re.match(
+        r"API request to (\w+://[^/]+)\S* failed with exception .*(Connection|Timeout|timed out)", text
+    ):
+        text = f"no answer from {silent[1]}"
     return redact(text)[:300]
 
 

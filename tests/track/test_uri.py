@@ -49,3 +49,14 @@ def test_only_a_sqlite_file_gets_its_artifacts_beside_it():
 )
 def test_secrets_of_uris_are_hidden_and_nothing_else(text, shown):
     assert redact(text) == shown
+
+
+def test_a_server_that_is_not_there_is_said_in_a_few_words():
+    from msae_sweep.track.connection import one_line
+
+    wrapped = (
+        "API request to http://me:pw@mlflow:5000/api/2.0/mlflow/runs/create failed with exception "
+        "HTTPConnectionPool(host='mlflow', port=5000): Max retries exceeded with url: /api (Caused by NewConnectionError())"
+    )
+    assert one_line(RuntimeError(wrapped)) == "no answer from http://***@mlflow:5000"
+    assert one_line(RuntimeError("something\n else")) == "something else"
