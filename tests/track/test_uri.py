@@ -56,7 +56,7 @@ def test_a_server_that_is_not_there_is_said_in_a_few_words():
 
     wrapped = (
         "API request to http://me:pw@mlflow:5000/api/2.0/mlflow/runs/create failed with exception "
-        "HTTPConnectionPool(host='mlflow', port=5000): Max retries exceeded with url: /api (Caused by NewConnectionError())"
+        "HTTPConnectionPool(host='mlflow', port=5000): Max retries exceeded (Caused by NewConnectionError())"
     )
     assert one_line(RuntimeError(wrapped)) == "no answer from http://***@mlflow:5000"
     assert one_line(RuntimeError("something\n else")) == "something else"
