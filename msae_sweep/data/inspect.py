@@ -7,7 +7,8 @@ from rich.console import Group
 from rich.table import Table
 
 from msae_sweep.config import DataConfig
-from msae_sweep.data.source import BlockInfo, Source, open_source, select
+from msae_sweep.data.catalog import open_source, select
+from msae_sweep.data.source import BlockInfo, Source
 
 COMPONENTS = (16, 32, 64, 128)
 """Numbers of principal components whose share of the variance is shown: the notebook's k levels."""

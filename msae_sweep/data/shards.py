@@ -30,8 +30,9 @@ from ray.data.block import BlockAccessor
 
 from msae_sweep import errors
 from msae_sweep.config import DataConfig
+from msae_sweep.data.catalog import check, open_source, select
 from msae_sweep.data.passes import Job, measure, read_shard, standardise_range
-from msae_sweep.data.source import BlockInfo, RowRange, Source, check, digest, open_source, select
+from msae_sweep.data.source import BlockInfo, RowRange, Source, digest
 from msae_sweep.data.split import Moments
 from msae_sweep.data.store import ShardFolder
 from msae_sweep.errors import DataError, MsaeSweepError

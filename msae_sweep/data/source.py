@@ -9,13 +9,11 @@ import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int64
 
-from msae_sweep.config import DataConfig
 from msae_sweep.errors import DataError
 
 FLOATS = ("float16", "float32", "float64")
@@ -89,77 +87,6 @@ class Source(ABC):
             DataError: they do not fit the block, or cannot be statistics.
         """
         return None
-
-
-def open_source(config: DataConfig) -> Source:
-    """The source that `data.path` names, told by what lies there.
-
-    Raises:
-        DataError: nothing there, or nothing that can be read.
-    """
-    if config.path == "planted":
-        from msae_sweep.data.planted import PlantedSource
-
-        return PlantedSource(config.planted, config.blocks)
-    if "://" in config.path:
-        raise DataError(f"data.path: {config.path} is a URI; give a path that every node can read")
-    path = Path(config.path).expanduser().absolute()
-    if not path.exists():
-        raise DataError(f"data.path: {path} does not exist; give a folder of activations, an .h5 or a Parquet file")
-    if path.is_dir() and (path / "activations.h5").is_file() and not list(path.glob("block*/chunk_*.npy")):
-        path = path / "activations.h5"
-    if path.is_dir() and any(
-        block_of(child.name) is not None for child in path.glob("*/") if list(child.glob("*.npy"))
-    ):
-        from msae_sweep.data.npy import NpyFolder
-
-        return NpyFolder(path)
-    if path.suffix in (".h5", ".hdf5"):
-        from msae_sweep.data.hdf5 import Hdf5File
-
-        return Hdf5File(path)
-    from msae_sweep.data.parquet import SUFFIXES, ParquetTables
-
-    if path.suffix in SUFFIXES or (path.is_dir() and any(p.suffix in SUFFIXES for p in path.rglob("*"))):
-        return ParquetTables(path)
-    raise DataError(
-        f"data.path: {path} holds no activations; expected block{{B}}/chunk_*.npy, an .h5 file, or Parquet/Arrow files"
-    )
-
-
-def check(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
-    """The wanted blocks, checked as far as headers and the split go; no rows are read.
-
-    Raises:
-        DataError: a block is missing, blocks differ where they must not, or there are fewer rows than a batch.
-    """
-    source = open_source(config)
-    infos = select(source.infos(), config)
-    for info in infos:
-        if config.split_by == "game_id" and not info.has_groups:
-            raise DataError(f"data.split_by: game_id, but {info.where} has no game_id; add one or write row")
-        if round(info.n_rows * (1 - config.val_split)) < batch_size:
-            raise DataError(
-                f"{info.where}: {info.n_rows} rows leave about {round(info.n_rows * (1 - config.val_split))} for "
-                f"training, fewer than training.batch_size {batch_size}; lower batch_size or give more rows"
-            )
-        if config.use_given_stats and source.given_stats(info.block) is None:
-            raise DataError(f"data.use_given_stats: {info.where} has no normalization_stats.npz beside it")
-    return infos
-
-
-def select(infos: dict[int, BlockInfo], config: DataConfig) -> list[BlockInfo]:
-    """The blocks that the configuration wants, in its order.
-
-    Raises:
-        DataError: one of them is not there.
-    """
-    wanted = config.blocks or tuple(infos)
-    for block in wanted:
-        if block not in infos:
-            found = ", ".join(str(b) for b in infos) or "none"
-            raise DataError(f"data.blocks: no block {block} in {config.path}; found {found}")
-    return [infos[block] for block in wanted]
 
 
 def block_of(name: str) -> int | None:

@@ -102,5 +102,6 @@ class Monitor(tune.Callback):  # type: ignore[misc]
             tags=self._runs_on.get(record.trial_id, {}),
         )
         self._folder.save_record(record)
-        self._folder.state_file(record.trial_id).unlink(missing_ok=True)
+        if status != "failed":  # a failed trial is tried again by a resumed sweep, from where it was
+            self._folder.state_file(record.trial_id).unlink(missing_ok=True)
         self._display.trial_ended(record)

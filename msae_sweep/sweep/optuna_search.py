@@ -39,7 +39,7 @@ class BlockOptuna(Searcher):  # type: ignore[misc]
             for block in self._blocks
         }
         self._next = dict.fromkeys(self._blocks, 0)
-        self._again = [record for record in known if not record.finished or record.status == "failed"]
+        self._again = [record for record in known if not record.finished]
         self._asked: dict[str, tuple[int, optuna.trial.Trial, TrialRecord]] = {}
         for record in known:
             self._next[record.block] = max(self._next[record.block], record.index + 1)

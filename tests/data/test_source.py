@@ -6,7 +6,8 @@ import pytest
 from activation_files import WRITERS, table, write_h5, write_npy, write_parquet
 
 from msae_sweep.config import DataConfig, PlantedConfig
-from msae_sweep.data.source import block_of, check, open_source
+from msae_sweep.data.catalog import check, open_source
+from msae_sweep.data.source import block_of
 from msae_sweep.errors import DataError
 
 

@@ -1,0 +1,157 @@
+"""Ray Tune's part of a sweep: which trials are left, and running them."""
+
+from typing import Any
+
+from ray import tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from rich.console import Console
+
+from msae_sweep.config import SweepConfig
+from msae_sweep.data.shards import PreparedBlock
+from msae_sweep.results.folder import SweepFolder
+from msae_sweep.results.record import TrialRecord
+from msae_sweep.sweep.monitor import Monitor
+from msae_sweep.sweep.progress import Display
+from msae_sweep.sweep.schedule import BlockAsha, rungs
+from msae_sweep.sweep.space import plan
+from msae_sweep.sweep.trial import MSAETrial
+from msae_sweep.track.tracker import Tracker
+
+
+class Tuning:
+    """The trials of one sweep: those that have ended, and the running of the rest."""
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        folder: SweepFolder,
+        prepared: dict[int, PreparedBlock],
+        gpus: float,
+        console: Console,
+        tracker: Tracker,
+    ) -> None:
+        self._config, self._folder, self._prepared, self._gpus = config, folder, prepared, gpus
+        self._console, self._tracker = console, tracker
+        self.records = folder.load_records()
+        self.n_trials = config.n_trials_per_block() * len(prepared)
+
+    def run(self) -> list[TrialRecord]:
+        """Run what is left to run; returns every trial's record."""
+        config, scheduler = self._config, BlockAsha(self._config.asha)
+        if config.search.algorithm != "optuna":
+            # The order of the plan, on disk and in the table.
+            self.records = {r.trial_id: self.records.get(r.trial_id, r) for r in plan(config, list(self._prepared))}
+        for record in self.records.values():
+            if record.status in ("failed", "running"):
+                record.status, record.reason = "pending", ""
+        known = list(self.records.values())
+        for record in known:
+            if record.finished:
+                scheduler.enter(
+                    self._group(record), record.trial_id, record.index, self._objectives(record), ended=True
+                )
+        display = Display(
+            self._console,
+            config.name,
+            self.n_trials,
+            max(int(e) for e in config.corners("epochs")),
+            self._tracking_note,
+        )
+        display.show(known)
+        monitor = Monitor(self.records, self._folder, scheduler, self._tracker, display, self._params)
+        if config.search.algorithm == "optuna":
+            from msae_sweep.sweep.optuna_search import BlockOptuna
+
+            search: Any = BlockOptuna(config, list(self._prepared), known, self._register)
+            if config.resources.max_concurrent:
+                search = tune.search.ConcurrencyLimiter(search, config.resources.max_concurrent)
+            param_space: dict[str, Any] = {}
+            samples, left = self.n_trials, sum(not r.finished for r in known) + self.n_trials - len(known)
+        else:
+            specs = [self._spec(record) for record in known if not record.finished]
+            search = BasicVariantGenerator(max_concurrent=config.resources.max_concurrent or 0)
+            param_space, samples, left = {"trial": tune.grid_search(specs)}, 1, len(specs)
+        if left:
+            with display:
+                self._fit(param_space, search, scheduler, samples, monitor)
+        return list(self.records.values())
+
+    def _fit(
+        self, param_space: dict[str, Any], search: Any, scheduler: BlockAsha, samples: int, monitor: Monitor
+    ) -> None:
+        resources = self._config.resources
+        trainable = tune.with_resources(
+            tune.with_parameters(
+                MSAETrial,
+                prepared=self._prepared,
+                folder=self._folder,
+                cpus=resources.cpu,
+                gpus=self._gpus,
+                checkpoint_seconds=resources.checkpoint_seconds,
+            ),
+            {"cpu": resources.cpu, "gpu": self._gpus},
+        )
+        tune.Tuner(
+            trainable,
+            param_space=param_space,
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                scheduler=scheduler,
+                num_samples=samples,
+                reuse_actors=True,
+                trial_name_creator=_trial_id,
+                trial_dirname_creator=_trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(self._folder.path),
+                failure_config=tune.FailureConfig(max_failures=resources.max_failures),
+                callbacks=[monitor],
+                verbose=0,
+            ),
+        ).fit()
+
+    def _register(self, record: TrialRecord) -> dict[str, Any]:
+        """A trial that Optuna proposed becomes known, and is written down before it runs."""
+        self.records.setdefault(record.trial_id, record)
+        self._folder.save_record(record)
+        return self._spec(record)
+
+    def _spec(self, record: TrialRecord) -> dict[str, Any]:
+        training = record.training(self._config.training)
+        return {
+            "trial_id": record.trial_id,
+            "block": record.block,
+            "index": record.index,
+            "group": self._group(record),
+            "rungs": rungs(self._config.asha, training.epochs),
+            "training": training.model_dump(mode="json"),
+        }
+
+    def _params(self, record: TrialRecord) -> dict[str, Any]:
+        """Params of the trial's MLflow run: every training setting, defaults too, and what follows from them."""
+        training = record.training(self._config.training)
+        input_dim = self._prepared[record.block].input_dim
+        return {
+            "block": record.block,
+            "trial_id": record.trial_id,
+            "input_dim": input_dim,
+            "hidden_dim": training.hidden_dim(input_dim),
+            **training.model_dump(mode="json"),
+        }
+
+    def _group(self, record: TrialRecord) -> str:
+        """Trials that ASHA may compare: blocks differ in how high R² can go, and so do sets of levels."""
+        return f"block{record.block} k={record.training(self._config.training).k_levels}"
+
+    def _objectives(self, record: TrialRecord) -> dict[int, float]:
+        milestones = rungs(self._config.asha, record.training(self._config.training).epochs)
+        return {r: record.points[r - 1]["objective"] for r in milestones if r <= record.epochs}
+
+    def _tracking_note(self) -> str:
+        status = self._tracker.status
+        return f"MLflow unreachable, {status.pending} events kept on disk" if status.last_error else ""
+
+
+def _trial_id(trial: Any) -> str:
+    return str(trial.config["trial"]["trial_id"])
