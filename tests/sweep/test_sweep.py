@@ -167,6 +167,28 @@ def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp
     assert results(other.summary) == results(finished.summary)
 
 
+def test_a_fast_trial_waits_at_its_rung_for_a_slow_predecessor(tmp_path, monkeypatch):
+    from msae_sweep.sweep.schedule import BlockAsha
+
+    decisions = []
+    judge_result = BlockAsha.on_trial_result
+
+    def recording(self, tune_controller, trial, result):
+        decisions.append((trial.config["trial"]["index"], judge_result(self, tune_controller, trial, result)))
+        return decisions[-1][1]
+
+    monkeypatch.setattr(BlockAsha, "on_trial_result", recording)
+    # Trial 0 has 4096 latents, the others 32: these reach the first rung while it is still on its way.
+    changes = ["data.blocks=[5]", "search.trials_per_block=3", "space.expansion_factor={grid: [256, 2, 3]}"]
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    together = sweep(tmp_path / "two", *changes)
+    assert any(index > 0 and decision == "PAUSE" for index, decision in decisions)
+    assert not any(index == 0 and decision != "CONTINUE" for index, decision in decisions)
+    alone = sweep(tmp_path / "one", *changes, "resources.max_concurrent=1")
+    assert results(together.summary) == results(alone.summary)
+
+
 def test_a_block_swept_alone_has_the_same_trials(finished, tmp_path):
     alone = sweep(tmp_path, "data.blocks=[20]")
     assert results(alone.summary)["blocks"]["block20"] == results(finished.summary)["blocks"]["block20"]
