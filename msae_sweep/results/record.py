@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from msae_sweep.config import TrainingConfig
 
-Status = Literal["pending", "running", "paused", "completed", "stopped_early", "diverged", "failed"]
+Status = Literal["pending", "running", "completed", "stopped_early", "diverged", "failed"]
 FINAL: tuple[Status, ...] = ("completed", "stopped_early", "diverged", "failed")
 """Statuses after which a trial does not go on; `failed` is tried again by a resumed sweep."""
 

@@ -197,4 +197,5 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Of CUDA's long account of its memory, only what was asked for."""
+    return (str(error).splitlines() or [type(error).__name__])[0].split(" GPU ")[0]
