@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msae_sweep.sae.kernels.reference import Reconstruction
+from msae_sweep.sae.kernels.top_k_cpu import encode
 
 
 def reconstruct(
@@ -36,9 +37,7 @@ class _Reconstruct(torch.autograd.Function):
         ctx: Any, x: Tensor, W_enc: Tensor, W_dec: Tensor, pre_bias: Tensor, k_levels: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         centred = x - pre_bias
-        values, indices = (centred @ W_enc.T).topk(k_levels[-1], dim=1, sorted=True)
-        # ReLU after the top-k: it keeps the order, and works on k values a row instead of hidden_dim.
-        values.relu_()
+        values, indices = encode(centred, W_enc, k_levels[-1])
         codes = _grouped_codes(values, indices, len(W_enc), k_levels)
         x_hats = (codes @ W_dec).view(len(k_levels), *x.shape)
         # Running sums and the bias in place: cumsum would write another array of this size.
