@@ -130,6 +130,17 @@ def test_the_sparse_kernel_hides_no_nan(where, nan, dtype):
     assert any(gradient.isnan().any() for gradient in result_gradients)
 
 
+def test_what_a_sparse_product_overwrites_does_not_matter():
+    torch.manual_seed(6)
+    dense = torch.randn(30, 9)
+    codes = torch.randn(50, 30) * (torch.rand(50, 30) < 0.03)  # some rows are empty
+    out = torch.full((50, 9), float("nan"))
+    sparse_cpu._product_(out, codes.to_sparse_csr(), dense, beta=0)
+    torch.testing.assert_close(out, codes @ dense)
+    sparse_cpu._product_(out, codes.to_sparse_csr(), dense, beta=1)
+    torch.testing.assert_close(out, 2 * (codes @ dense))
+
+
 @pytest.mark.parametrize(("hidden_dim", "k"), [(1, 1), (7, 3), (64, 64), (64, 4), (96, 2), (1000, 1), (4096, 128)])
 @pytest.mark.parametrize("case", ["distinct", "ties", "negative", "zero", "infinite", "NaN", "-NaN"])
 def test_the_top_k_equals_torchs(hidden_dim, k, case):
