@@ -76,19 +76,14 @@ def backward(
     gradients: Gradients,
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
     part: int,
-    *,
-    with_pre: bool,
 ) -> None:
-    """The decoder's gradient Σ v G, and the pre_acts' gradient G · w scattered into `grad_pre`, zero before.
-
-    With `with_pre` False the latter stands in `grad_pre` already and only its sum over rows is taken.
-    """
+    """The decoder's gradient Σ v G, and the pre_acts' gradient G · w scattered into `grad_pre`, zero before."""
     hidden_dim, half = W_dec.shape
     wide = G.numel() >= 2**31
     unroll = max(8, min(32, 1024 // half))
     _backward[(hidden_dim + len(entries.parts),)](
         *entries, *gradients, G, W_dec, grad_pre, grad_pre.shape[1], hidden_dim,
-        HALF=half, N_LEVELS=G.shape[1], PART=part, UNROLL=unroll, WITH_PRE=with_pre, WIDE=wide,
+        HALF=half, N_LEVELS=G.shape[1], PART=part, UNROLL=unroll, WIDE=wide,
         num_warps=max(1, min(16, half * unroll // 1024)),
     )  # fmt: skip
 
@@ -200,7 +195,6 @@ def _backward(
     N_LEVELS: tl.constexpr,
     PART: tl.constexpr,
     UNROLL: tl.constexpr,
-    WITH_PRE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     item = tl.program_id(0)
@@ -239,11 +233,8 @@ def _backward(
                 low += tl.sum(value[:, None] * g_low, 0)
                 high += tl.sum(value[:, None] * g_high, 0)
                 row = row_level // N_LEVELS
-                if WITH_PRE:
-                    grad = tl.sum(g_low * w_low[None, :] + g_high * w_high[None, :], 1)
-                    tl.store(grad_row + row, grad.to(tl.bfloat16), mask=inside)
-                else:
-                    grad = tl.load(grad_row + row, mask=inside, other=0.0).to(tl.float32)
+                grad = tl.sum(g_low * w_low[None, :] + g_high * w_high[None, :], 1)
+                tl.store(grad_row + row, grad.to(tl.bfloat16), mask=inside)
                 sums += tl.where(inside, grad, 0.0)
                 entry = tl.load(packed + i + UNROLL + lane, mask=i + UNROLL + lane < end, other=0)
         total = tl.sum(sums)

@@ -76,14 +76,13 @@ def back_many(
     rank_scales: Float[Tensor, " k"],
     level_of_rank: Int[Tensor, " k"],
     G: Int[Tensor, "batch levels half"],
-    grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
     k: int,
 ) -> None:
-    """G_l of every row as pair words, and G · w of every code at its place in `grad_pre`."""
+    """G_l of every row as pair words, from the last level's error back."""
     half = W_dec.shape[1]
     _back_many[(len(codes),)](
-        error, codes, W_dec, rank_scales, level_of_rank, G, grad_pre, grad_pre.shape[1], G.shape[1],
-        HALF=half, K_PADDED=codes.shape[1], K=k, UNROLL=4, num_warps=_warps(half),
+        error, codes, W_dec, rank_scales, level_of_rank, G, G.shape[1],
+        HALF=half, K_PADDED=codes.shape[1], K=k, num_warps=_warps(half),
     )  # fmt: skip
 
 
@@ -264,13 +263,10 @@ def _back_many(
     rank_scales,
     level_of_rank,
     G,
-    grad_pre,
-    grad_pre_stride,
     n_levels,
     HALF: tl.constexpr,
     K_PADDED: tl.constexpr,
     K: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0)
     j = tl.arange(0, HALF)
@@ -278,37 +274,20 @@ def _back_many(
     low = tl.load(error + far * (2 * HALF) + j)
     high = tl.load(error + far * (2 * HALF) + HALF + j)
     row_codes = codes + far * K_PADDED
+    row_G = G + far * n_levels * HALF
     g_low = tl.zeros((HALF,), tl.float32)
     g_high = tl.zeros((HALF,), tl.float32)
-    # UNROLL ranks at a time: their errors and gradients are running sums from the last rank back.
-    N_BLOCKS: tl.constexpr = (K + UNROLL - 1) // UNROLL
-    for i in range(N_BLOCKS):
-        rank = (N_BLOCKS - 1 - i) * UNROLL + tl.arange(0, UNROLL)
-        code = tl.load(row_codes + rank, mask=rank < K, other=0)
-        scale = tl.load(rank_scales + rank, mask=rank < K, other=0.0)
-        level = tl.load(level_of_rank + rank, mask=rank < K, other=0)
-        latent = code_latent(code)
-        value = code_value(code)
-        word = tl.load(W_dec + latent[:, None] * HALF + j[None, :])
-        w_low = low_half(word)
-        w_high = high_half(word)
-        added_low = value[:, None] * w_low
-        added_high = value[:, None] * w_high
-        # The error after a rank: that after the last one, less what the later ranks add.
-        error_low = low[None, :] + added_low - tl.cumsum(added_low, 0, reverse=True)
-        error_high = high[None, :] + added_high - tl.cumsum(added_high, 0, reverse=True)
-        scaled_low = scale[:, None] * error_low
-        scaled_high = scale[:, None] * error_high
-        sum_low = g_low[None, :] + tl.cumsum(scaled_low, 0, reverse=True)
-        sum_high = g_high[None, :] + tl.cumsum(scaled_high, 0, reverse=True)
-        place = (far * n_levels + level)[:, None] * HALF + j[None, :]
-        tl.store(G + place, pack(sum_low, sum_high), mask=(scale > 0)[:, None] & (j >= 0)[None, :])
-        grad = tl.sum(sum_low * w_low + sum_high * w_high, 1)
-        tl.store(grad_pre + latent.to(tl.int64) * grad_pre_stride + row, grad.to(tl.bfloat16), mask=value > 0)
-        low -= tl.sum(added_low, 0)
-        high -= tl.sum(added_high, 0)
-        g_low += tl.sum(scaled_low, 0)
-        g_high += tl.sum(scaled_high, 0)
+    for i in tl.range(0, K, loop_unroll_factor=8):
+        rank = K - 1 - i
+        scale = tl.load(rank_scales + rank)
+        g_low += scale * low
+        g_high += scale * high
+        if scale > 0:
+            tl.store(row_G + tl.load(level_of_rank + rank) * HALF + j, pack(g_low, g_high))
+        code = tl.load(row_codes + rank)
+        word = tl.load(W_dec + code_latent(code) * HALF + j)
+        low -= code_value(code) * low_half(word)
+        high -= code_value(code) * high_half(word)
 
 
 @triton.jit

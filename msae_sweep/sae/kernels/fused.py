@@ -216,24 +216,13 @@ class FusedStep:
                 self.start, self.codes, self.decoder_copy, self.rank_scales, self.error, self.row_loss,
                 self.last_error, self.grad_pre, k,
             )  # fmt: skip
-            decode.back_many(
-                self.error,
-                self.codes,
-                self.decoder_copy,
-                self.rank_scales,
-                self.level_of_rank,
-                self.G,
-                self.grad_pre,
-                k,
-            )
+            decode.back_many(self.error, self.codes, self.decoder_copy, self.rank_scales, self.level_of_rank, self.G, k)
         else:
             decode.decode_few(
                 self.start, self.codes, self.decoder_copy, self.level_scales, self.G, self.row_loss, self.last_error,
                 self.grad_pre, shape.loss_levels,
             )  # fmt: skip
-        by_latent.backward(
-            self.G, self.decoder_copy, self.entries, self.gradients, self.grad_pre, self.part, with_pre=not self.many
-        )
+        by_latent.backward(self.G, self.decoder_copy, self.entries, self.gradients, self.grad_pre, self.part)
         if aux is not None:
             dead.residual_gradient(self.G, self.level_scales, self.last_error, self.decoder_copy, self.aux, aux)
             dead.add_gradients(self.decoder_copy, aux, self.grad_pre, self.gradients)
