@@ -18,6 +18,7 @@ class ModelFile(NamedTuple):
     model: MSAE
     mean: Float32[np.ndarray, " input_dim"]
     std: Float32[np.ndarray, " input_dim"]
+    """Never 0: a channel that was constant in training data has 1, whoever wrote the file."""
     history: dict[str, Any]
 
     def standardised(self) -> StandardisedMSAE:
@@ -57,7 +58,8 @@ def load(path: str | Path) -> ModelFile:
         model = MSAE(**raw["config"])
         model.load_state_dict(raw["model_state_dict"])
         normalization = raw["normalization"]
-        return ModelFile(model, normalization["mean"], normalization["std"], raw["history"])
+        mean, std = (_statistics(normalization[name], model.input_dim) for name in ("mean", "std"))
+        return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), raw["history"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: not an MSAE model file: {str(error).splitlines()[0]}") from None
 
@@ -88,11 +90,18 @@ def load_safetensors(path: str | Path) -> ModelFile:
         tensors = load_file(path)
         beside = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         model = MSAE(**beside["config"])
-        mean, std = tensors.pop("normalization.mean"), tensors.pop("normalization.std")
+        mean, std = (_statistics(tensors.pop(f"normalization.{n}"), model.input_dim) for n in ("mean", "std"))
         model.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path}: not a safetensors model with its .json: {str(error).splitlines()[0]}") from None
-    return ModelFile(model, mean, std, beside["history"])
+    return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), beside["history"])
+
+
+def _statistics(values: Any, input_dim: int) -> Float32[np.ndarray, " input_dim"]:
+    array = np.asarray(values, dtype=np.float32)
+    if array.shape != (input_dim,) or not np.isfinite(array).all():
+        raise ValueError(f"normalization of shape {array.shape}; must be {input_dim} finite numbers")
+    return array
 
 
 def _numpy_globals() -> list[Any]:
