@@ -35,6 +35,15 @@ Overrides = Annotated[
     ),
 ]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI: replaces tracking.uri of the file.")]
+What = Annotated[
+    str,
+    typer.Argument(
+        help="Model file (.pt, .safetensors), sweep folder, champion:BLOCK, models:/NAME@ALIAS, models:/NAME/VERSION "
+        "or runs:/RUN_ID."
+    ),
+]
+Block = Annotated[int | None, typer.Option("--block", help="Which of a sweep's models, or of the data's blocks.")]
+StoreUri = Annotated[str | None, typer.Option("--tracking-uri", help="Where MLflow is; else MLFLOW_TRACKING_URI.")]
 SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, e.g. sweeps/quickstart.")]
 
 
@@ -138,6 +147,26 @@ def extract(
     with showing(_console()) as report:
         summary = extraction.extract(settings, report, connect)
     _console().print(summary.text(settings), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    what: What,
+    format: Annotated[str, typer.Option(help="notebook, safetensors, saelens or sparsify.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="File (notebook, safetensors) or folder to write.")],
+    block: Block = None,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="The one k of saelens and sparsify; the largest level without.")
+    ] = None,
+    tracking_uri: StoreUri = None,
+) -> None:
+    """Write a model in the format that the next tool reads."""
+    from msae_sweep.results.export import LOADERS
+    from msae_sweep.results.export import export as write
+    from msae_sweep.results.models import find
+
+    path = write(find(what, block, tracking_uri), format, out, k)
+    print(f"{path}: {LOADERS[format].format(path=path)}")  # type: ignore[index]
 
 
 @app.command("track-sync")
