@@ -169,6 +169,27 @@ def export(
     print(f"{path}: {LOADERS[format].format(path=path)}")  # type: ignore[index]
 
 
+@app.command()
+def report(
+    sweeps: Annotated[
+        list[Path], typer.Argument(metavar="SWEEP...", help="Folders of sweeps; several are compared side by side.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to write; report/ in the first sweep's folder without.")
+    ] = None,
+) -> None:
+    """Write the report of sweeps: one page to read anywhere, Markdown, CSV, figures, and the next search space."""
+    from msae_sweep.results import report as reporting
+
+    written = reporting.write(sweeps, out)
+    for line in (
+        *written.notes,
+        f"report: {written.page}",
+        *(f"next: msae-sweep run {p}" for p in written.next_spaces),
+    ):
+        print(line)
+
+
 @app.command("track-sync")
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Send MLflow what a sweep could not send while it ran; safe to repeat."""

@@ -19,6 +19,7 @@ HOMES = {
     "triton": ("sae/kernels/",),
     "optuna": ("sweep/",),
     "matplotlib": ("results/",),
+    "jinja2": ("results/report/",),
     "sgfmill": ("go/sgf.py",),
 }
 

@@ -2,6 +2,7 @@
 
 {storage}/{name}/
     sweep.yaml                          the resolved search-space file
+    identity.json  data.json            command, versions and times of each run; manifest of each block's data
     trials/{trial_id}/trial.json        settings, status and every epoch's metrics (driver)
     trials/{trial_id}/state.pt          training state, while the trial is unfinished (trial)
     trials/{trial_id}/model.pt          best weights so far, in the notebook's format (trial)
@@ -10,11 +11,13 @@
     summary.json  results/  figures/  models/
 """
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from msae_sweep.errors import SweepError
 from msae_sweep.results.record import TrialRecord
@@ -57,6 +60,14 @@ class SweepFolder:
     def model_file(self, trial_id: str) -> Path:
         """Best model of a trial so far."""
         return self.trial(trial_id) / "model.pt"
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; empty where it is not there (yet)."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return found
 
     def exists(self) -> bool:
         """Whether a sweep was started here: its data could be prepared."""

@@ -10,6 +10,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from msae_sweep.results.folder import SweepFolder
+from msae_sweep.results.ladder import STOPPED_AT
 from msae_sweep.results.record import FINAL, Status, TrialRecord
 from msae_sweep.sweep.progress import Display
 from msae_sweep.sweep.schedule import BlockAsha
@@ -88,7 +89,7 @@ class Monitor(tune.Callback):  # type: ignore[misc]
             return
         verdict, rung = self._scheduler.verdict(spec["group"], spec["trial_id"])
         assert verdict == "stop", f"{spec['trial_id']} was stopped by nobody"
-        self._end(self._record(trial), "stopped_early", f"asha at epoch {rung}")
+        self._end(self._record(trial), "stopped_early", f"{STOPPED_AT}{rung}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """It failed, and was not to be started again; Tune calls this only after `max_failures`."""

@@ -1,11 +1,15 @@
 """A whole sweep: check, prepare, tune, track, and leave a folder that can be resumed and reported."""
 
 import json
+import logging
 import os
+import platform
 import subprocess
 import time
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +66,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     connect()
     gpus = _gpus_per_trial(config)
     folder.create()
-    identity = _identity(folder, config, command)
+    identity = _identity(folder, config, command, gpus)
     # Connecting to MLflow takes seconds; the preparation gives it time.
     tracker = Tracker.start(folder.path, config.tracking, sweep_id=identity["sweep_id"])
     if not folder.exists():
@@ -72,11 +76,12 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     def begin() -> None:
         manifests = {block: p.manifest for block, p in preparation.wait().items()}
         # From here on the sweep exists, and can be resumed.
+        folder.write_text(folder.path / "data.json", json.dumps(manifests, indent=1))
         folder.write_text(folder.config_file, redact(config.to_yaml()))
         tracker.sweep_started(
             name=config.name,
             params=_flatten(config.model_dump(mode="json")),
-            tags={key: str(value) for key, value in identity.items() if value and key != "sweep_id"},
+            tags={key: str(value) for key, value in identity.items() if value and key not in ("sweep_id", "runs")},
             config_yaml=config.to_yaml(),
             datasets=manifests,
         )
@@ -99,6 +104,10 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     interrupted = len(records) < tuning.n_trials or any(not record.finished for record in records)
     seconds = time.monotonic() - started
     summary = finish.write(config, folder, records, {b: p.manifest for b, p in prepared.items()}, seconds=seconds)
+    identity["runs"][-1]["seconds"] = round(seconds, 1)
+    folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
+    if finish.champions(summary):
+        _write_report(folder, console)
     tracker.sweep_ended(
         status="interrupted" if interrupted else "completed",
         artifacts=[folder.path / name for name in finish.ARTIFACTS if (folder.path / name).exists()],
@@ -196,21 +205,43 @@ def _gpus_per_trial(config: SweepConfig) -> float:
     return float(gpus)
 
 
-def _identity(folder: SweepFolder, config: SweepConfig, command: str) -> dict[str, Any]:
-    """The sweep's id, made once, and where this run of it came from."""
-    file = folder.path / "identity.json"
-    if file.exists():
-        identity: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    else:
-        identity = {"sweep_id": uuid.uuid4().hex}
+def _write_report(folder: SweepFolder, console: Console) -> None:
+    """The report of what there is; whatever goes wrong with it is said, and takes nothing from the sweep."""
+    try:
+        from msae_sweep.results import report
+
+        report.write_at_the_end(folder.path)
+    except Exception as error:
+        logging.getLogger(__name__).debug("the report failed", exc_info=True)
+        console.print(
+            f"no report: {type(error).__name__}: {str(error)[:200]}; try msae-sweep report {folder.path}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _identity(folder: SweepFolder, config: SweepConfig, command: str, gpus: float) -> dict[str, Any]:
+    """The sweep's id, made once, and where each run of it came from."""
+    identity = folder.read_json("identity.json") or {"sweep_id": uuid.uuid4().hex}
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    run = {"command": redact(command), "started": started, "host": platform.node()}
+    if accelerators := sorted(
+        k.partition(":")[2] for k in ray.cluster_resources() if k.startswith("accelerator_type:")
+    ):
+        run["accelerators"] = ", ".join(accelerators)
     identity |= {
-        "command": command,
+        "runs": [*identity.get("runs", []), run],
+        "gpus_per_trial": gpus,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "mlflow")},
+        "command": redact(command),
         "config_digest": config.digest(),
         "git_commit": _git_commit(),
         "msae_sweep": msae_sweep.__version__,
         "ray": ray.__version__,
     }
-    folder.write_text(file, json.dumps(identity, indent=1))
+    folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
     return identity
 
 

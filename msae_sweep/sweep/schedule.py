@@ -16,23 +16,13 @@ Measured against Ray's own scheduler: its rungs are empty after `Tuner.restore` 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from msae_sweep.config import AshaConfig
+from msae_sweep.results.ladder import bar
 
 Verdict = Literal["pass", "stop", "wait"]
-
-
-def rungs(asha: AshaConfig | None, epochs: int) -> list[int]:
-    """Epochs at which trials of at most `epochs` are judged: grace × factor^i below `epochs`."""
-    milestones = []
-    milestone = asha.grace_epochs if asha else epochs
-    while asha and milestone < epochs:
-        milestones.append(milestone)
-        milestone *= asha.reduction_factor
-    return milestones
 
 
 @dataclass
@@ -61,8 +51,7 @@ def judge(entrants: dict[str, Entrant], trial_id: str, rung: int, reduction_fact
     reached = [e.objectives[rung] for e in before if rung in e.objectives]
     if not reached:
         return "pass"
-    bar = float(np.quantile(reached, 1 - 1 / reduction_factor))
-    return "pass" if trial.objectives[rung] >= bar else "stop"
+    return "pass" if trial.objectives[rung] >= bar(reached, reduction_factor) else "stop"
 
 
 class BlockAsha(TrialScheduler):  # type: ignore[misc]

@@ -9,11 +9,12 @@ from rich.console import Console
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.results.folder import SweepFolder
+from msae_sweep.results.ladder import rungs
 from msae_sweep.results.record import TrialRecord
 from msae_sweep.sweep.monitor import Monitor
 from msae_sweep.sweep.preparation import Preparation
 from msae_sweep.sweep.progress import Display
-from msae_sweep.sweep.schedule import BlockAsha, rungs
+from msae_sweep.sweep.schedule import BlockAsha
 from msae_sweep.sweep.scribe import Scribe
 from msae_sweep.sweep.space import plan
 from msae_sweep.sweep.trial import MSAETrial

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from msae_sweep.config import AshaConfig
-from msae_sweep.sweep.schedule import BlockAsha, Entrant, judge, rungs
+from msae_sweep.results.ladder import rungs
+from msae_sweep.sweep.schedule import BlockAsha, Entrant, judge
 
 ASHA = AshaConfig(grace_epochs=1, reduction_factor=3)
 

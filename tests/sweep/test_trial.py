@@ -13,8 +13,8 @@ from ray import tune
 from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data import shards
 from msae_sweep.results.folder import SweepFolder
+from msae_sweep.results.ladder import rungs
 from msae_sweep.sae import modelfile
-from msae_sweep.sweep.schedule import rungs
 from msae_sweep.sweep.space import plan
 from msae_sweep.sweep.trial import MSAETrial
 

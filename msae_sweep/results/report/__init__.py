@@ -1,0 +1,96 @@
+"""The report of one or several sweeps: one HTML page that needs nothing else, a Markdown and CSV twin, figures.
+
+`data` reads sweeps, `curves` measures R² at every k, `answer` says which MSAE to use, `response` and `next_space` what
+to run next; `figures` draws in `style`, and `page` puts it together. Nothing is imported before it is needed: torch and
+matplotlib take seconds.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from msae_sweep.results.report.data import Sweep
+
+FOLDER = "report"
+"""Of a sweep's own report, in the sweep folder."""
+
+
+class Written(NamedTuple):
+    """Where a report lies."""
+
+    page: Path
+    markdown: Path
+    csv: Path
+    next_spaces: list[Path]
+    notes: list[str]
+    """What a reader should know of how it was made, e.g. rows that are gone."""
+
+
+def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Written:
+    """Write the report of sweeps, side by side if they are several.
+
+    Args:
+        out: folder to write; by default `report/` in the first sweep's folder.
+
+    Raises:
+        SweepError: no sweep there, no trial that has ended, or `out` cannot be written.
+    """
+    from msae_sweep.results.report.data import read_all
+
+    sweeps = read_all(paths)
+    return _write(sweeps, Path(out) if out is not None else _default_folder(sweeps), float("inf"))
+
+
+def write_at_the_end(path: Path) -> Written:
+    """The report of a sweep that just ended; leaves out what would keep the sweep waiting."""
+    from msae_sweep.results.report.curves import MOST_PRODUCTS_AT_ONCE
+    from msae_sweep.results.report.data import read_all
+
+    sweeps = read_all([path])
+    return _write(sweeps, _default_folder(sweeps), MOST_PRODUCTS_AT_ONCE)
+
+
+def _default_folder(sweeps: "Sequence[Sweep]") -> Path:
+    first, *others = sweeps
+    folder = first.folder.path / FOLDER
+    return folder / "-".join(["with", *(sweep.name for sweep in others)]) if others else folder
+
+
+def _write(sweeps: "Sequence[Sweep]", folder: Path, most_products: float) -> Written:
+    from msae_sweep.errors import SweepError
+    from msae_sweep.results.folder import SweepFolder
+    from msae_sweep.results.report import page
+    from msae_sweep.results.report.build import build
+
+    report = build(sweeps, most_products)
+    target = SweepFolder(folder)
+    written = Written(folder / "report.html", folder / "report.md", folder / "trials.csv", [], [])
+
+    files = {f"figures/{d.name}.svg": d.svg_file for d in report.drawings}
+    files |= {f"figures/{d.name}.png": d.png_file for d in report.drawings}
+    texts = {"report.md": page.markdown(report), "trials.csv": page.trials_csv(report.sweeps)}
+    texts |= {f"{advice.name}.yaml": advice.yaml for advice in report.advice.values()}
+    texts["report.html"] = page.html(report)  # the last, so that where it is, all is
+    try:
+        for name, content in (files | {name: text.encode() for name, text in texts.items()}).items():
+            target.write(folder / name, partial(_fill, content), durable=False)
+    except OSError as error:
+        raise SweepError(f"--out: {folder} cannot be written: {error.strerror}") from None
+    notes = [
+        f"block {block}: R² at trained levels only; {why}"
+        for c in report.curves.values()
+        for block, why in c.missing.items()
+    ]
+    return written._replace(
+        next_spaces=[folder / f"{advice.name}.yaml" for advice in report.advice.values()],
+        notes=[
+            *(state for sweep, state in zip(report.sweeps, page.states(report), strict=True) if not sweep.is_whole),
+            *notes,
+        ],
+    )
+
+
+def _fill(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
