@@ -14,7 +14,7 @@ from msae_sweep.results.record import TrialRecord
 from msae_sweep.results.summary import best_entry, block_entry, reconstruction
 from msae_sweep.sae import modelfile
 
-ARTIFACTS = ("summary.json", "results/reconstruction.json", "figures/msae_training.png")
+ARTIFACTS = ("summary.json", "results/reconstruction.json", "figures/msae_training.png", "report/report.html")
 """What goes with the sweep's MLflow run, relative to the sweep folder."""
 
 

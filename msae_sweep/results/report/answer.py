@@ -1,6 +1,6 @@
 """Which MSAE to use for a block, and why, in plain words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from msae_sweep.results.report.data import Group, Sweep, Trial
@@ -38,10 +38,10 @@ def matryoshka(sweep: Sweep, block: int) -> list[Group]:
     return [group for group in groups if len(group.levels) > 1] or groups
 
 
-def baselines(sweeps: Sequence[Sweep], block: int) -> list[Trial]:
-    """The best SAE of every single k that was trained for it alone."""
+def baselines(sweeps: Sequence[Sweep], block: int, like: Sweep) -> list[Trial]:
+    """The best SAE of every single k that was trained for it alone, on the data of the sweep `like`."""
     best: dict[int, Trial] = {}
-    for sweep in sweeps:
+    for sweep in (sweep for sweep in sweeps if sweep is like or compares(sweep, like, block)):
         for group in sweep.groups_of(block):
             (k, *more), trial = group.levels, group.best
             if not more and (k not in best or trial.best["objective"] > best[k].best["objective"]):
@@ -71,7 +71,20 @@ def _answer(block: int, sweeps: Sequence[Sweep]) -> Answer:
         claim += f", and still {at[low]:.1%} with {low}"
     dead = trial.best["dead_ratio"]
     claim += f"; {f'{dead:.1%}' if dead else 'none'} of its latents {'are' if dead else 'is'} dead."
-    return Answer(block, sweep, group, claim, _reasons(group, rivals, n))
+    reasons = _reasons(group, rivals, n)
+    if low != high and (against := _against(at, baselines(sweeps, block, sweep))):
+        reasons.append(against)
+    return Answer(block, sweep, group, claim, reasons)
+
+
+def _against(at: Mapping[int, float], alone: Sequence[Trial]) -> str:
+    """How it does against SAEs that were trained for one of its levels alone."""
+    gaps = {t.levels[0]: at[t.levels[0]] - t.r2[0] for t in alone if t.levels[0] in at}
+    if not gaps:
+        return ""
+    ahead, (k, gap) = sum(gap > 0 for gap in gaps.values()), min(gaps.items(), key=lambda item: item[1])
+    text = f"Ahead of the SAE trained for one k alone at {ahead} of {len(gaps)} levels"
+    return f"{text}; {'least' if gap > 0 else 'behind'} at k={k}, by {abs(gap):.3f}."
 
 
 def _reasons(group: Group, rivals: Sequence[tuple[Sweep, Group]], n: int) -> list[str]:

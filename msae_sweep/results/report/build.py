@@ -50,7 +50,7 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str
             )
             for sweep, group in offers
         ]
-        alone = baselines(sweeps, answer.block)
+        alone = baselines(sweeps, answer.block, answer.sweep)
         if lines:
             drawings.append(figures.r2_by_k(answer.block, lines, {t.levels[0]: t.r2[0] for t in alone}))
         if lines and alone:

@@ -68,7 +68,8 @@ def r2_by_k(block: int, lines: Sequence[Line], baselines: Mapping[int, float]) -
             f"; an SAE trained for k = {k} alone explains {abs(gaps[k]):.3f} {more} there, the largest difference"
         )
     elif len(levels) > 1:
-        reading += f"; the last step, from {levels[-2]} to {last}, adds {r2[last] - r2[levels[-2]]:.3f}"
+        gain = r2[last] - r2[levels[-2]]
+        reading += f"; going from {levels[-2]} to {last} {'adds' if gain > 0 else 'loses'} {abs(gain):.3f}"
     return finished(figure, f"r2_by_k_block{block}", f"Block {block}: R² at every k", f"{reading}.")
 
 
@@ -111,15 +112,15 @@ def against_size(group: Group) -> Drawing:
     axes.set(xlabel="latents" if known else "expansion factor", ylabel="mean R² over levels")
     _score_limits(axes, group, "r2_mean")
     legend_below(figure, axes, 3)
-    steps = [
-        f"from {size(a):g} to {size(b):g} gains {b.best['r2_mean'] - a.best['r2_mean']:.3f}"
-        for a, b in itertools.pairwise(best)
-    ]
     sizes = {size(trial) for trial in group.ended}
-    if steps:
-        reading = f"Going {', '.join(steps)} in mean R²"
+    if len(best) > 1:
+        a, b = best[-2:]
+        gain = b.best["r2_mean"] - a.best["r2_mean"]
+        reading = f"The best with {size(b):g} is {gain:.3f} ahead of the best with {size(a):g}{_but(a, b, 'expansion_factor')}"
+        if size(b) < max(sizes):
+            reading += f"; none with {max(sizes):g} beats it"
     elif len(sizes) > 1:
-        reading = f"Nothing larger beats the smallest size, {size(best[0]):g}"
+        reading = f"Nothing larger beats the best with {size(best[0]):g}"
     else:
         reading = f"Every trial has {size(best[0]):g}; other sizes were not tried"
     return finished(figure, _name("size", group), f"Block {group.block}: size", f"{reading}.")
@@ -181,8 +182,7 @@ def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
         for k, u, r in zip(group.levels, uniform.r2, reverse.r2, strict=True)
         if k in (group.levels[0], group.levels[-1])
     ]
-    same = "" if _alike(uniform, reverse) else " (their other settings differ too)"
-    reading = f"The best reverse trial is {' and '.join(differences)} than the best uniform one{same}"
+    reading = f"The best reverse trial is {' and '.join(differences)} than the best uniform one{_but(uniform, reverse, 'weighting')}"
     return finished(figure, _name("weighting", group), f"Block {group.block}: weighting", f"{reading}.")
 
 
@@ -204,13 +204,15 @@ def early_stopping(group: Group) -> Drawing | None:
         colour, hatch, label = looks.get(trial.record.status, (COLOURS[1], "xxx", "diverged or failed"))
         axes.barh(row, trial.record.epochs, color=colour, hatch=hatch, edgecolor="white", height=0.75, label=label)
         if stop := stops.get(trial.trial_id):
-            axes.text(stop.rung, row, f"  {stop.missing:.3f} short", va="center", fontsize=8)
+            look = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{_small(stop.missing)} short", (stop.rung, row), **look)
     for rung in ladder.rungs:
         axes.axvline(rung, color="k", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(shown)), [trial.trial_id for trial in shown], fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 1.02 * max(trial.training.epochs for trial in shown))
     axes.grid(visible=False, axis="y")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(f"epochs (dotted: judged at {', '.join(map(str, ladder.rungs))})")
     legend_below(figure, axes, 2)
     if stops:
@@ -219,7 +221,7 @@ def early_stopping(group: Group) -> Drawing | None:
         reading = (
             f"{len(stops)} of {len(group.trials)} trials were stopped, which saved {ladder.epochs_saved} of {total} "
             f"epochs ({ladder.epochs_saved / total:.0%}); the closest, {closest.trial_id}, would have needed "
-            f"{closest.missing:.3f} more at epoch {closest.rung}"
+            f"{_small(closest.missing)} more at epoch {closest.rung}"
         )
     else:
         reading = f"None of {len(group.trials)} trials was stopped"
@@ -342,14 +344,27 @@ def _score_limits(axes: Any, group: Group, key: str = "objective") -> None:
         )
 
 
-def _alike(a: Trial, b: Trial) -> bool:
-    return a.training.model_dump(exclude={"weighting", "seed"}) == b.training.model_dump(exclude={"weighting", "seed"})
+def _small(value: float) -> str:
+    """Three decimals; what they cannot show is not zero."""
+    return f"{value:.3f}" if value >= 0.0005 else "less than 0.001"
+
+
+def _but(a: Trial, b: Trial, compared: str) -> str:
+    """What makes a comparison of two trials uneven besides the setting `compared`; empty where nothing does."""
+    early = [t for t in (a, b) if t.record.status == "stopped_early"]
+    if early and a.record.epochs != b.record.epochs:
+        return f" (but {early[0].trial_id} was stopped at epoch {early[0].record.epochs})"
+    keys = [key for key in ("learning_rate", "expansion_factor", "weighting") if key != compared]
+    differ = [key.replace("_", " ") for key in keys if getattr(a.training, key) != getattr(b.training, key)]
+    return f" (they differ in {' and '.join(differ)} too)" if differ else ""
 
 
 def _training_reading(key: str, groups: Sequence[Group]) -> str:
     if key == "dead_ratio":
         worst = max(groups, key=lambda group: max(p["dead_ratio"] for p in group.best.record.points))
         most = max(point["dead_ratio"] for point in worst.best.record.points)
+        if not most:
+            return "No latent of a best trial was dead at the end of any epoch."
         return f"At no epoch are more than {most:.1%} of the latents of a best trial dead (block {worst.block})."
     if key == "r2_mean":
         rising = [group for group in groups if group.best.still_rising]

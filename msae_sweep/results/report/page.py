@@ -118,6 +118,7 @@ def _context(report: Report) -> dict[str, Any]:
         "comparison": _comparison(report),
         "states": states(report),
         "levels": sorted({k for answer in report.answers for k in answer.group.levels}),
+        "same_levels": len({answer.group.levels for answer in report.answers}) == 1,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": msae_sweep.__version__,
     }

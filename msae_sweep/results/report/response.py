@@ -318,18 +318,17 @@ def _sentence(response: Response, sample: Sample) -> str:
             f"{start}; but it cannot predict a trial that it has not seen (off by {response.error:.3f} on average), "
             "so nothing is concluded from it."
         )
+    early = "; scores so early favour high learning rates" if response.epoch else ""
     known = f"{start}; it predicts an unseen trial to within {response.error:.3f}"
     low, high = response.interval
     if response.optimum is None or not response.tried[0] <= response.optimum <= response.tried[1]:
         side = "highest" if low > np.sqrt(response.tried[0] * response.tried[1]) else "lowest"
-        return f"{known}; the best learning rate lies at or beyond the {side} one tried, {_edge(response, side):.2g}."
+        return f"{known}; the best learning rate lies at or beyond the {side} one tried, {_edge(response, side):.2g}{early}."
     text = f"{known}; the best learning rate is {response.optimum:.2g}"
     if low < response.tried[0] or high > response.tried[1]:
-        return f"{text}, but it could lie beyond the range that was tried."
+        return f"{text}, but it could lie beyond the range that was tried{early}."
     text += f" (80% of refits: {low:.2g} to {high:.2g})"
-    if response.epoch:
-        text += "; with more epochs it tends to be lower"
-    return f"{text}."
+    return f"{text}{early}."
 
 
 def _edge(response: Response, side: str) -> float:
