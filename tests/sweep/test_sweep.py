@@ -106,6 +106,39 @@ def test_the_figure_is_a_png(finished):
     assert len(png) > 50_000
 
 
+def test_the_report_is_written_and_its_curves_go_through_the_r2_that_the_summary_states(finished):
+    page = (finished.folder.path / "report" / "report.html").read_text()
+    curves = json.loads((finished.folder.path / "results" / "r2_by_k.json").read_text())
+    for name, block in finished.summary["blocks"].items():
+        assert f"Block {name.removeprefix('block')}: use {block['best']}" in page
+        for k in (2, 4, 8):
+            stated = block["trials"][0]["metrics"][f"r2_k{k}"]
+            assert curves[block["best"]]["r2"][k - 1] == pytest.approx(stated, abs=1e-5)
+    assert "trained levels only" not in page
+
+
+def test_what_a_report_needs_to_tell_how_to_run_it_again_is_written(finished):
+    identity = json.loads((finished.folder.path / "identity.json").read_text())
+    assert {"torch", "ray", "mlflow", "python", "msae_sweep", "config_digest", "gpus_per_trial"} <= set(identity)
+    assert identity["runs"][0]["command"] == "test"
+    assert identity["runs"][0]["seconds"] > 0
+    manifests = json.loads((finished.folder.path / "data.json").read_text())
+    assert manifests == {name.removeprefix("block"): b["data"] for name, b in finished.summary["blocks"].items()}
+
+
+def test_a_report_that_fails_costs_the_sweep_nothing(tmp_path, monkeypatch):
+    from msae_sweep.results import report
+
+    def fail(path):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(report, "write_at_the_end", fail)
+    result = sweep(tmp_path, "search.trials_per_block=1", "data.blocks=[5]", "training.epochs=1")
+    assert result.summary["blocks"]["block5"]["best"] == "block5-000"
+    assert not result.tracking.pending
+    assert "no report: RuntimeError: no fonts; try msae-sweep report" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize("block", [5, 20])
 def test_the_best_model_of_a_block_has_the_r2_that_the_summary_states(finished, block):
     best = finished.summary["blocks"][f"block{block}"]["trials"][0]

@@ -64,6 +64,10 @@ def _write(sweeps: "Sequence[Sweep]", folder: Path, most_products: float) -> Wri
     from msae_sweep.results.report import page
     from msae_sweep.results.report.build import build
 
+    try:  # before the work
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"--out: {folder} cannot be made: {error.strerror}") from None
     report = build(sweeps, most_products)
     target = SweepFolder(folder)
     written = Written(folder / "report.html", folder / "report.md", folder / "trials.csv", [], [])

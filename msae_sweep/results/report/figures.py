@@ -116,7 +116,8 @@ def against_size(group: Group) -> Drawing:
     if len(best) > 1:
         a, b = best[-2:]
         gain = b.best["r2_mean"] - a.best["r2_mean"]
-        reading = f"The best with {size(b):g} is {gain:.3f} ahead of the best with {size(a):g}{_but(a, b, 'expansion_factor')}"
+        reading = f"The best with {size(b):g} is {gain:.3f} ahead of the best with {size(a):g}"
+        reading += _but(a, b, "expansion_factor")
         if size(b) < max(sizes):
             reading += f"; none with {max(sizes):g} beats it"
     elif len(sizes) > 1:
@@ -182,7 +183,8 @@ def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
         for k, u, r in zip(group.levels, uniform.r2, reverse.r2, strict=True)
         if k in (group.levels[0], group.levels[-1])
     ]
-    reading = f"The best reverse trial is {' and '.join(differences)} than the best uniform one{_but(uniform, reverse, 'weighting')}"
+    reading = f"The best reverse trial is {' and '.join(differences)} than the best uniform one"
+    reading += _but(uniform, reverse, "weighting")
     return finished(figure, _name("weighting", group), f"Block {group.block}: weighting", f"{reading}.")
 
 

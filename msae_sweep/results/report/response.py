@@ -6,8 +6,9 @@ and as linear in every other setting that varied:
     score = a + b·x + c·x² + e·x·h + d·h + Σ f·other,    x = ln(learning rate), h = ln(expansion factor)
 
 fitted by least squares. The best learning rate is x* = −(b + e·h) / 2c, where c < 0. What a fit is worth is told by
-predicting each trial from all others (leave one out); how far x* could be elsewhere by refitting to scores with the
-residuals' signs drawn anew (the wild bootstrap of Wu 1986, which works with few trials).
+predicting each trial from all others (leave one out), and by how often it does as well on shuffled scores. How far x*
+could be elsewhere is told by refitting to scores with the residuals' signs drawn anew (the wild bootstrap of Wu 1986,
+which works with few trials).
 
 Trials that early stopping ended are no sample of bad settings: their best score is that of fewer epochs. So scores are
 compared at one epoch: at the end where enough trials came there, else at the latest rung that enough of them reached.
@@ -23,7 +24,9 @@ from msae_sweep.results.report.data import Group, Trial
 SPARE_TRIALS = 3
 """A fit needs so many trials more than it has coefficients."""
 TRUSTED = 0.3
-"""Share of the variance between trials that leave-one-out prediction must explain for a fit to be believed."""
+"""Share of the variance between trials that leave-one-out prediction must explain for a fit to be believed ..."""
+CHANCE = 0.02
+"""... and the share of shuffled scores, at the most, of which a fit explains as much."""
 REFITS = 1000
 
 
@@ -51,6 +54,8 @@ class Response(NamedTuple):
     """Typical error (root mean square) in predicting a trial from all others."""
     explained: float
     """Leave-one-out R²: 1 is perfect, 0 no better than the mean."""
+    chance: float
+    """Share of shuffled scores of which a fit explains as much."""
     tried: tuple[float, float]
     """Lowest and highest learning rate."""
     optimum: float | None
@@ -71,7 +76,7 @@ class Response(NamedTuple):
     @property
     def is_trusted(self) -> bool:
         """Whether it predicts trials that it has not seen."""
-        return self.explained >= TRUSTED
+        return self.explained >= TRUSTED and self.chance <= CHANCE
 
     def scores(self, learning_rates: Sequence[float] | np.ndarray) -> np.ndarray:
         """Predicted scores, all else as in the best trial."""
@@ -229,11 +234,20 @@ class _Fit:
         inverse = np.linalg.pinv(rows)
         self.coefficients = inverse @ scores
         self.residuals = scores - rows @ self.coefficients
-        leverage = np.clip(np.einsum("ij,ji->i", rows, inverse), 0, 0.999)
-        self.left_out = self.residuals / (1 - leverage)
-        signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(REFITS, len(scores)))
+        leave_one_out = 1 / (1 - np.clip(np.einsum("ij,ji->i", rows, inverse), 0, 0.999))
+        self.left_out = self.residuals * leave_one_out
+        rng = np.random.default_rng(0)
+        signs = rng.choice((-1.0, 1.0), size=(REFITS, len(scores)))
         self.refits = (rows @ self.coefficients + signs * self.left_out) @ inverse.T  # [refits, columns]
         self.total = float(((scores - scores.mean()) ** 2).sum())
+        shuffled = rng.permuted(np.tile(scores, (REFITS, 1)), axis=1)  # [refits, trials]
+        by_chance = (((shuffled - shuffled @ inverse.T @ rows.T) * leave_one_out) ** 2).sum(axis=1)
+        self.chance = float((by_chance <= (self.left_out**2).sum()).mean())
+
+    @property
+    def explained(self) -> float:
+        """Leave-one-out R²; 0 where the scores do not differ."""
+        return 1 - float((self.left_out**2).sum()) / self.total if self.total else 0.0
 
     def share_of(self, mine: np.ndarray) -> float:
         """Explained variance that is lost without the columns `mine`."""
@@ -255,8 +269,9 @@ def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Respo
     drawn = fit.refits @ solve.T
     optima = _optima(drawn[:, 1], drawn[:, 2], x)
     low, high = np.exp(np.quantile(optima, (0.1, 0.9), method="nearest"))
+    optimum = float(np.exp(_optima(b[None], c[None], x)[0]))
     n = len(sample.trials)
-    explained = 1 - float((fit.left_out**2).sum()) / fit.total if fit.total else 0.0
+    trusted = fit.explained >= TRUSTED and fit.chance <= CHANCE
     effects = []
     for key in design.settings():
         share = fit.share_of(np.array([key in owners for owners in design.owners]))
@@ -272,26 +287,31 @@ def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Respo
         n_trials=n,
         epoch=sample.epoch,
         error=float(np.sqrt((fit.left_out**2).mean())),
-        explained=explained,
+        explained=fit.explained,
+        chance=fit.chance,
         tried=tried,
-        optimum=float(np.exp(-b / (2 * c))) if c < 0 and explained >= TRUSTED else None,
+        optimum=optimum if 0 < optimum < np.inf and trusted else None,
         interval=(float(low), float(high)),
-        size_exponent=_size_exponent(design, fit) if explained >= TRUSTED else None,
+        size_exponent=_size_exponent(design, fit) if trusted else None,
         effects=sorted(effects, key=lambda effect: -effect.share),
         points=(rates, sample.scores.tolist()),
         coefficients=(float(a), float(b), float(c)),
         sentence="",
     )
-    return response._replace(sentence=_sentence(response, sample))
+    return response._replace(sentence=_sentence(response, sample) + _scaling(response))
 
 
 def _optima(b: np.ndarray, c: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """ln(learning rate) of the best of each parabola; ± infinity, to the better side, where it has no top."""
-    reach = x[-1] - x[0]
-    better = np.where(b * reach + c * (x[-1] ** 2 - x[0] ** 2) > 0, np.inf, -np.inf)
+    """ln(learning rate) of the best of each parabola; ± infinity, to the better side, where no top is within reach.
+
+    Within reach: at most twice the range that was tried (at least a factor of 10) beyond its ends.
+    """
+    low, _, high = x
+    better = np.where(b * (high - low) + c * (high**2 - low**2) > 0, np.inf, -np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
         top = -b / (2 * c)
-    return np.where(c < 0, top, better)
+    reach = max(2 * (high - low), np.log(10))
+    return np.where((c < 0) & (top > low - reach) & (top < high + reach), top, better)
 
 
 def _size_exponent(design: _Design, fit: _Fit) -> tuple[float, float, float] | None:
@@ -315,7 +335,7 @@ def _sentence(response: Response, sample: Sample) -> str:
         start += f", without {sample.n_left_out} far below the rest"
     if not response.is_trusted:
         return (
-            f"{start}; but it cannot predict a trial that it has not seen (off by {response.error:.3f} on average), "
+            f"{start}; but it predicts unseen trials no better than chance may (off by {response.error:.3f}), "
             "so nothing is concluded from it."
         )
     early = "; scores so early favour high learning rates" if response.epoch else ""
@@ -323,7 +343,8 @@ def _sentence(response: Response, sample: Sample) -> str:
     low, high = response.interval
     if response.optimum is None or not response.tried[0] <= response.optimum <= response.tried[1]:
         side = "highest" if low > np.sqrt(response.tried[0] * response.tried[1]) else "lowest"
-        return f"{known}; the best learning rate lies at or beyond the {side} one tried, {_edge(response, side):.2g}{early}."
+        edge = response.tried[1] if side == "highest" else response.tried[0]
+        return f"{known}; the best learning rate lies at or beyond the {side} one tried, {edge:.2g}{early}."
     text = f"{known}; the best learning rate is {response.optimum:.2g}"
     if low < response.tried[0] or high > response.tried[1]:
         return f"{text}, but it could lie beyond the range that was tried{early}."
@@ -331,5 +352,11 @@ def _sentence(response: Response, sample: Sample) -> str:
     return f"{text}{early}."
 
 
-def _edge(response: Response, side: str) -> float:
-    return response.tried[1] if side == "highest" else response.tried[0]
+def _scaling(response: Response) -> str:
+    if response.size_exponent is None:
+        return ""
+    low, middle, high = response.size_exponent
+    return (
+        f" The best learning rate goes with the number of latents to the power {middle:.2f} "
+        f"(80% of refits: {low:.2f} to {high:.2f})."
+    )

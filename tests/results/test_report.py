@@ -1,0 +1,291 @@
+"""The report: what it says is what the sweep folder holds, and the page needs nothing else."""
+
+import csv
+import html.parser
+import io
+import re
+import shutil
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from report_sweeps import INPUT_DIM, N_VAL, add_rows_and_models, make, settings
+
+from msae_sweep.cli import main
+from msae_sweep.errors import SweepError
+from msae_sweep.results import report
+from msae_sweep.results.report.answer import answers, baselines
+from msae_sweep.results.report.curves import curves
+from msae_sweep.results.report.data import read, read_all
+from msae_sweep.results.report.figures import front
+from msae_sweep.sae import modelfile
+from msae_sweep.sae.metrics import total_variance
+
+ASHA = "{grace_epochs: 1, reduction_factor: 2}"
+
+
+def rising(params: dict, epoch: int) -> float:
+    return 0.5 + 0.04 * np.log(params["learning_rate"] / 1e-4) - 0.3 / epoch
+
+
+@pytest.fixture
+def sweep(tmp_path: Path):
+    return make(tmp_path / "sweeps" / "made-up", settings(8), rising, blocks=(5, 20), asha=ASHA)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A sweep and its report, for tests that only look."""
+    folder = tmp_path_factory.mktemp("reported") / "made-up"
+    sweep = make(folder, settings(8), rising, blocks=(5, 20), asha=ASHA)
+    return sweep, report.write([sweep.path])
+
+
+class Outside(html.parser.HTMLParser):
+    """What a page would load, and every id in it."""
+
+    VOID = ("meta", "br", "img", "link", "input")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for key, value in attributes:
+            if key in ("src", "href", "xlink:href", "data", "action") and not (value or "").startswith("#"):
+                self.loads.append(f"{tag} {key}={value}")
+            if key == "id":
+                self.ids.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def parsed(page: Path) -> Outside:
+    parser = Outside()
+    parser.feed(page.read_text(encoding="utf-8"))
+    return parser
+
+
+def test_the_page_loads_nothing_and_its_ids_are_unique_also_with_several_sweeps(reported, sweep, tmp_path):
+    other = make(tmp_path / "elsewhere" / "made-up", settings(8, seed=1), rising, blocks=(5, 20), asha=ASHA)
+    for written in (reported[1], report.write([sweep.path, other.path], tmp_path / "both")):
+        page = parsed(written.page)
+        assert page.open == []
+        assert page.loads == []
+        assert len(page.ids) == len(set(page.ids))
+        text = written.page.read_text(encoding="utf-8")
+        # Everything that a figure refers to is in the page: a clip or marker that is missing draws nothing.
+        assert set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text)) <= set(page.ids)
+
+
+def test_every_figure_is_in_the_page_and_lies_beside_it_as_svg_and_png(reported):
+    _, written = reported
+    names = {path.stem for path in (written.page.parent / "figures").iterdir()}
+    kinds = {re.sub(r"_block\d+$", "", name) for name in names}
+    assert {"r2_by_k", "learning_rate", "size", "dead", "weighting", "early_stopping", "training_val_loss"} <= kinds
+    text = written.page.read_text(encoding="utf-8")
+    for name in names:
+        assert f'"{name}-figure_1"' in text
+        figure = written.page.parent / "figures" / name
+        assert ElementTree.parse(figure.with_suffix(".svg")).getroot().tag.endswith("svg")
+        assert figure.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert all(f"figures/{name}.png" in written.markdown.read_text(encoding="utf-8") for name in names)
+
+
+def test_the_first_thing_said_is_the_best_trial_with_its_numbers(reported):
+    sweep, written = reported
+    best = max((r for r in sweep.load_records().values() if r.block == 20), key=lambda r: r.best["objective"])
+    text = written.page.read_text(encoding="utf-8")
+    first_screen = text[: text.index("<nav")]
+    assert f"Block 20: use {best.trial_id}" in first_screen
+    assert f"explains {best.best['r2_k8']:.1%} of the variance with 8 latents" in first_screen
+    assert f"{best.params['learning_rate']:.2e}" in first_screen
+    assert f"{best.best['objective']:.4f}, is the highest of 8 trials" in first_screen
+
+
+def test_the_csv_has_every_trial_with_the_metrics_of_its_best_epoch(reported):
+    sweep, written = reported
+    rows = list(csv.DictReader(io.StringIO(written.csv.read_text(encoding="utf-8"))))
+    records = sweep.load_records()
+    assert {row["trial_id"] for row in rows} == set(records)
+    for row in rows:
+        record = records[row["trial_id"]]
+        assert float(row["r2_k8"]) == record.best["r2_k8"]
+        assert float(row["learning_rate"]) == record.params["learning_rate"]
+        assert (row["status"], int(row["epochs"])) == (record.status, record.epochs)
+    of_block = [float(row["objective"]) for row in rows if row["block"] == "5"]
+    assert of_block == sorted(of_block, reverse=True)
+
+
+def test_text_of_others_is_escaped(reported):
+    text = reported[1].page.read_text(encoding="utf-8")
+    assert "--name &lt;b&gt;" in text  # of the command, in `make`
+    assert "--name <b>" not in text
+
+
+def test_a_curve_is_the_r2_of_the_validation_rows_at_every_k(sweep):
+    rows = add_rows_and_models(sweep)
+    view = read(sweep.path)
+    measured = curves(view)
+    assert not measured.missing
+    group = view.groups[0]
+    curve = measured.by_trial[group.best.trial_id]
+    assert curve.ks == tuple(range(1, 9))
+    x = torch.from_numpy(rows[group.block])
+    model = modelfile.load(sweep.model_file(group.best.trial_id)).model
+    code = torch.relu((x - model.pre_bias) @ model.W_enc.T)
+    for k, r2 in zip(curve.ks, curve.r2, strict=True):
+        values, indices = code.topk(k, dim=1)
+        x_hat = torch.zeros_like(code).scatter(1, indices, values) @ model.W_dec + model.pre_bias
+        expected = 1 - (x - x_hat).square().sum().item() / total_variance([x])
+        assert r2 == pytest.approx(expected, abs=1e-5)
+    assert sweep.read_json("results/r2_by_k.json")[group.best.trial_id]["n_rows"] == N_VAL
+
+
+def test_curves_are_kept_and_outlive_models_and_rows(sweep):
+    add_rows_and_models(sweep)
+    before = curves(read(sweep.path))
+    shutil.rmtree(sweep.path.parent / "prepared")
+    for trial_id in sweep.load_records():
+        sweep.model_file(trial_id).unlink()
+    assert curves(read(sweep.path)) == before
+
+
+def test_a_kept_curve_of_another_epoch_is_not_taken(sweep):
+    add_rows_and_models(sweep)
+    curves(read(sweep.path))
+    kept = sweep.read_json("results/r2_by_k.json")
+    trial = read(sweep.path).groups[0].best
+    kept[trial.trial_id] |= {"epoch": 1, "r2": [0.0] * 8}
+    sweep.write_text(sweep.path / "results" / "r2_by_k.json", str(kept).replace("'", '"'))
+    assert curves(read(sweep.path)).by_trial[trial.trial_id].r2 != [0.0] * 8
+
+
+def test_where_the_rows_are_gone_trained_levels_are_drawn_and_it_is_said(reported):
+    sweep, written = reported
+    view = read(sweep.path)
+    measured = curves(view)
+    best = view.groups[0].best
+    assert measured.by_trial[best.trial_id].ks == best.levels
+    assert measured.by_trial[best.trial_id].r2 == best.r2
+    assert any("no longer in" in note for note in written.notes)
+    assert "trained levels only" in written.page.read_text(encoding="utf-8")
+
+
+def test_at_a_sweeps_end_curves_that_take_long_are_left_out(sweep):
+    add_rows_and_models(sweep)
+    view = read(sweep.path)
+    of_one = N_VAL * view.groups[0].best.hidden_dim * 2 * INPUT_DIM
+    measured = curves(view, most_products=of_one)
+    whole = [curve for curve in measured.by_trial.values() if curve.is_whole]
+    assert len(whole) == 1
+    assert "left out" in next(iter(measured.missing.values()))
+    assert not curves(view).missing
+
+
+def test_baselines_are_the_best_sae_of_every_single_k_on_the_same_data(sweep, tmp_path):
+    space = "{k_levels: {grid: [[2], [8]]}, learning_rate: {loguniform: [1e-4, 1e-2]}}"
+    alone = [{"k_levels": [k], "learning_rate": rate} for rate in (1e-3, 2e-3) for k in (2, 8)]
+    other = make(tmp_path / "sweeps" / "alone", alone, rising, blocks=(5, 20), space=space)
+    first, second = read_all([sweep.path, other.path])
+    found = baselines([first, second], 5, first)
+    assert [trial.levels for trial in found] == [(2,), (8,)]
+    assert {trial.training.learning_rate for trial in found} == {2e-3}
+    # The MSAE is recommended, whatever the score of an SAE for one k.
+    assert {answer.sweep.name for answer in answers([second, first])} == {"made-up"}
+    text = report.write([sweep.path, other.path]).page.read_text(encoding="utf-8")
+    assert "trained for one k alone" in text
+    # On other data their R² says nothing.
+    data = other.read_json("data.json")
+    data["5"]["key"] = "another"
+    other.write_text(other.path / "data.json", str(data).replace("'", '"'))
+    assert baselines(read_all([sweep.path, other.path]), 5, first) == []
+
+
+def test_of_two_sweeps_on_the_same_data_the_better_trial_is_recommended(sweep, tmp_path):
+    better = make(
+        tmp_path / "sweeps" / "better", settings(3), lambda p, e: rising(p, e) + 0.1, blocks=(5, 20), asha=ASHA
+    )
+    assert {answer.sweep.name for answer in answers(read_all([sweep.path, better.path]))} == {"better"}
+
+
+def test_nothing_on_the_front_is_beaten_and_whatever_is_off_it_is(sweep):
+    group = read(sweep.path).groups[0]
+    kept = front(group.ended, lambda trial: trial.hidden_dim)
+    for trial in group.ended:
+        beaten = any(
+            o.hidden_dim <= trial.hidden_dim and o.best["r2_mean"] > trial.best["r2_mean"] for o in group.ended
+        )
+        assert beaten == (trial not in kept)
+
+
+def test_an_unfinished_sweep_is_reported_as_far_as_it_is_and_says_so(sweep):
+    record = next(r for r in sweep.load_records().values() if r.trial_id == "block5-007")
+    record.status, record.reason = "running", ""
+    sweep.save_record(record)
+    (sweep.path / "data.json").unlink()  # of a sweep that was run before it was written
+    written = report.write([sweep.path])
+    assert "15 of 16 trials have ended" in written.notes[0]
+    text = written.page.read_text(encoding="utf-8")
+    assert "unfinished" in text
+    assert "block5-007" in text
+
+
+def test_a_block_without_a_model_is_named(sweep):
+    for record in sweep.load_records().values():
+        if record.block == 20:
+            record.status = "diverged"
+            sweep.save_record(record)
+    assert "of block 20 none has ended with a model" in report.write([sweep.path]).page.read_text(encoding="utf-8")
+
+
+def test_a_trial_with_one_epoch_and_a_sweep_with_one_trial_are_reported(tmp_path):
+    sweep = make(tmp_path / "tiny", settings(1), rising, epochs=1)
+    assert "It is the only trial" in report.write([sweep.path]).page.read_text(encoding="utf-8")
+
+
+def refused(monkeypatch, capsys, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["msae-sweep", "report", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys, sweep, tmp_path):
+    assert "no sweep.yaml there" in refused(monkeypatch, capsys, str(tmp_path / "nowhere"))
+    (tmp_path / "file").write_text("")
+    assert "cannot be made: File exists" in refused(monkeypatch, capsys, str(sweep.path), "--out", str(tmp_path / "file"))
+    for record in sweep.load_records().values():
+        record.status = "running"
+        sweep.save_record(record)
+    assert "none of its 16 trials has ended" in refused(monkeypatch, capsys, str(sweep.path))
+
+
+def test_the_command_prints_where_the_report_lies(monkeypatch, capsys, tmp_path):
+    sweep = make(tmp_path / "tiny", settings(2), rising, epochs=2)
+    monkeypatch.setattr(sys, "argv", ["msae-sweep", "report", str(sweep.path)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0
+    assert f"report: {sweep.path / 'report' / 'report.html'}" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_sweep_raises_what_the_command_line_prints(tmp_path):
+    with pytest.raises(SweepError, match="give the folder of a sweep"):
+        report.write([tmp_path])
