@@ -190,6 +190,29 @@ def report(
         print(line)
 
 
+@app.command()
+def ui(
+    sweep: Annotated[
+        Path | None, typer.Argument(metavar="[SWEEP]", help="Folder of a sweep whose trials to compare.")
+    ] = None,
+    tracking_uri: TrackingUri = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open a browser where there is one.")] = True,
+) -> None:
+    """Compare a sweep's trials in MLflow: on its tracking server, or on one started here until Ctrl-C."""
+    from msae_sweep.config import TrackingConfig
+    from msae_sweep.track import ui as pages
+
+    if sweep is None:
+        tracking = TrackingConfig(uri=tracking_uri)
+    else:
+        from msae_sweep.sweep.run import load_config
+
+        tracking = load_config(sweep, tracking_uri).tracking
+    pages.serve(sweep, tracking, host=host, port=port, open_browser=browser)
+
+
 @app.command("track-sync")
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Send MLflow what a sweep could not send while it ran; safe to repeat."""

@@ -270,7 +270,9 @@ def refused(monkeypatch, capsys, *arguments: str) -> str:
 def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys, sweep, tmp_path):
     assert "no sweep.yaml there" in refused(monkeypatch, capsys, str(tmp_path / "nowhere"))
     (tmp_path / "file").write_text("")
-    assert "cannot be made: File exists" in refused(monkeypatch, capsys, str(sweep.path), "--out", str(tmp_path / "file"))
+    assert "cannot be made: File exists" in refused(
+        monkeypatch, capsys, str(sweep.path), "--out", str(tmp_path / "file")
+    )
     for record in sweep.load_records().values():
         record.status = "running"
         sweep.save_record(record)

@@ -1,0 +1,116 @@
+"""`msae-sweep ui`: the right page of the right server, which ends with it. In a browser: `check_ui.py`."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import psutil
+import pytest
+from small_sweep import EXPERIMENT, STATUSES, Store, send, tracking
+
+from msae_sweep.config import TrackingConfig
+from msae_sweep.errors import ConfigError, TrackingError
+from msae_sweep.track import ui
+
+
+def state_behind(path: str, store: Store) -> dict:
+    """What the page reads from the experiment's tag that the address names."""
+    fragment = urlparse(path).fragment
+    assert fragment.startswith(f"/experiments/{store.experiment.experiment_id}/runs?")
+    query = parse_qs(fragment.partition("?")[2])
+    assert query["compareRunsMode"] == ["CHART"]
+    return json.loads(store.experiment.tags[f"mlflow.sharedViewState.{query['viewStateShareKey'][0]}"])
+
+
+def test_the_comparison_shows_the_trials_of_this_sweep_on_keys_that_they_have(uri, tmp_path):
+    send(tmp_path / "sweep", uri)
+    path = ui.comparison(tmp_path / "sweep", tracking(uri))
+    store = Store(uri)
+    state = state_behind(path, store)
+    shown = store.client.search_runs([store.experiment.experiment_id], state["searchFilter"])
+    assert {run.data.tags["msae_sweep.trial_id"] for run in shown} == set(STATUSES)
+    (chart,) = state["compareRunCharts"]
+    assert chart["selectedParams"] == ["block", "learning_rate", "expansion_factor", "weighting"]
+    assert chart["selectedMetrics"] == ["dead_ratio", "r2_k4"]
+    for run in shown:
+        assert set(chart["selectedParams"]) <= set(run.data.params)
+        if run.data.metrics:
+            assert set(chart["selectedMetrics"]) <= set(run.data.metrics)
+            assert state["orderByKey"].split("`")[1] in run.data.metrics or run.data.tags["status"] == "failed"
+    # Asked again it is the same page, not another tag.
+    assert ui.comparison(tmp_path / "sweep", tracking(uri)) == path
+
+
+def test_with_a_tracking_server_only_its_address_is_shown(server, tmp_path):
+    send(tmp_path / "sweep", server.uri)
+    said: list[str] = []
+    ui.serve(tmp_path / "sweep", tracking(server.uri), host="127.0.0.1", port=0, open_browser=False, say=said.append)
+    (url,) = said
+    assert url.startswith(f"{server.uri}/#/experiments/")
+    assert state_behind(url, Store(server.uri))
+
+
+def test_no_user_or_password_is_shown(monkeypatch):
+    said: list[str] = []
+    secret = TrackingConfig(uri="http://me:secret@127.0.0.1:9/")
+    ui.serve(None, secret, host="127.0.0.1", port=0, open_browser=False, say=said.append)
+    assert said == ["http://127.0.0.1:9/"]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_on_a_store_a_server_of_our_own_answers_on_loopback_until_it_is_ended(uri, tmp_path, end):
+    send(tmp_path / "sweep", uri)
+    command = f"""
+from pathlib import Path
+from msae_sweep.config import TrackingConfig
+from msae_sweep.track import ui
+tracking = TrackingConfig(uri={uri!r}, experiment={EXPERIMENT!r})
+ui.serve(Path({str(tmp_path / "sweep")!r}), tracking, host="127.0.0.1", port=0, open_browser=False)
+"""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        url = urlparse(process.stdout.readline().strip())
+        assert url.hostname == "127.0.0.1"
+        assert state_behind(url.geturl(), Store(uri))
+        with urllib.request.urlopen(f"http://{url.netloc}/", timeout=30) as page:
+            assert b"<html" in page.read()
+        # The password that a store's address may hold is on no command line.
+        servers = psutil.Process(process.pid).children(recursive=True)
+        assert servers
+        assert not any(uri in part for server in servers for part in server.cmdline())
+    finally:
+        process.send_signal(end)
+        assert process.wait(30) == 0
+    with pytest.raises(OSError, match="refused"), socket.create_connection((url.hostname, url.port), timeout=5):
+        pass
+
+
+def test_a_sweep_that_the_store_does_not_have_is_said_with_what_to_do(uri, tmp_path):
+    with pytest.raises(TrackingError, match=r"has no trials of sweep in experiment study; .* track-sync"):
+        ui.comparison(tmp_path / "sweep", tracking(uri))
+
+
+def test_a_server_that_is_down_is_one_line(tmp_path):
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9"):
+        ui.comparison(tmp_path / "sweep", tracking("http://127.0.0.1:9"))
+
+
+def test_an_address_that_is_not_here_and_a_port_that_is_taken_are_said(uri):
+    with pytest.raises(ConfigError, match=r"--host: 192\.0\.2\.1 is no address"):
+        ui.serve(None, tracking(uri), host="192.0.2.1", port=0, open_browser=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises((TrackingError, ConfigError), match="port"):
+        ui.serve(None, tracking(uri), host="127.0.0.1", port=taken.getsockname()[1], open_browser=False)
+
+
+def test_the_browser_check_skips_with_its_reason_where_it_cannot_run(tmp_path):
+    script = Path(__file__).with_name("check_ui.py")
+    command = [sys.executable, str(script), str(tmp_path), "--chromium", ""]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": ""})
+    assert done.stdout.startswith("skipped: ")
