@@ -24,7 +24,7 @@ from ray.data import DataContext
 from torch import Tensor
 
 import msae_sweep
-from msae_sweep.errors import ConfigError, DataError
+from msae_sweep.errors import ConfigError, DataError, MsaeSweepError
 from msae_sweep.go.board import N_POINTS, SIZE
 from msae_sweep.go.leela import Network, Precision, gather_points, spatial_mean
 from msae_sweep.go.output import FORMATS, INDEX, OutputFolder
@@ -188,9 +188,8 @@ def extract(
         with _timed(spent, "finishing"):
             folder.finish({"games": len(games), "refused": dict(refused), "positions": n_positions})
     except OSError as error:
-        raise DataError(
-            f"{settings.out}: {error.strerror or error}; what is done is kept, the same command goes on"
-        ) from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(f"{settings.out}: {reason}; what is done is kept, the same command goes on") from None
     return summary(False)
 
 
@@ -251,6 +250,7 @@ def _quiet_context() -> DataContext:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
+    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return context
 
@@ -331,10 +331,9 @@ def _run(chunks: list[Chunk], settings: Settings, weights: Weights, folder: Outp
         )
         yield from results.iter_rows()
     except ray.exceptions.RayTaskError as error:
-        # Ours come through as they were raised; the worker's trace would only hide them.
-        cause = error.as_instanceof_cause()
-        if isinstance(cause, DataError | OSError):
-            raise type(cause)(*cause.args) from None
+        # Ours are raised as they were in the worker, whose trace would only hide them.
+        if isinstance(error.cause, MsaeSweepError | OSError):
+            raise error.cause from None
         raise
     finally:
         context.target_max_block_size = before
