@@ -141,6 +141,64 @@ def extract(
     _console().print(summary.text(settings), highlight=False, soft_wrap=True)
 
 
+@app.command()
+def boards(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file, .pt or .safetensors.")],
+    weights: Annotated[Path, typer.Option(metavar="NET", help="The network whose activations the model knows.")],
+    games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
+    block: Annotated[int, typer.Option(help="The residual block, numbered from 1.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("boards.html"),
+    latents: Annotated[
+        str, typer.Option(help="How many, those strongest where they fire; or which, with commas: 12,77 (one: 12,).")
+    ] = "40",
+    top: Annotated[int, typer.Option(min=1, max=100, help="Boards of a latent, each of another game.")] = 8,
+    k: Annotated[int | None, typer.Option(help="Latents active at a point; the model's largest level without.")] = None,
+    positions_per_game: Annotated[
+        int | None, typer.Option(min=1, help="Random positions of a game; all without.")
+    ] = None,
+    skip_first: Annotated[int, typer.Option(min=0, help="Moves at the beginning whose positions are left out.")] = 0,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU, fp32 on a CPU."),
+    ] = "auto",
+    first_row: Annotated[
+        Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
+    ] = "top",
+    seed: Annotated[int, typer.Option(help="Seed of the positions.")] = 0,
+) -> None:
+    """Draw the positions of real games at which a model's latents are strongest, as Go boards on one page."""
+    from msae_sweep.errors import ConfigError
+    from msae_sweep.go import boards as diagrams
+    from msae_sweep.go.plan import Sampling
+    from msae_sweep.go.progress import showing
+    from msae_sweep.sae import modelfile
+    from msae_sweep.sweep.run import connect
+
+    try:
+        numbers = tuple(int(number) for number in latents.split(",") if number)
+    except ValueError:
+        raise ConfigError(f"--latents: {latents} must be how many, e.g. 40, or which, e.g. 12,77") from None
+    load = modelfile.load_safetensors if model.endswith(".safetensors") else modelfile.load
+    file = load(model)
+    settings = diagrams.Settings(
+        model=file,
+        name=model,
+        weights=weights,
+        games=games,
+        block=block,
+        out=out,
+        latents=numbers if "," in latents else numbers[0],
+        top=top,
+        k=k or file.model.k_levels[-1],
+        sampling=Sampling(positions_per_game, skip_first, "all", seed),
+        precision=precision,
+        first_row=first_row,
+    )
+    with showing(_console()) as report:
+        summary = diagrams.show(settings, report, connect)
+    _console().print(summary.text(settings), highlight=False, soft_wrap=True)
+
+
 @app.command("track-sync")
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Send MLflow what a sweep could not send while it ran; safe to repeat."""

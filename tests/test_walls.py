@@ -14,7 +14,7 @@ ORDER = [["cli"], ["sweep", "go"], ["results"], ["track", "data"], ["sae"], ["co
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 HOMES = {
-    "ray": ("go/extract.py", "data/shards.py", "sweep/"),
+    "ray": ("go/boards.py", "go/extract.py", "go/pipeline.py", "data/shards.py", "sweep/"),
     "mlflow": ("track/",),
     "triton": ("sae/kernels/",),
     "optuna": ("sweep/",),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ def _board(latent: int, diagram: Diagram, largest: float) -> dict[str, Any]:
         "value": f"{diagram.acts.max():.2f} at {strongest}",
         "ply": diagram.ply,
         "to_move": colour,
-        "game": diagram.game,
+        "game": PurePosixPath(diagram.game).name,
         "label": f"Latent {latent} fires at {len(fires)} points, most at {strongest}; {colour} to play",
     }
 

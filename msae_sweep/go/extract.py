@@ -7,10 +7,7 @@ straight to the disk. The plan depends on games and settings alone: the same see
 
 import collections
 import contextlib
-import json
-import logging
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,25 +17,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import ray
 import torch
-from ray.data import DataContext
 from torch import Tensor
 
 import msae_sweep
-from msae_sweep.errors import ConfigError, DataError, MsaeSweepError
+from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go.board import N_POINTS, SIZE
 from msae_sweep.go.leela import Network, Precision, gather_points, spatial_mean
 from msae_sweep.go.output import FORMATS, INDEX, OutputFolder
-from msae_sweep.go.plan import Chunk, Sampling, cut, games_sha256, points_of
-from msae_sweep.go.planes import planes, replay
-from msae_sweep.go.records import Record, Refused, Unit, find_units, read_unit
-from msae_sweep.go.sgf import Game, distinct, read_games
-from msae_sweep.go.weights import Weights, read_weights, weights_sha256
-
-BATCH = {"cuda": 2048, "cpu": 32}
-"""Positions the network sees at a time. On one H200 2048 was the fastest of those measured, 20,290 positions/s."""
-
-_GAMES_A_TASK = 128
-"""So one tar of some thousand games already gives work to many CPUs; a task then takes a tenth of a second."""
+from msae_sweep.go.pipeline import BATCH, Games, read_all, run
+from msae_sweep.go.plan import Sampling, cut, games_sha256
+from msae_sweep.go.planes import planes
+from msae_sweep.go.progress import Progress
+from msae_sweep.go.records import find_units
+from msae_sweep.go.sgf import Game
+from msae_sweep.go.weights import read_weights, weights_sha256
 
 
 class Settings(NamedTuple):
@@ -56,17 +48,6 @@ class Settings(NamedTuple):
     """Which row of the board the network's row 0 is. Networks that Leela Zero's own program trained count from the
     bottom; all were trained under all eight symmetries, so either way they play nearly the same. `point` in the output
     always counts from the top left."""
-
-
-class Progress(NamedTuple):
-    """How far an extraction is."""
-
-    positions: int
-    """Positions whose rows are on the disk, those of earlier attempts included."""
-    n_positions: int
-    rows: int
-    device: str
-    """On what the network runs, and how; empty before the first chunk."""
 
 
 class Seconds(NamedTuple):
@@ -110,7 +91,7 @@ class Summary(NamedTuple):
 
     def text(self, settings: Settings) -> str:
         """What a user wants to know of it, in a few lines."""
-        counts = _counted(collections.Counter(self.refused))
+        counts = Games([], collections.Counter(self.refused), []).counted()
         lines = [f"{self.games:,} games ({counts}), {self.positions:,} positions, {self.rows:,} rows a block"]
         lines += [f"  broken: {example}" for example in self.examples]
         blocks = ",".join(str(block) for block in settings.blocks)
@@ -157,10 +138,7 @@ def extract(
     connect()
     spent = dict.fromkeys(Seconds._fields, 0.0)
     with _timed(spent, "reading"):
-        games, refused, examples = _read_games(units)
-    if not games:
-        reasons = f"; the first: {examples[0]}" if examples else ""
-        raise DataError(f"{settings.games}: no game that can be used ({_counted(refused)}){reasons}")
+        games, refused, examples = read_all(units, settings.games)
     chunks = cut(games, settings.sampling)
     if not chunks:
         raise DataError(f"{settings.games}: no game is longer than --skip-first {settings.sampling.skip_first} moves")
@@ -181,7 +159,8 @@ def extract(
         done = folder.done()
         positions = sum(chunk.n_positions for chunk in chunks if chunk.number in done)
         report(Progress(positions, n_positions, positions * rows, ""))
-        for result in _run([chunk for chunk in chunks if chunk.number not in done], settings, weights, folder):
+        left = [chunk for chunk in chunks if chunk.number not in done]
+        for result in run(left, settings.sampling, _Taps, ([ray.put(weights)], settings, folder)):
             positions += result["n_positions"]
             spent = {name: seconds + result.get(name, 0.0) for name, seconds in spent.items()}
             report(Progress(positions, n_positions, positions * rows, str(result["device"])))
@@ -214,150 +193,6 @@ def _identity(settings: Settings, games: list[Game]) -> dict[str, Any]:
         "first_row": settings.first_row,
         "msae_sweep": msae_sweep.__version__,
     }
-
-
-def _read_games(units: list[Unit]) -> tuple[list[Game], collections.Counter[str], list[str]]:
-    """All games, each once, in the order of their records; and how many gave nothing, by kind."""
-    context = _quiet_context()
-    before = context.target_max_block_size
-    # Records leave a tar in small blocks, so that many tasks can parse them.
-    context.target_max_block_size = 1 << 17
-    try:
-        records = ray.data.from_items(
-            [{"unit": json.dumps(unit)} for unit in units], override_num_blocks=max(1, min(len(units), 200))
-        ).map_batches(_read, batch_size=1, batch_format="pyarrow", num_cpus=0.5)
-        # With the same resources Ray would fuse both into one task a unit, and one CPU would parse a whole tar.
-        parsed = records.map_batches(_parse, batch_size=None, batch_format="pyarrow")
-        outcomes = [_unpacked(row) for row in parsed.iter_rows()]
-    finally:
-        context.target_max_block_size = before
-    outcomes.sort(key=lambda outcome: outcome.name)
-    games: list[Game] = []
-    refused: collections.Counter[str] = collections.Counter()
-    examples: list[str] = []
-    for outcome in distinct(outcomes):
-        if isinstance(outcome, Game):
-            games.append(outcome)
-        else:
-            refused[outcome.kind] += 1
-            if outcome.kind == "broken" and len(examples) < 5:
-                examples.append(f"{outcome.name}: {outcome.reason}")
-    return games, refused, examples
-
-
-def _quiet_context() -> DataContext:
-    """Ray Data's settings, its bars and logs off: this pipeline has a display of its own."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.verbose_progress = False
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    return context
-
-
-def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
-    """Records of a unit, some at a time, so that an archive of any size passes through."""
-    (unit,) = batch["unit"].to_pylist()
-    columns: dict[str, list[Any]] = collections.defaultdict(list)
-    for record in read_unit(Unit(*json.loads(unit))):
-        kind, reason, data = (record.kind, record.reason, b"") if isinstance(record, Refused) else ("", "", record.data)
-        for column, value in (("name", record.name), ("data", data), ("kind", kind), ("reason", reason)):
-            columns[column].append(value)
-        if len(columns["name"]) == _GAMES_A_TASK:
-            yield dict(columns)
-            columns.clear()
-    if columns:
-        yield dict(columns)
-
-
-def _parse(batch: Any) -> dict[str, list[Any]]:
-    """Columns of games, and of what is none: each has a name, a key or a kind, and its arrays as bytes."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("name", "key", "kind", "reason", "setup", "moves", "black")}
-
-    def add(name: str, key: str, kind: str, reason: str, *arrays: np.ndarray) -> None:
-        parts = [array.tobytes() for array in arrays] or [b"", b"", b""]
-        for column, value in zip(columns.values(), (name, key, kind, reason, *parts), strict=True):
-            column.append(value)
-
-    for row in batch.to_pylist():
-        if row["kind"]:
-            add(row["name"], "", row["kind"], row["reason"])
-            continue
-        for outcome in read_games(Record(row["name"], row["data"])):
-            if isinstance(outcome, Refused):
-                add(outcome.name, "", outcome.kind, outcome.reason)
-            else:
-                add(outcome.name, outcome.key, "", "", outcome.setup, outcome.moves, outcome.black_to_move)
-    return columns
-
-
-def _unpacked(row: dict[str, Any]) -> Game | Refused:
-    if row["kind"]:
-        return Refused(row["name"], row["kind"], row["reason"])
-    return Game(
-        row["name"],
-        row["key"],
-        np.frombuffer(row["setup"], np.int8),
-        np.frombuffer(row["moves"], np.int16),
-        np.frombuffer(row["black"], np.bool_),
-    )
-
-
-def _run(chunks: list[Chunk], settings: Settings, weights: Weights, folder: OutputFolder) -> Iterator[dict[str, Any]]:
-    """What `_Taps` says of each chunk, as they get done."""
-    if not chunks:
-        return
-    n_gpus = int(ray.cluster_resources().get("GPU", 0))
-    n_cpus = int(ray.cluster_resources()["CPU"])
-    # On the CPUs the network takes them all but a share for the boards, which are little work beside it.
-    # Of three chunks in a GPU's actor one is computed, one queued behind it, and one written.
-    gpu = {"num_gpus": 1, "num_cpus": 1, "max_concurrency": 3}
-    resources = gpu if n_gpus else {"num_cpus": max(0.5, n_cpus - 0.5)}
-    context = _quiet_context()
-    before = context.target_max_block_size
-    # A chunk's boards stay one block: 2048 positions are 6 MB, and a single long game hardly more.
-    context.target_max_block_size = 1 << 30
-    try:
-        boards = ray.data.from_items(
-            [{"chunk": pickle.dumps(chunk)} for chunk in chunks], override_num_blocks=len(chunks)
-        ).map_batches(_boards, fn_args=(settings.sampling,), batch_size=1, num_cpus=1 if n_gpus else 0.5)
-        results = boards.map_batches(
-            _Taps,
-            # In a list, the reference travels instead of hundreds of megabytes.
-            fn_constructor_args=([ray.put(weights)], settings, folder),
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=max(1, n_gpus), enable_true_multi_threading=True),
-            **resources,
-        )
-        yield from results.iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        # Ours are raised as they were in the worker, whose trace would only hide them.
-        if isinstance(error.cause, MsaeSweepError | OSError):
-            raise error.cause from None
-        raise
-    finally:
-        context.target_max_block_size = before
-
-
-def _boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, np.ndarray]:
-    """A chunk → boards of all its positions, and what stands in the index beside them."""
-    started = time.perf_counter()
-    chunk: Chunk = pickle.loads(batch["chunk"][0])
-    columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-    for game, plies in chunk.plies(sampling):
-        boards, black_to_move = replay(game, plies)
-        columns["boards"].append(boards.reshape(len(plies), -1))
-        columns["black_to_move"].append(black_to_move)
-        columns["points"].append(points_of(game, plies, sampling))
-        columns["ply"].append(plies)
-        columns["game_id"].append(np.full(len(plies), game.game_id))
-    found = {name: np.concatenate(parts) for name, parts in columns.items()}
-    n = len(found["ply"])
-    assert n == chunk.n_positions, f"chunk {chunk.number}: {n} positions, planned {chunk.n_positions}"
-    found["number"] = np.full(n, chunk.number)
-    found["position_id"] = np.arange(chunk.first_position, chunk.first_position + n)
-    found["seconds"] = np.full(n, time.perf_counter() - started)
-    return found
 
 
 class _Taps:
@@ -470,7 +305,3 @@ def _seconds(start: _Mark, end: _Mark) -> float:
 
 def _arrays(tensors: dict[int, Tensor]) -> dict[int, np.ndarray]:
     return {block: tensor.numpy() for block, tensor in tensors.items()}
-
-
-def _counted(refused: collections.Counter[str]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(refused.items())) or "none refused"

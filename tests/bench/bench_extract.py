@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from msae_sweep.go import extract as extraction
+from msae_sweep.go import pipeline as pipeline_of
 from msae_sweep.go.board import BLACK, N_POINTS, SIZE, WHITE, Board, dead_group
 from msae_sweep.go.output import INDEX, OutputFolder
 from msae_sweep.go.plan import Sampling, cut, points_asked_for
@@ -94,7 +95,7 @@ def stages(games: Path, sampling: Sampling, blocks: tuple[int, ...], filters: in
     per_game = sum(chunk.n_positions for chunk in cut(found, sampling)) / len(found)
     planned = time.perf_counter()
     for chunk in chunks:
-        boards = extraction._boards({"chunk": [pickle.dumps(chunk)]}, sampling)
+        boards = pipeline_of.boards({"chunk": [pickle.dumps(chunk)]}, sampling)
     replayed = time.perf_counter()
     output = OutputFolder(folder / "stages", blocks, ("npy",))
     output.begin({})
