@@ -106,7 +106,8 @@ def extract(
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Type of the rows.")] = "float16",
     format: Annotated[str, typer.Option(help="npy, h5, parquet, or several: npy,h5.")] = "npy",
     precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the network; auto: bf16 on a GPU.")
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU, fp32 on a CPU."),
     ] = "auto",
     first_row: Annotated[
         Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
