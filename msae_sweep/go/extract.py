@@ -271,8 +271,8 @@ class _Taps:
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         """A copy there. From pinned memory: from any other, it would wait for all the work that is queued before it."""
-        tensor = torch.tensor(array, pin_memory=self.device.type == "cuda")
-        return tensor.to(self.device, non_blocking=True)
+        tensor = torch.tensor(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _on_host(self, tensors: dict[int, Tensor]) -> dict[int, Tensor]:
         """Pinned copies, there once `ended` is."""

@@ -65,19 +65,7 @@ def read_all(units: list[Unit], where: Path) -> Games:
     Raises:
         DataError: there is none that can be used.
     """
-    context = quiet_context()
-    before = context.target_max_block_size
-    # Records leave a tar in small blocks, so that many tasks can parse them.
-    context.target_max_block_size = 1 << 17
-    try:
-        records = ray.data.from_items(
-            [{"unit": json.dumps(unit)} for unit in units], override_num_blocks=max(1, min(len(units), 200))
-        ).map_batches(_read, batch_size=1, batch_format="pyarrow", num_cpus=0.5)
-        # With the same resources Ray would fuse both into one task a unit, and one CPU would parse a whole tar.
-        parsed = records.map_batches(_parse, batch_size=None, batch_format="pyarrow")
-        outcomes = [_unpacked(row) for row in parsed.iter_rows()]
-    finally:
-        context.target_max_block_size = before
+    outcomes = [_unpacked(row) for row in parsed(units).iter_rows()]
     outcomes.sort(key=lambda outcome: outcome.name)
     games: list[Game] = []
     refused: collections.Counter[str] = collections.Counter()
@@ -96,14 +84,26 @@ def read_all(units: list[Unit], where: Path) -> Games:
     return found
 
 
-def quiet_context() -> DataContext:
+def parsed(units: list[Unit]) -> ray.data.Dataset:
+    """Columns of `_parse`, of all units."""
+    _be_quiet()
+    records = ray.data.from_items(
+        [{"unit": json.dumps(unit)} for unit in units], override_num_blocks=max(1, min(len(units), 200))
+    ).map_batches(_read, batch_size=1, batch_format="pyarrow", num_cpus=0.5)
+    # With the same resources Ray would fuse both into one task a unit, and one CPU would parse a whole tar.
+    games = records.map_batches(_parse, batch_size=None, batch_format="pyarrow")
+    # Records leave a tar in small blocks, so that many tasks can parse them.
+    games.context.target_max_block_size = 1 << 17
+    return games
+
+
+def _be_quiet() -> None:
     """Ray Data's settings, its bars and logs off: this pipeline has a display of its own."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    return context
 
 
 def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
@@ -172,10 +172,7 @@ def run(
     # Of three chunks in a GPU's actor one is computed, one queued behind it, and one written.
     gpu = {"num_gpus": 1, "num_cpus": 1, "max_concurrency": 3}
     resources = gpu if n_gpus else {"num_cpus": max(0.5, n_cpus - 0.5)}
-    context = quiet_context()
-    before = context.target_max_block_size
-    # A chunk's boards stay one block: 2048 positions are 6 MB, and a single long game hardly more.
-    context.target_max_block_size = 1 << 30
+    _be_quiet()
     try:
         positions = ray.data.from_items(
             [{"chunk": pickle.dumps(chunk)} for chunk in chunks], override_num_blocks=len(chunks)
@@ -187,14 +184,14 @@ def run(
             compute=ray.data.ActorPoolStrategy(size=max(1, n_gpus), enable_true_multi_threading=True),
             **resources,
         )
+        # A chunk's boards stay one block; 2048 positions are 6 MB.
+        results.context.target_max_block_size = 1 << 30
         yield from results.iter_rows()
     except ray.exceptions.RayTaskError as error:
         # Ours are raised as they were in the worker, whose trace would only hide them.
         if isinstance(error.cause, MsaeSweepError | OSError):
             raise error.cause from None
         raise
-    finally:
-        context.target_max_block_size = before
 
 
 def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, np.ndarray]:

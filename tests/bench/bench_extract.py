@@ -1,7 +1,7 @@
 """Positions per second of `extract`, from SGF to files on disk, and where the time goes.
 
     python tests/bench/bench_extract.py [--weights FILE | --blocks 40 --filters 256] [--taps 5,20,35] [--stages]
-                                        [--games PATH | --random-games 2000] [--max-games N] [--positions-per-game N]
+                                        [--games PATH | --random-games 4000] [--max-games N] [--positions-per-game N]
                                         [--points 10] [--format npy] [--save tests/bench/rows.md]
 
 Without `--games`, seeded random games in one .tar.gz: legal moves on empty points, some 250 a game, all positions of
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from msae_sweep.go import extract as extraction
-from msae_sweep.go import pipeline as pipeline_of
+from msae_sweep.go import pipeline as feeding
 from msae_sweep.go.board import BLACK, N_POINTS, SIZE, WHITE, Board, dead_group
 from msae_sweep.go.output import INDEX, OutputFolder
 from msae_sweep.go.plan import Sampling, cut, points_asked_for
@@ -95,7 +95,7 @@ def stages(games: Path, sampling: Sampling, blocks: tuple[int, ...], filters: in
     per_game = sum(chunk.n_positions for chunk in cut(found, sampling)) / len(found)
     planned = time.perf_counter()
     for chunk in chunks:
-        boards = pipeline_of.boards({"chunk": [pickle.dumps(chunk)]}, sampling)
+        boards = feeding.boards({"chunk": [pickle.dumps(chunk)]}, sampling)
     replayed = time.perf_counter()
     output = OutputFolder(folder / "stages", blocks, ("npy",))
     output.begin({})
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--filters", type=int, help="default: 256 on CUDA, 64 on a CPU")
     parser.add_argument("--taps", help="default: 5,20,35, as far as there are so many blocks, else the last block")
     parser.add_argument("--games", type=Path, help="records; random games without")
-    parser.add_argument("--random-games", type=int, help="default: 2000 on CUDA, 40 on a CPU")
+    parser.add_argument("--random-games", type=int, help="default: 4000 on CUDA, 40 on a CPU")
     parser.add_argument("--max-games", type=int, help="only so many of the records")
     parser.add_argument("--positions-per-game", type=int, help="all without")
     parser.add_argument("--points", default="10", help="mean, all or N")
@@ -206,7 +206,7 @@ def main() -> None:
         taps = taps or (blocks,)
         games = args.games or folder / "games.tar.gz"
         if args.games is None:
-            write_games(games, args.random_games or (2000 if on_gpu else 40))
+            write_games(games, args.random_games or (4000 if on_gpu else 40))
         if args.max_games is not None:
             first_games(games, args.max_games, folder / "first.tar")
             games = folder / "first.tar"

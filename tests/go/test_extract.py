@@ -2,26 +2,30 @@
 
 import io
 import json
+import pickle
+import re
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from msae_sweep.config import DataConfig
 from msae_sweep.data.catalog import open_source
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go import extract as extraction
-from msae_sweep.go import plan
+from msae_sweep.go import pipeline, plan
 from msae_sweep.go.extract import Settings, extract
 from msae_sweep.go.leela import Network
 from msae_sweep.go.output import OutputFolder, atomic
 from msae_sweep.go.plan import Sampling, cut, plies_of, points_of
 from msae_sweep.go.planes import planes, replay
-from msae_sweep.go.records import read_records
+from msae_sweep.go.records import find_units, read_records
 from msae_sweep.go.sgf import Game, read_games
 from msae_sweep.go.weights import random_weights, read_weights, write_weights
 
@@ -123,6 +127,39 @@ def test_names_order_and_archives_change_no_row(extracted, network, records, tmp
     extract(other)
     for name, values in contents(chosen.out, 3).items():
         assert np.array_equal(values, contents(other.out, 3)[name]), name
+
+
+def test_the_games_of_one_tar_are_parsed_by_many_tasks(tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for i in range(600):
+            data = sgf(90, i).encode()
+            info = tarfile.TarInfo(f"{i}.sgf")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    parsed = pipeline.parsed(find_units(tmp_path / "all.tar")).materialize()
+    assert parsed.count() == 600
+    tasks = re.search(r"Operator \d+ MapBatches\(_parse\): (\d+) tasks", parsed.stats())
+    assert tasks is not None, f"fused with the reading:\n{parsed.stats()}"
+    assert int(tasks[1]) >= 3
+
+
+def test_threads_that_share_a_network_write_what_one_writes(extracted, network, records, tmp_path, monkeypatch):
+    chosen, _ = extracted
+    monkeypatch.setattr(plan, "CHUNK_POSITIONS", 6)
+    folder = OutputFolder(tmp_path / "out", chosen.blocks, chosen.formats)
+    assert folder.begin({})
+    taps = extraction._Taps([ray.put(read_weights(network))], chosen, folder)
+    chunks = cut(list(games_of(records).values()), chosen.sampling)
+    assert [chunk.n_positions for chunk in chunks] == [6, 6, 6, 6, 6, 5]
+    batches = [pipeline.boards({"chunk": [pickle.dumps(chunk)]}, chosen.sampling) for chunk in chunks]
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(taps, batches))
+    assert sum(result["n_positions"][0] for result in results) == 35
+    folder.finish({})
+    for name, values in contents(chosen.out, 3).items():
+        np.testing.assert_allclose(values, contents(folder.path, 3)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    stats = [np.load(out / "block3" / "normalization_stats.npz") for out in (chosen.out, folder.path)]
+    np.testing.assert_allclose(stats[0]["std"], stats[1]["std"], rtol=1e-5)
 
 
 def test_stopped_half_way_it_goes_on_without_repeating_or_losing_a_row(
