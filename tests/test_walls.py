@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "msae_sweep"
 
 # A room may import itself and any room to its right.
-ORDER = [["cli"], ["sweep", "go"], ["results"], ["track", "data"], ["sae"], ["config"], ["errors"]]
+ORDER = [["cli"], ["sweep", "go"], ["results"], ["track", "data"], ["sae"], ["config"], ["places"], ["errors"]]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 HOMES = {
