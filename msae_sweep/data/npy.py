@@ -203,7 +203,12 @@ def _read(array: _Array, start: int, stop: int) -> np.ndarray:
     else:
         with file.open() as opened:
             opened.seek(offset)
-            found = np.frombuffer(opened.read(count * dtype.itemsize), dtype).copy()
+            content = opened.read(count * dtype.itemsize)
+        found = np.frombuffer(content, dtype, len(content) // dtype.itemsize).copy()
+    if len(found) < count:
+        raise DataError(
+            f"{file}: cannot be read: truncated: its header announces more than its {file.info().size} bytes"
+        )
     return found.reshape(stop - start, *array.shape[1:])
 
 
