@@ -26,7 +26,12 @@ Space = Annotated[Path, typer.Argument(metavar="SPACE", help="Search-space file,
 Data = Annotated[
     str | None, typer.Option("--data", metavar="PATH", help="Activations: replaces data.path of the file.")
 ]
-Storage = Annotated[str | None, typer.Option(help="Folder that holds the sweep folders and the prepared shards.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Where sweep folders and prepared shards lie: a folder that every node shares, or s3://bucket/folder."
+    ),
+]
 Name = Annotated[str | None, typer.Option(help="Name of the sweep: replaces the file's.")]
 Overrides = Annotated[
     list[str] | None,
@@ -35,7 +40,9 @@ Overrides = Annotated[
     ),
 ]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI: replaces tracking.uri of the file.")]
-SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, e.g. sweeps/quickstart.")]
+SweepPath = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A sweep: sweeps/quickstart, or its URI in an object store.")
+]
 
 
 def main() -> None:
@@ -202,11 +209,14 @@ def boards(
 @app.command("track-sync")
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Send MLflow what a sweep could not send while it ran; safe to repeat."""
-    from msae_sweep.sweep.run import load_config
+    from msae_sweep.results.folder import SweepFolder
+    from msae_sweep.sweep.run import config_of
     from msae_sweep.track.tracker import sync
 
-    tracking = load_config(sweep, tracking_uri).tracking
-    report = sync(sweep, tracking.uri, tracking)
+    folder = SweepFolder.at(sweep)
+    tracking = config_of(folder, tracking_uri).tracking
+    with folder.driven():
+        report = sync(folder.path, tracking.uri, tracking, fetch=folder.fetch)
     if report.pending:
         raise TrackingError(str(report))
     print(report)
@@ -227,18 +237,16 @@ def _sweep(config: "SweepConfig", *, resume: bool) -> None:
     command = shlex.join(["msae-sweep", *sys.argv[1:]])
     result = run_sweep(config, resume=resume, command=command, console=console)
     console.print(best_table(result.summary), criteria_table(result.summary))
-    console.print(f"results: {result.folder.path}", highlight=False, soft_wrap=True)
+    console.print(f"results: {result.folder}", highlight=False, soft_wrap=True)
     if result.tracking.pending:
         console.print(
             f"{result.tracking.pending} events not sent to MLflow ({result.tracking.reason}); "
-            f"later: msae-sweep track-sync {result.folder.path}",
+            f"later: msae-sweep track-sync {result.folder}",
             highlight=False,
             soft_wrap=True,
         )
     if result.interrupted:
-        console.print(
-            f"interrupted; go on with: msae-sweep resume {result.folder.path}", highlight=False, soft_wrap=True
-        )
+        console.print(f"interrupted; go on with: msae-sweep resume {result.folder}", highlight=False, soft_wrap=True)
         raise typer.Exit(130)
     if any(block["best"] is None for block in result.summary["blocks"].values()):
         raise typer.Exit(1)

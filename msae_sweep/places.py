@@ -92,6 +92,11 @@ class Place:
         return self._base.rsplit("/", 1)[-1]
 
     @property
+    def parent(self) -> "Place":
+        """The folder that holds it."""
+        return self.like(self._base.rsplit("/", 1)[0])
+
+    @property
     def stem(self) -> str:
         """The name without its ending."""
         return Path(self.name).stem

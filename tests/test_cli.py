@@ -68,7 +68,7 @@ WRONG_SETTINGS = {
     "low above high": (["--set", "space.learning_rate={uniform: [2, 1]}"], "low 2 must be below high 1"),
     "fewer rows than a batch": (["--set", "training.batch_size=5000"], "fewer than training.batch_size 5000"),
     "unwritable storage": (["--storage", "space.yaml"], "storage: .* cannot be (made|written)"),
-    "storage as URI": (["--storage", "s3://bucket/sweeps"], "storage: s3://bucket/sweeps is a URI"),
+    "a password in a URI": (["--storage", "s3://me:hidden@bucket/sweeps"], "s3://bucket/sweeps.*: a URI must not hold"),
     "folder as tracking URI": (["--tracking-uri", "mlruns"], "write sqlite:///mlflow.db"),
     "no such file": (["--set", "data.path=/nowhere/at/all"], "/nowhere/at/all does not exist"),
 }
