@@ -23,7 +23,7 @@ from typing import Any
 
 from msae_sweep.errors import SweepError
 from msae_sweep.places import Place
-from msae_sweep.results import mirror
+from msae_sweep.results import lease, mirror
 from msae_sweep.results.record import TrialRecord
 
 
@@ -135,12 +135,16 @@ class SweepFolder:
         """While this is open, what is written here goes to the store too; at its end all of it is there.
 
         Raises:
-            SweepError: the store has failed for too long.
+            SweepError: another process drives this sweep, or the store has failed for too long.
         """
         if self._shared is None:
             yield
             return
-        self._mirror = mirror.Mirror(self.path, self._shared)
+        with lease.held(self._shared / "journal" / "driver.json"):
+            yield from self._mirrored(self._shared)
+
+    def _mirrored(self, shared: Place) -> Iterator[None]:
+        self._mirror = mirror.Mirror(self.path, shared)
         try:
             yield
             # How far MLflow was told: nothing is lost without it but time.

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from msae_sweep.errors import SweepError
 from msae_sweep.places import Place
+from msae_sweep.results import lease
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.mirror import Mirror, fetch
 from msae_sweep.track import journal
@@ -209,3 +212,42 @@ def test_a_store_that_fails_for_a_while_loses_nothing_and_one_that_stays_away_en
     with pytest.raises(Exception, match="the store is away; what is on its way is lost, resume when"):
         mirror.flush()
     mirror.close()
+
+
+def test_a_sweep_in_a_store_has_one_driver_and_a_dead_one_is_told_from_a_living(object_store, tmp_path, monkeypatch):
+    place = Place(object_store.bucket) / "leased" / "sweep" / "journal" / "driver.json"
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "DEAD_SECONDS", 1.0)
+    elsewhere = f"process {os.getpid()} on another-machine"
+    with lease.held(place):
+        wait_for(place.exists)
+        first = place.read()
+        wait_for(lambda: place.read() != first)
+        monkeypatch.setattr(lease, "_is_dead_here", lambda driver: False)
+        with (
+            pytest.raises(SweepError, match=r"sweep: this sweep is being run by process \d+"),
+            lease.held(place),
+        ):
+            pass
+    assert not place.exists()
+    # Killed on another machine: its file stays, and does not change.
+    place.write(json.dumps({"driver": elsewhere, "beat": "1"}).encode())
+    started = time.monotonic()
+    with lease.held(place):
+        assert time.monotonic() - started >= 1.0
+        wait_for(lambda: elsewhere.encode() not in place.read())
+    monkeypatch.undo()
+    # Killed on this one: known at once.
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    place.write(json.dumps({"driver": f"process {gone.pid} on {socket.gethostname()}", "beat": "1"}).encode())
+    started = time.monotonic()
+    with lease.held(place):
+        assert time.monotonic() - started < lease.DEAD_SECONDS / 2
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
