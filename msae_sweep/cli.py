@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from msae_sweep.errors import MsaeSweepError, TrackingError
+from msae_sweep.errors import ConfigError, MsaeSweepError, TrackingError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from msae_sweep.config import SweepConfig
+    from msae_sweep.results.evaluation import Report
 
 app = typer.Typer(
     name="msae-sweep",
@@ -123,7 +124,6 @@ def extract(
     seed: Annotated[int, typer.Option(help="Seed of positions and points.")] = 0,
 ) -> None:
     """Turn game records and a Leela Zero network into the activation folder that `run` reads."""
-    from msae_sweep.errors import ConfigError
     from msae_sweep.go import extract as extraction
     from msae_sweep.go.plan import Sampling, points_asked_for
     from msae_sweep.go.progress import showing
@@ -169,6 +169,52 @@ def export(
     print(f"{path}: {LOADERS[format].format(path=path)}")  # type: ignore[index]
 
 
+@app.command("eval")
+def evaluate(
+    what: What,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="PATH", help="Activations; without, a sweep's own, its validation rows."),
+    ] = None,
+    block: Block = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help="Another model to match latents with, e.g. of another seed. Repeatable."),
+    ] = None,
+    rows: Annotated[
+        Literal["all", "training", "validation"] | None,
+        typer.Option(help="Which rows, split as a sweep would; all where --data is given."),
+    ] = None,
+    max_k: Annotated[int | None, typer.Option(min=1, help="Largest k; the model's largest level without.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    cluster: Annotated[bool, typer.Option("--cluster", help="Spread the rows over a Ray cluster.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Everything as JSON.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="R²(k) and firing frequencies, .png or .svg.")
+    ] = None,
+    overrides: Overrides = None,
+    tracking_uri: StoreUri = None,
+) -> None:
+    """Measure a model on any activations: R² at every k, dead and firing latents, its dictionary."""
+    import json
+
+    from msae_sweep.results import evaluation
+    from msae_sweep.results.evaluation_figure import check_suffix, evaluation_figure
+
+    if figure is not None:
+        check_suffix(figure)
+    report = _evaluate(what, data, block, against or [], rows, max_k, device, cluster, overrides or [], tracking_uri)
+    _console().print(evaluation.render(report), highlight=False)
+    try:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
+        if figure is not None:
+            evaluation_figure(report.evaluation, figure, report.found.where)
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}") from None
+
+
 @app.command("track-sync")
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Send MLflow what a sweep could not send while it ran; safe to repeat."""
@@ -187,6 +233,53 @@ def _console() -> "Console":
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _evaluate(
+    what: str,
+    data: str | None,
+    block: int | None,
+    against: list[str],
+    rows: Literal["all", "training", "validation"] | None,
+    max_k: int | None,
+    device: str,
+    cluster: bool,
+    overrides: list[str],
+    tracking_uri: str | None,
+) -> "Report":
+    from functools import partial
+
+    from rich.progress import Progress
+
+    from msae_sweep.results import evaluation
+    from msae_sweep.results.models import find
+
+    side = rows or ("validation" if data is None else "all")
+    config = evaluation.data_of(what, data, overrides)
+    # Of a file, --block names the block of the data only: a model may be tried on another one.
+    found = find(what, block if Path(what).is_dir() else None, tracking_uri)
+    others = [find(other, found.block if Path(other).is_dir() else None, tracking_uri) for other in against]
+    plan = evaluation.plan(found, config, block, side)
+    if cluster:
+        from msae_sweep.sweep.evaluation import sums_on_cluster
+        from msae_sweep.sweep.run import connect
+
+        if device != "auto":
+            raise ConfigError(f"--device: {device} is for this machine; leave it out with --cluster")
+        connect()
+        parts = sums_on_cluster
+    else:
+        parts = partial(evaluation.sums_here, device=evaluation.choose_device(device))
+    with Progress(console=_console(), transient=True) as progress:
+        task = progress.add_task("row ranges", total=plan.n_ranges)
+        return evaluation.evaluate(
+            found,
+            plan,
+            parts,
+            max_k=max_k,
+            against=others,
+            on_progress=lambda done, _: progress.update(task, completed=done),
+        )
 
 
 def _sweep(config: "SweepConfig", *, resume: bool) -> None:
