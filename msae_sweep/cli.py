@@ -215,6 +215,65 @@ def evaluate(
         raise ConfigError(f"{error.filename} cannot be written: {error.strerror}") from None
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Model file: the notebook's .pt, or .safetensors.")],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="PATH", help="Activations; without, the sweep's validation rows.")
+    ] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(metavar="SWEEP", help="Sweep whose trials it is compared with in MLflow.")
+    ] = None,
+    block: Annotated[int | None, typer.Option(help="Its block, where the file's name does not tell.")] = None,
+    rows: Annotated[
+        Literal["all", "training", "validation"] | None,
+        typer.Option(help="Which rows, split as a sweep would; all where --data is given."),
+    ] = None,
+    champion: Annotated[bool, typer.Option("--champion", help="Give it the alias, too.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    cluster: Annotated[bool, typer.Option("--cluster", help="Spread the rows over a Ray cluster.")] = False,
+    overrides: Overrides = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Measure a model from elsewhere, e.g. the notebook, and register it in MLflow beside the sweeps' own."""
+    import json
+
+    from msae_sweep.config import TrackingConfig
+    from msae_sweep.results import evaluation
+    from msae_sweep.results.models import find
+    from msae_sweep.track.imports import Import, register_import
+    from msae_sweep.track.uri import resolve_uri
+
+    if file.is_dir():
+        raise ConfigError(f"{file}: a folder; give one model file")
+    block = find(file).block if block is None else block
+    if block is None:
+        raise ConfigError(f"--block: the name of {file} tells no block; say which it is of")
+    if data is None and sweep is None:
+        raise ConfigError("--data: give activations, or a --sweep whose validation rows to take")
+    tracking, sweep_id = TrackingConfig(), None
+    if sweep is not None:
+        from msae_sweep.sweep.run import load_config
+
+        tracking = load_config(sweep, tracking_uri).tracking
+        sweep_id = json.loads((sweep / "identity.json").read_text(encoding="utf-8"))["sweep_id"]
+    uri = resolve_uri(tracking_uri or tracking.uri)
+    report = _evaluate(str(file), data, block, [], rows, None, device, cluster, overrides or [], None, sweep)
+    _console().print(evaluation.render(report), highlight=False)
+    measured = f"{report.evaluation.n_rows} {report.plan.side} rows of {report.plan.info.where}"
+    what = Import(
+        report.found.file,
+        block,
+        f"import-{file.stem}",
+        report.metrics(),
+        {"imported_from": str(file.absolute()), "measured_on": measured},
+    )
+    imported = register_import(
+        what, tracking_uri=uri, experiment=tracking.experiment, sweep_id=sweep_id, champion=champion
+    )
+    print(f"registered: models:/{imported.model}/{imported.version} (run {imported.run_id})")
+
+
 @app.command("track-sync")
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Send MLflow what a sweep could not send while it ran; safe to repeat."""
@@ -246,6 +305,7 @@ def _evaluate(
     cluster: bool,
     overrides: list[str],
     tracking_uri: str | None,
+    sweep: Path | None = None,
 ) -> "Report":
     from functools import partial
 
@@ -255,7 +315,7 @@ def _evaluate(
     from msae_sweep.results.models import find
 
     side = rows or ("validation" if data is None else "all")
-    config = evaluation.data_of(what, data, overrides)
+    config = evaluation.data_of(what if sweep is None else str(sweep), data, overrides)
     # Of a file, --block names the block of the data only: a model may be tried on another one.
     found = find(what, block if Path(what).is_dir() else None, tracking_uri)
     others = [find(other, found.block if Path(other).is_dir() else None, tracking_uri) for other in against]

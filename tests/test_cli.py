@@ -131,7 +131,7 @@ def test_wrong_data_is_one_line_and_exit_code_2(ray_session, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["resume"], ["inspect"], ["extract"], ["export"], ["eval"], ["track-sync"]]
+    "command", [[], ["run"], ["resume"], ["inspect"], ["extract"], ["export"], ["eval"], ["import"], ["track-sync"]]
 )
 def test_help_answers_without_torch_or_ray(command):
     heavy = "sorted({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules))"
@@ -221,4 +221,4 @@ def test_the_readme_names_only_commands_and_files_that_exist():
     for name in re.findall(r"search_spaces/\w+\.yaml|tests/bench/\w+\.py|\.github/\w+\.\w+", text):
         assert (ROOT / name).exists(), name
     for command in re.findall(r"msae-sweep (\w[\w-]*)", text):
-        assert command in {"run", "resume", "inspect", "extract", "export", "eval", "track-sync"}, command
+        assert command in {"run", "resume", "inspect", "extract", "export", "eval", "import", "track-sync"}, command

@@ -27,6 +27,7 @@ from msae_sweep.sae.evaluation import (
     level_stability,
     matched_cosine,
 )
+from msae_sweep.sae.metrics import objective
 from msae_sweep.sae.model import MSAE
 
 Side = Literal["all", "training", "validation"]
@@ -113,6 +114,16 @@ class Report(NamedTuple):
             ],
             "firing_frequency_by_level": dict(zip(levels, frequencies.tolist(), strict=True)),
         }
+
+    def metrics(self) -> dict[str, float]:
+        """What a trial reports of its validation rows, under the same names; without R² where rows do not vary."""
+        evaluation, levels = self.evaluation, self.found.file.model.k_levels
+        named = {f"r2_k{k}": evaluation.r2[k - 1] for k in levels}
+        named["r2_mean"] = sum(named.values()) / len(levels)
+        named["objective"] = objective(named["r2_mean"], evaluation.dead_ratio)
+        named |= {f"l0_k{k}": evaluation.l0[k - 1] for k in levels}
+        named["dead_ratio"] = evaluation.dead_ratio
+        return {key: value for key, value in named.items() if math.isfinite(value)}
 
 
 def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig:
