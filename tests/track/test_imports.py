@@ -96,7 +96,7 @@ def test_it_is_nested_in_the_sweep_that_it_is_compared_with_and_does_not_count_a
 
 
 def test_a_silent_server_is_one_line(what):
-    with pytest.raises(TrackingError, match=r"not registered there: no answer from http://\*\*\*@127.0.0.1:9") as caught:
+    with pytest.raises(TrackingError, match="not registered there: no answer") as caught:
         register_import(what, tracking_uri="http://u:secret@127.0.0.1:9", experiment=EXPERIMENT)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
