@@ -39,9 +39,20 @@ TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI: repl
 What = Annotated[
     str,
     typer.Argument(
+        metavar="MODEL",
         help="Model file (.pt, .safetensors), sweep folder, champion:BLOCK, models:/NAME@ALIAS, models:/NAME/VERSION "
-        "or runs:/RUN_ID."
+        "or runs:/RUN_ID.",
     ),
+]
+Rows = Annotated[
+    Literal["all", "training", "validation"] | None,
+    typer.Option(help="Which rows, split as a sweep would; all where --data is given."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Cluster = Annotated[bool, typer.Option("--cluster", help="Spread the rows over a Ray cluster.")]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of data, e.g. --set data.val_split=0.2. Repeatable."),
 ]
 Block = Annotated[int | None, typer.Option("--block", help="Which of a sweep's models, or of the data's blocks.")]
 StoreUri = Annotated[str | None, typer.Option("--tracking-uri", help="Where MLflow is; else MLFLOW_TRACKING_URI.")]
@@ -181,18 +192,15 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="WHAT", help="Another model to match latents with, e.g. of another seed. Repeatable."),
     ] = None,
-    rows: Annotated[
-        Literal["all", "training", "validation"] | None,
-        typer.Option(help="Which rows, split as a sweep would; all where --data is given."),
-    ] = None,
+    rows: Rows = None,
     max_k: Annotated[int | None, typer.Option(min=1, help="Largest k; the model's largest level without.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    cluster: Annotated[bool, typer.Option("--cluster", help="Spread the rows over a Ray cluster.")] = False,
+    device: Device = "auto",
+    cluster: Cluster = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Everything as JSON.")] = None,
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE", help="R²(k) and firing frequencies, .png or .svg.")
     ] = None,
-    overrides: Overrides = None,
+    overrides: DataOverrides = None,
     tracking_uri: StoreUri = None,
 ) -> None:
     """Measure a model on any activations: R² at every k, dead and firing latents, its dictionary."""
@@ -225,14 +233,11 @@ def import_(
         Path | None, typer.Option(metavar="SWEEP", help="Sweep whose trials it is compared with in MLflow.")
     ] = None,
     block: Annotated[int | None, typer.Option(help="Its block, where the file's name does not tell.")] = None,
-    rows: Annotated[
-        Literal["all", "training", "validation"] | None,
-        typer.Option(help="Which rows, split as a sweep would; all where --data is given."),
-    ] = None,
+    rows: Rows = None,
     champion: Annotated[bool, typer.Option("--champion", help="Give it the alias, too.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    cluster: Annotated[bool, typer.Option("--cluster", help="Spread the rows over a Ray cluster.")] = False,
-    overrides: Overrides = None,
+    device: Device = "auto",
+    cluster: Cluster = False,
+    overrides: DataOverrides = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Measure a model from elsewhere, e.g. the notebook, and register it in MLflow beside the sweeps' own."""

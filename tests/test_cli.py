@@ -218,7 +218,7 @@ def test_an_extraction_that_cannot_be_is_one_line_before_anything_starts(options
 
 def test_the_readme_names_only_commands_and_files_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"search_spaces/\w+\.yaml|tests/bench/\w+\.py|\.github/\w+\.\w+", text):
+    for name in re.findall(r"search_spaces/\w+\.yaml|tests/\w+/\w+\.py|\.github/\w+\.\w+", text):
         assert (ROOT / name).exists(), name
     for command in re.findall(r"msae-sweep (\w[\w-]*)", text):
         assert command in {"run", "resume", "inspect", "extract", "export", "eval", "import", "track-sync"}, command

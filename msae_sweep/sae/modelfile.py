@@ -73,12 +73,12 @@ def load(path: str | Path) -> ModelFile:
 
 def save_safetensors(file: ModelFile, path: str | Path) -> None:
     """Write tensors with mean and std as safetensors, and config with history as `.json` beside it."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save as serialise
 
     path = Path(path)
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in file.model.state_dict().items()}
     tensors |= {"normalization.mean": np.asarray(file.mean), "normalization.std": np.asarray(file.std)}
-    save_file(tensors, path)
+    path.write_bytes(serialise(tensors))
     beside = {"config": file.model.config, "history": file.history}
     path.with_suffix(".json").write_text(json.dumps(beside, indent=2), encoding="utf-8")
 
