@@ -157,7 +157,9 @@ def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> 
         ConfigError: it is not clear which block is meant.
     """
     block = found.block if block is None else block
-    source = open_source(data.model_copy(update={"blocks": None}) if data.path != "planted" else data)
+    # Planted data has whichever block is asked for; of any other, every block is there to be named.
+    blocks = (data.blocks if block is None else (block,)) if data.path == "planted" else None
+    source = open_source(data.model_copy(update={"blocks": blocks}))
     infos = source.infos()
     if block is None:
         if len(infos) > 1:

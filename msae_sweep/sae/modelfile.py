@@ -58,8 +58,9 @@ def load(path: str | Path) -> ModelFile:
         raise DataError(f"{path}: no such model file") from None
     except Exception as error:
         # torch raises a different type for each way in which a file can be foreign.
-        unknown = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {unknown[1]}" if unknown else str(error).splitlines()[0]
+        # Its first line advises to switch the safety off.
+        unknown, told = re.search(r"GLOBAL (\S+)", str(error)), re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        reason = f"it holds {unknown[1]}" if unknown else (told[1] if told else str(error).splitlines()[0])
         raise DataError(f"{path}: not a model file that can be read safely: {reason}") from None
     try:
         model = MSAE(**raw["config"])
