@@ -108,13 +108,14 @@ class StandardisedMSAE(nn.Module):
         """Latents of raw activations, all but the `k` largest zero."""
         return self.sae.encode((activations - self.mean) / self.std, k)
 
-    def decode(self, latents: Float[Tensor, "batch hidden_dim"]) -> Float[Tensor, "batch input_dim"]:
-        """Raw reconstruction from latents."""
-        return self.sae.decode(latents) * self.std + self.mean
-
     def forward(self, activations: Float[Tensor, "batch input_dim"]) -> Float[Tensor, "batch input_dim"]:
         """Reconstruction of raw activations at the largest k, in their own units."""
-        return self.decode(self.encode(activations))
+        x_hat: Tensor = self.sae((activations - self.mean) / self.std)
+        return x_hat * self.std + self.mean
+
+    def decode(self, latents: Float[Tensor, "batch hidden_dim"]) -> Float[Tensor, "batch input_dim"]:
+        """Raw activations from latents."""
+        return self.sae.decode(latents) * self.std + self.mean
 
 
 @torch.no_grad()
