@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "msae_sweep"
 
 # A room may import itself and any room to its right.
-ORDER = [["cli"], ["api"], ["sweep", "go"], ["results"], ["track", "data"], ["sae"], ["config"], ["errors"]]
+ORDER = [
+    ["cli"],
+    ["cli_models"],
+    ["api"],
+    ["sweep", "go"],
+    ["results"],
+    ["track", "data"],
+    ["sae"],
+    ["config"],
+    ["errors"],
+]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 HOMES = {
