@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from msae_sweep import cli_models
-from msae_sweep.errors import ConfigError, MsaeSweepError, TrackingError
+from msae_sweep.errors import MsaeSweepError, TrackingError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,6 +115,7 @@ def extract(
     seed: Annotated[int, typer.Option(help="Seed of positions and points.")] = 0,
 ) -> None:
     """Turn game records and a Leela Zero network into the activation folder that `run` reads."""
+    from msae_sweep.errors import ConfigError
     from msae_sweep.go import extract as extraction
     from msae_sweep.go.plan import Sampling, points_asked_for
     from msae_sweep.go.progress import showing
