@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from msae_sweep import cli_models
 from msae_sweep.errors import MsaeSweepError, TrackingError
 
 if TYPE_CHECKING:
@@ -220,6 +221,10 @@ def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     if report.pending:
         raise TrackingError(str(report))
     print(report)
+
+
+for _name, _command in (("export", cli_models.export), ("eval", cli_models.evaluate), ("import", cli_models.import_)):
+    app.command(_name)(_command)
 
 
 def _console() -> "Console":
