@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from msae_sweep import cli_models
 from msae_sweep.errors import MsaeSweepError, TrackingError
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ Space = Annotated[Path, typer.Argument(metavar="SPACE", help="Search-space file,
 Data = Annotated[
     str | None, typer.Option("--data", metavar="PATH", help="Activations: replaces data.path of the file.")
 ]
-Storage = Annotated[str | None, typer.Option(help="Folder that holds the sweep folders and the prepared shards.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Where sweep folders and prepared shards lie: a folder that every node shares, or s3://bucket/folder."
+    ),
+]
 Name = Annotated[str | None, typer.Option(help="Name of the sweep: replaces the file's.")]
 Overrides = Annotated[
     list[str] | None,
@@ -35,16 +41,9 @@ Overrides = Annotated[
     ),
 ]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI: replaces tracking.uri of the file.")]
-What = Annotated[
-    str,
-    typer.Argument(
-        help="Model file (.pt, .safetensors), sweep folder, champion:BLOCK, models:/NAME@ALIAS, models:/NAME/VERSION "
-        "or runs:/RUN_ID."
-    ),
+SweepPath = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A sweep: sweeps/quickstart, or its URI in an object store.")
 ]
-Block = Annotated[int | None, typer.Option("--block", help="Which of a sweep's models, or of the data's blocks.")]
-StoreUri = Annotated[str | None, typer.Option("--tracking-uri", help="Where MLflow is; else MLFLOW_TRACKING_URI.")]
-SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, e.g. sweeps/quickstart.")]
 
 
 def main() -> None:
@@ -115,7 +114,8 @@ def extract(
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Type of the rows.")] = "float16",
     format: Annotated[str, typer.Option(help="npy, h5, parquet, or several: npy,h5.")] = "npy",
     precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the network; auto: bf16 on a GPU.")
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU, fp32 on a CPU."),
     ] = "auto",
     first_row: Annotated[
         Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
@@ -150,30 +150,66 @@ def extract(
 
 
 @app.command()
-def export(
-    what: What,
-    format: Annotated[str, typer.Option(help="notebook, safetensors, saelens or sparsify.")],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="File (notebook, safetensors) or folder to write.")],
-    block: Block = None,
-    k: Annotated[
-        int | None, typer.Option(min=1, help="The one k of saelens and sparsify; the largest level without.")
+def boards(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file, .pt or .safetensors.")],
+    weights: Annotated[Path, typer.Option(metavar="NET", help="The network whose activations the model knows.")],
+    games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
+    block: Annotated[int, typer.Option(help="The residual block, numbered from 1.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("boards.html"),
+    latents: Annotated[
+        str, typer.Option(help="How many, those strongest where they fire; or which, with commas: 12,77 (one: 12,).")
+    ] = "40",
+    top: Annotated[int, typer.Option(min=1, max=100, help="Boards of a latent, each of another game.")] = 8,
+    k: Annotated[int | None, typer.Option(help="Latents active at a point; the model's largest level without.")] = None,
+    positions_per_game: Annotated[
+        int | None, typer.Option(min=1, help="Random positions of a game; all without.")
     ] = None,
-    tracking_uri: StoreUri = None,
+    skip_first: Annotated[int, typer.Option(min=0, help="Moves at the beginning whose positions are left out.")] = 0,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU, fp32 on a CPU."),
+    ] = "auto",
+    first_row: Annotated[
+        Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
+    ] = "top",
+    seed: Annotated[int, typer.Option(help="Seed of the positions.")] = 0,
 ) -> None:
-    """Write a model in the format that the next tool reads."""
-    from msae_sweep.results.export import LOADERS
-    from msae_sweep.results.export import export as write
-    from msae_sweep.results.models import find
+    """Draw the positions of real games at which a model's latents are strongest, as Go boards on one page."""
+    from msae_sweep.errors import ConfigError
+    from msae_sweep.go import boards as diagrams
+    from msae_sweep.go.plan import Sampling
+    from msae_sweep.go.progress import showing
+    from msae_sweep.sae import modelfile
+    from msae_sweep.sweep.run import connect
 
-    path = write(find(what, block, tracking_uri), format, out, k)
-    print(f"{path}: {LOADERS[format].format(path=path)}")  # type: ignore[index]
+    try:
+        numbers = tuple(int(number) for number in latents.split(",") if number)
+    except ValueError:
+        raise ConfigError(f"--latents: {latents} must be how many, e.g. 40, or which, e.g. 12,77") from None
+    load = modelfile.load_safetensors if model.endswith(".safetensors") else modelfile.load
+    file = load(model)
+    settings = diagrams.Settings(
+        model=file,
+        name=model,
+        weights=weights,
+        games=games,
+        block=block,
+        out=out,
+        latents=numbers if "," in latents else numbers[0],
+        top=top,
+        k=k or file.model.k_levels[-1],
+        sampling=Sampling(positions_per_game, skip_first, "all", seed),
+        precision=precision,
+        first_row=first_row,
+    )
+    with showing(_console()) as report:
+        summary = diagrams.show(settings, report, connect)
+    _console().print(summary.text(settings), highlight=False, soft_wrap=True)
 
 
 @app.command()
 def report(
-    sweeps: Annotated[
-        list[Path], typer.Argument(metavar="SWEEP...", help="Folders of sweeps; several are compared side by side.")
-    ],
+    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="Sweeps; several are compared side by side.")],
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where to write; report/ in the first sweep's folder without.")
     ] = None,
@@ -182,19 +218,16 @@ def report(
     from msae_sweep.results import report as reporting
 
     written = reporting.write(sweeps, out)
-    for line in (
-        *written.notes,
-        f"report: {written.page}",
-        *(f"next: msae-sweep run {p}" for p in written.next_spaces),
-    ):
+    for line in written.notes:
         print(line)
+    print(f"report: {written.where}/report.html")
+    for name in written.next_spaces:
+        print(f"next: msae-sweep run {written.where}/{name}")
 
 
 @app.command()
 def ui(
-    sweep: Annotated[
-        Path | None, typer.Argument(metavar="[SWEEP]", help="Folder of a sweep whose trials to compare.")
-    ] = None,
+    sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="A sweep whose trials to compare.")] = None,
     tracking_uri: TrackingUri = None,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
@@ -204,26 +237,34 @@ def ui(
     from msae_sweep.config import TrackingConfig
     from msae_sweep.track import ui as pages
 
-    if sweep is None:
-        tracking = TrackingConfig(uri=tracking_uri)
-    else:
-        from msae_sweep.sweep.run import load_config
+    folder, tracking = None, TrackingConfig(uri=tracking_uri)
+    if sweep is not None:
+        from msae_sweep.results.folder import SweepFolder
+        from msae_sweep.sweep.run import config_of
 
-        tracking = load_config(sweep, tracking_uri).tracking
-    pages.serve(sweep, tracking, host=host, port=port, open_browser=browser)
+        found = SweepFolder.at(sweep)
+        folder, tracking = found.path, config_of(found, tracking_uri).tracking
+    pages.serve(folder, tracking, where=sweep or "", host=host, port=port, open_browser=browser)
 
 
 @app.command("track-sync")
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Send MLflow what a sweep could not send while it ran; safe to repeat."""
-    from msae_sweep.sweep.run import load_config
+    from msae_sweep.results.folder import SweepFolder
+    from msae_sweep.sweep.run import config_of
     from msae_sweep.track.tracker import sync
 
-    tracking = load_config(sweep, tracking_uri).tracking
-    report = sync(sweep, tracking.uri, tracking)
+    folder = SweepFolder.at(sweep)
+    tracking = config_of(folder, tracking_uri).tracking
+    with folder.driven():
+        report = sync(folder.path, tracking.uri, tracking, fetch=folder.fetch)
     if report.pending:
         raise TrackingError(str(report))
     print(report)
+
+
+for _name, _command in (("export", cli_models.export), ("eval", cli_models.evaluate), ("import", cli_models.import_)):
+    app.command(_name)(_command)
 
 
 def _console() -> "Console":
@@ -241,18 +282,16 @@ def _sweep(config: "SweepConfig", *, resume: bool) -> None:
     command = shlex.join(["msae-sweep", *sys.argv[1:]])
     result = run_sweep(config, resume=resume, command=command, console=console)
     console.print(best_table(result.summary), criteria_table(result.summary))
-    console.print(f"results: {result.folder.path}", highlight=False, soft_wrap=True)
+    console.print(f"results: {result.folder}", highlight=False, soft_wrap=True)
     if result.tracking.pending:
         console.print(
             f"{result.tracking.pending} events not sent to MLflow ({result.tracking.reason}); "
-            f"later: msae-sweep track-sync {result.folder.path}",
+            f"later: msae-sweep track-sync {result.folder}",
             highlight=False,
             soft_wrap=True,
         )
     if result.interrupted:
-        console.print(
-            f"interrupted; go on with: msae-sweep resume {result.folder.path}", highlight=False, soft_wrap=True
-        )
+        console.print(f"interrupted; go on with: msae-sweep resume {result.folder}", highlight=False, soft_wrap=True)
         raise typer.Exit(130)
     if any(block["best"] is None for block in result.summary["blocks"].values()):
         raise typer.Exit(1)

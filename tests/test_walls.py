@@ -10,16 +10,27 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "msae_sweep"
 
 # A room may import itself and any room to its right.
-ORDER = [["cli"], ["api"], ["sweep", "go"], ["results"], ["track", "data"], ["sae"], ["config"], ["errors"]]
+ORDER = [
+    ["cli"],
+    ["cli_models"],
+    ["api"],
+    ["sweep", "go"],
+    ["results"],
+    ["track", "data"],
+    ["sae"],
+    ["config"],
+    ["places"],
+    ["errors"],
+]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 HOMES = {
-    "ray": ("go/extract.py", "data/shards.py", "sweep/"),
+    "ray": ("go/boards.py", "go/extract.py", "go/pipeline.py", "data/shards.py", "sweep/"),
     "mlflow": ("track/",),
     "triton": ("sae/kernels/",),
     "optuna": ("sweep/",),
     "matplotlib": ("results/",),
-    "jinja2": ("results/report/",),
+    "jinja2": ("results/report/", "go/draw.py"),
     "sgfmill": ("go/sgf.py",),
 }
 

@@ -6,10 +6,9 @@ straight to the disk. The plan depends on games and settings alone: the same see
 """
 
 import collections
-import json
-import logging
+import contextlib
 import os
-import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,23 +17,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import ray
 import torch
-from ray.data import DataContext
+from torch import Tensor
 
 import msae_sweep
 from msae_sweep.errors import ConfigError, DataError
-from msae_sweep.go.board import SIZE
+from msae_sweep.go.board import N_POINTS, SIZE
 from msae_sweep.go.leela import Network, Precision, gather_points, spatial_mean
 from msae_sweep.go.output import FORMATS, INDEX, OutputFolder
-from msae_sweep.go.plan import Chunk, Sampling, cut, games_sha256, plies_of, points_of
-from msae_sweep.go.planes import planes, replay
-from msae_sweep.go.records import Record, Refused, Unit, find_units, read_unit
-from msae_sweep.go.sgf import Game, distinct, read_games
-from msae_sweep.go.weights import Weights, read_weights, weights_sha256
-
-BATCH = {"cuda": 2048, "cpu": 32}
-"""Positions the network sees at a time. On one H200 2048 was the fastest of those measured, 20,290 positions/s."""
-
-_GAMES_A_TASK = 512
+from msae_sweep.go.pipeline import BATCH, Games, read_all, run
+from msae_sweep.go.plan import Sampling, cut, games_sha256
+from msae_sweep.go.planes import planes
+from msae_sweep.go.progress import Progress
+from msae_sweep.go.records import find_units
+from msae_sweep.go.sgf import Game
+from msae_sweep.go.weights import read_weights, weights_sha256
 
 
 class Settings(NamedTuple):
@@ -54,15 +50,28 @@ class Settings(NamedTuple):
     always counts from the top left."""
 
 
-class Progress(NamedTuple):
-    """How far an extraction is."""
+class Seconds(NamedTuple):
+    """Where an extraction's time went, summed over everything that worked at a time."""
 
-    positions: int
-    """Positions whose rows are on the disk, those of earlier attempts included."""
-    n_positions: int
-    rows: int
-    device: str
-    """On what the network runs, and how; empty before the first chunk."""
+    reading: float = 0.0
+    """Until all games were read, on the clock."""
+    boards: float = 0.0
+    """CPU tasks replaying games."""
+    waiting: float = 0.0
+    """Devices that had no chunk to compute, from when their network was ready."""
+    network: float = 0.0
+    """Devices computing: planes, tower, points."""
+    copying: float = 0.0
+    """Devices sending rows to the host."""
+    writing: float = 0.0
+    """Threads writing chunks, which on a GPU is beside the computing."""
+    finishing: float = 0.0
+    """Making the formats and the index of all chunks, on the clock."""
+
+    @property
+    def busy(self) -> float:
+        """The share of the devices' time in which they computed; 0 if they never did."""
+        return self.network / ((self.network + self.waiting + self.copying) or 1.0)
 
 
 class Summary(NamedTuple):
@@ -78,14 +87,17 @@ class Summary(NamedTuple):
     positions: int
     rows: int
     seconds: float
+    spent: Seconds
 
     def text(self, settings: Settings) -> str:
         """What a user wants to know of it, in a few lines."""
-        counts = _counted(collections.Counter(self.refused))
+        counts = Games([], collections.Counter(self.refused), []).counted()
         lines = [f"{self.games:,} games ({counts}), {self.positions:,} positions, {self.rows:,} rows a block"]
         lines += [f"  broken: {example}" for example in self.examples]
         blocks = ",".join(str(block) for block in settings.blocks)
-        state = "was complete already" if self.complete_before else f"complete after {self.seconds:.1f} s"
+        state = "was complete already"
+        if not self.complete_before:
+            state = f"complete after {self.seconds:.1f} s, the network busy {self.spent.busy:.0%} of its time"
         command = f"msae-sweep run search_spaces/leela_zero.yaml --data {settings.out} --set data.blocks=[{blocks}]"
         lines.append(f"{settings.out} {state}; next: {command}")
         return "\n".join(lines)
@@ -124,36 +136,47 @@ def extract(
         if not 1 <= block <= len(weights.blocks):
             raise ConfigError(f"--blocks: {block} is not in this network, which has blocks 1 to {len(weights.blocks)}")
     connect()
-    games, refused, examples = _read_games(units)
-    if not games:
-        reasons = f"; the first: {examples[0]}" if examples else ""
-        raise DataError(f"{settings.games}: no game that can be used ({_counted(refused)}){reasons}")
+    spent = dict.fromkeys(Seconds._fields, 0.0)
+    with _timed(spent, "reading"):
+        games, refused, examples = read_all(units, settings.games)
     chunks = cut(games, settings.sampling)
     if not chunks:
         raise DataError(f"{settings.games}: no game is longer than --skip-first {settings.sampling.skip_first} moves")
-    folder = OutputFolder(settings.out, settings.blocks, settings.formats)
     n_positions = sum(chunk.n_positions for chunk in chunks)
-    fresh = folder.begin(_identity(settings, games))
-    rows = n_positions * settings.sampling.rows_per_position
-    if not fresh:
+    rows = settings.sampling.rows_per_position
+
+    def summary(complete_before: bool) -> Summary:
         seconds = time.monotonic() - started
-        return Summary(True, len(games), dict(refused), examples, n_positions, rows, seconds)
-    done = folder.done()
-    positions = sum(chunk.n_positions for chunk in chunks if chunk.number in done)
-    report(Progress(positions, n_positions, positions * settings.sampling.rows_per_position, ""))
-    left = [chunk for chunk in chunks if chunk.number not in done]
+        total = n_positions * rows
+        return Summary(
+            complete_before, len(games), dict(refused), examples, n_positions, total, seconds, Seconds(**spent)
+        )
+
+    folder = OutputFolder(settings.out, settings.blocks, settings.formats)
     try:
-        for result in _run(left, settings, weights, folder):
+        if not folder.begin(_identity(settings, games)):
+            return summary(True)
+        done = folder.done()
+        positions = sum(chunk.n_positions for chunk in chunks if chunk.number in done)
+        report(Progress(positions, n_positions, positions * rows, ""))
+        left = [chunk for chunk in chunks if chunk.number not in done]
+        for result in run(left, settings.sampling, _Taps, ([ray.put(weights)], settings, folder)):
             positions += result["n_positions"]
-            report(
-                Progress(positions, n_positions, positions * settings.sampling.rows_per_position, str(result["device"]))
-            )
-        folder.finish({"games": len(games), "refused": dict(refused), "positions": n_positions})
+            spent = {name: seconds + result.get(name, 0.0) for name, seconds in spent.items()}
+            report(Progress(positions, n_positions, positions * rows, str(result["device"])))
+        with _timed(spent, "finishing"):
+            folder.finish({"games": len(games), "refused": dict(refused), "positions": n_positions})
     except OSError as error:
-        raise DataError(
-            f"{settings.out}: {error.strerror or error}; what is done is kept, the same command goes on"
-        ) from None
-    return Summary(False, len(games), dict(refused), examples, n_positions, rows, time.monotonic() - started)
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(f"{settings.out}: {reason}; what is done is kept, the same command goes on") from None
+    return summary(False)
+
+
+@contextlib.contextmanager
+def _timed(spent: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    spent[name] += time.perf_counter() - started
 
 
 def _identity(settings: Settings, games: list[Game]) -> dict[str, Any]:
@@ -172,148 +195,12 @@ def _identity(settings: Settings, games: list[Game]) -> dict[str, Any]:
     }
 
 
-def _read_games(units: list[Unit]) -> tuple[list[Game], collections.Counter[str], list[str]]:
-    """All games, each once, in the order of their records; and how many gave nothing, by kind."""
-    context = _quiet_context()
-    before = context.target_max_block_size
-    # Records leave a tar in small blocks, so that many tasks can parse them.
-    context.target_max_block_size = 1 << 20
-    try:
-        records = ray.data.from_items(
-            [{"unit": json.dumps(unit)} for unit in units], override_num_blocks=max(1, min(len(units), 200))
-        ).map_batches(_read, batch_size=1, batch_format="pyarrow")
-        parsed = records.map_batches(_parse, batch_size=None, batch_format="pyarrow")
-        outcomes = [_unpacked(row) for row in parsed.iter_rows()]
-    finally:
-        context.target_max_block_size = before
-    outcomes.sort(key=lambda outcome: outcome.name)
-    games: list[Game] = []
-    refused: collections.Counter[str] = collections.Counter()
-    examples: list[str] = []
-    for outcome in distinct(outcomes):
-        if isinstance(outcome, Game):
-            games.append(outcome)
-        else:
-            refused[outcome.kind] += 1
-            if outcome.kind == "broken" and len(examples) < 5:
-                examples.append(f"{outcome.name}: {outcome.reason}")
-    return games, refused, examples
-
-
-def _quiet_context() -> DataContext:
-    """Ray Data's settings, its bars and logs off: this pipeline has a display of its own."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.verbose_progress = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    return context
-
-
-def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
-    """Records of a unit, some at a time, so that an archive of any size passes through."""
-    (unit,) = batch["unit"].to_pylist()
-    columns: dict[str, list[Any]] = collections.defaultdict(list)
-    for record in read_unit(Unit(*json.loads(unit))):
-        kind, reason, data = (record.kind, record.reason, b"") if isinstance(record, Refused) else ("", "", record.data)
-        for column, value in (("name", record.name), ("data", data), ("kind", kind), ("reason", reason)):
-            columns[column].append(value)
-        if len(columns["name"]) == _GAMES_A_TASK:
-            yield dict(columns)
-            columns.clear()
-    if columns:
-        yield dict(columns)
-
-
-def _parse(batch: Any) -> dict[str, list[Any]]:
-    """Columns of games, and of what is none: each has a name, a key or a kind, and its arrays as bytes."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("name", "key", "kind", "reason", "setup", "moves", "black")}
-
-    def add(name: str, key: str, kind: str, reason: str, *arrays: np.ndarray) -> None:
-        parts = [array.tobytes() for array in arrays] or [b"", b"", b""]
-        for column, value in zip(columns.values(), (name, key, kind, reason, *parts), strict=True):
-            column.append(value)
-
-    for row in batch.to_pylist():
-        if row["kind"]:
-            add(row["name"], "", row["kind"], row["reason"])
-            continue
-        for outcome in read_games(Record(row["name"], row["data"])):
-            if isinstance(outcome, Refused):
-                add(outcome.name, "", outcome.kind, outcome.reason)
-            else:
-                add(outcome.name, outcome.key, "", "", outcome.setup, outcome.moves, outcome.black_to_move)
-    return columns
-
-
-def _unpacked(row: dict[str, Any]) -> Game | Refused:
-    if row["kind"]:
-        return Refused(row["name"], row["kind"], row["reason"])
-    return Game(
-        row["name"],
-        row["key"],
-        np.frombuffer(row["setup"], np.int8),
-        np.frombuffer(row["moves"], np.int16),
-        np.frombuffer(row["black"], np.bool_),
-    )
-
-
-def _run(chunks: list[Chunk], settings: Settings, weights: Weights, folder: OutputFolder) -> Iterator[dict[str, Any]]:
-    """What `_Taps` says of each chunk, as they get done."""
-    if not chunks:
-        return
-    n_gpus = int(ray.cluster_resources().get("GPU", 0))
-    n_cpus = int(ray.cluster_resources()["CPU"])
-    # On the CPUs the network takes them all but a share for the boards, which are little work beside it.
-    resources = {"num_gpus": 1, "num_cpus": 1} if n_gpus else {"num_cpus": max(0.5, n_cpus - 0.5)}
-    context = _quiet_context()
-    before = context.target_max_block_size
-    # A chunk's boards stay one block: 2048 positions are 6 MB, and a single long game hardly more.
-    context.target_max_block_size = 1 << 30
-    try:
-        boards = ray.data.from_items(
-            [{"chunk": pickle.dumps(chunk)} for chunk in chunks], override_num_blocks=len(chunks)
-        ).map_batches(_boards, fn_args=(settings.sampling,), batch_size=1, num_cpus=1 if n_gpus else 0.5)
-        results = boards.map_batches(
-            _Taps,
-            # In a list, the reference travels instead of hundreds of megabytes.
-            fn_constructor_args=([ray.put(weights)], settings, folder),
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=max(1, n_gpus)),
-            **resources,
-        )
-        yield from results.iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        # Ours come through as they were raised; the worker's trace would only hide them.
-        cause = error.as_instanceof_cause()
-        if isinstance(cause, DataError | OSError):
-            raise type(cause)(*cause.args) from None
-        raise
-    finally:
-        context.target_max_block_size = before
-
-
-def _boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, np.ndarray]:
-    """A chunk → boards of all its positions, and what stands in the index beside them."""
-    chunk: Chunk = pickle.loads(batch["chunk"][0])
-    columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-    for game in chunk.games:
-        plies = plies_of(game, sampling)
-        boards, black_to_move = replay(game, plies)
-        columns["boards"].append(boards.reshape(len(plies), -1))
-        columns["black_to_move"].append(black_to_move)
-        columns["points"].append(points_of(game, plies, sampling))
-        columns["ply"].append(plies)
-        columns["game_id"].append(np.full(len(plies), game.game_id))
-    found = {name: np.concatenate(parts) for name, parts in columns.items()}
-    n = len(found["ply"])
-    assert n == chunk.n_positions, f"chunk {chunk.number}: {n} positions, planned {chunk.n_positions}"
-    found["number"] = np.full(n, chunk.number)
-    found["position_id"] = np.arange(chunk.first_position, chunk.first_position + n)
-    return found
-
-
 class _Taps:
-    """Boards of a chunk → activations → files; keeps the network on its device."""
+    """Boards of a chunk → activations → files; keeps the network on its device.
+
+    On a GPU several threads call it at a time. Each queues its chunk's work behind that of the last one, and waits and
+    writes outside of the lock: so the GPU always has a chunk to go on with while others are copied and written.
+    """
 
     def __init__(self, weights: list[Any], settings: Settings, folder: OutputFolder) -> None:
         self.settings, self.folder = settings, folder
@@ -321,29 +208,52 @@ class _Taps:
         if self.device.type == "cpu":
             torch.set_num_threads(os.cpu_count() or 1)
         self.network = Network(ray.get(weights[0]), self.device, settings.precision)
+        self.turn = threading.Lock()
+        self.ended = self._mark()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Compute and write one chunk; what it returns is said when the files are there."""
         number = int(batch["number"][0])
         assert (batch["number"] == number).all(), "a block holds one chunk"
-        activations = self._activations(batch)
         points = batch["points"]
+        with self.turn:
+            before, began = self.ended, self._mark()
+            rows, sums = self._activations(batch)
+            computed = self._mark()
+            rows, sums = self._on_host(rows), self._on_host(sums)
+            copied = self.ended = self._mark()
+        if isinstance(copied, torch.cuda.Event):
+            copied.synchronize()
+        writing = time.perf_counter()
+        for block, (_, squares) in sums.items():
+            if not squares.isfinite().all():
+                raise DataError(f"block {block}: an activation exceeds {self.settings.dtype}; write --dtype float32")
         index = {name: np.repeat(batch[name], points.shape[1]) for name in INDEX if name != "point"}
         index |= {"ply": index["ply"].astype(np.int32), "point": points.reshape(-1)}
-        self.folder.write_chunk(number, activations, index)
+        self.folder.write_chunk(number, _arrays(rows), _arrays(sums), index)
         choice = self.network.choice
-        return {"n_positions": [len(points)], "device": [f"{self.device.type}: {choice.name} ({choice.reason})"]}
+        seconds = Seconds(
+            boards=float(batch["seconds"][0]),
+            waiting=_seconds(before, began),
+            network=_seconds(began, computed),
+            copying=_seconds(computed, copied),
+            writing=time.perf_counter() - writing,
+        )
+        return {
+            "n_positions": [len(points)],
+            "device": [f"{self.device.type}: {choice.name} ({choice.reason})"],
+            **{name: [value] for name, value in seconds._asdict().items()},
+        }
 
-    def _activations(self, batch: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
-        """Rows [positions · points, filters] of every block, in the type of the files."""
+    def _activations(self, batch: dict[str, np.ndarray]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Every block's rows [positions · points, filters] in the type of the files; their sum and that of squares."""
         blocks, dtype = self.settings.blocks, getattr(torch, self.settings.dtype)
-        rows: dict[int, list[torch.Tensor]] = {block: [] for block in blocks}
+        parts: dict[int, list[Tensor]] = {block: [] for block in blocks}
         for start in range(0, len(batch["number"]), BATCH[self.device.type]):
             part = slice(start, start + BATCH[self.device.type])
-            boards = torch.from_numpy(batch["boards"][part].reshape(-1, 8, 361)).to(self.device)
-            black_to_move = torch.from_numpy(batch["black_to_move"][part]).to(self.device)
-            x = planes(boards, black_to_move, self.network.choice.dtype)
-            points = torch.from_numpy(batch["points"][part]).to(self.device)
+            boards = self._on_device(batch["boards"][part].reshape(-1, 8, N_POINTS))
+            x = planes(boards, self._on_device(batch["black_to_move"][part]), self.network.choice.dtype)
+            points = self._on_device(batch["points"][part])
             if self.settings.first_row == "bottom":
                 x = x.flip(2)
                 points = (SIZE - 1 - points // SIZE) * SIZE + points % SIZE
@@ -354,13 +264,44 @@ class _Taps:
                     taken = spatial_mean(tapped)
                 else:
                     taken = gather_points(tapped, points).flatten(0, 1)
-                rows[block].append(taken.to(dtype).cpu())
-        found = {block: torch.cat(parts).numpy() for block, parts in rows.items()}
-        for block, array in found.items():
-            if not np.isfinite(array).all():
-                raise DataError(f"block {block}: an activation exceeds {self.settings.dtype}; write --dtype float32")
-        return found
+                parts[block].append(taken.to(dtype))
+        rows = {block: torch.cat(found) for block, found in parts.items()}
+        exact = ((block, found.double()) for block, found in rows.items())
+        return rows, {block: torch.stack([found.sum(0), found.square().sum(0)]) for block, found in exact}
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        """A copy there. From pinned memory: from any other, it would wait for all the work that is queued before it."""
+        tensor = torch.tensor(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _on_host(self, tensors: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Pinned copies, there once `ended` is."""
+        if self.device.type != "cuda":
+            return tensors
+        hosts = {block: torch.empty_like(tensor, device="cpu", pin_memory=True) for block, tensor in tensors.items()}
+        for block, host in hosts.items():
+            host.copy_(tensors[block], non_blocking=True)
+        return hosts
+
+    def _mark(self) -> "_Mark":
+        """Now, as the device's queue of work sees it."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
 
-def _counted(refused: collections.Counter[str]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(refused.items())) or "none refused"
+_Mark = float | torch.cuda.Event
+
+
+def _seconds(start: _Mark, end: _Mark) -> float:
+    """Between two marks that the device has passed."""
+    if isinstance(start, torch.cuda.Event):
+        return float(start.elapsed_time(end)) / 1e3  # type: ignore[arg-type]
+    assert not isinstance(end, torch.cuda.Event)
+    return end - start
+
+
+def _arrays(tensors: dict[int, Tensor]) -> dict[int, np.ndarray]:
+    return {block: tensor.numpy() for block, tensor in tensors.items()}

@@ -6,10 +6,12 @@ repeating a chunk and without a row twice. At the end the formats that were aske
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float64
 
 from msae_sweep.errors import ConfigError
 
@@ -46,27 +49,41 @@ class OutputFolder:
                         f"--out {self.path}: holds another extraction: its {key} is {found.get(key)!r}, here "
                         f"{value!r}; give another folder"
                     )
-            return not found["complete"]
-        if self.path.exists() and any(self.path.iterdir()):
+            if found["complete"]:
+                return False
+            for left_over in self.path.rglob(".*.part"):  # by a process that was killed while it wrote
+                left_over.unlink()
+            self.parts.mkdir(exist_ok=True)
+            return True
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ConfigError(f"--out {self.path}: is not empty and holds no extraction; give another folder")
-        self.parts.mkdir(parents=True, exist_ok=True)
+        # The manifest comes first: what is in a folder without one is somebody else's.
+        self.path.mkdir(parents=True, exist_ok=True)
         self._write_manifest({**identity, "complete": False})
+        self.parts.mkdir()
         return True
 
     def done(self) -> set[int]:
         """Numbers of the chunks that are whole."""
         return {int(file.stem.removeprefix("index_")) for file in self.parts.glob("index_*.npz")}
 
-    def write_chunk(self, number: int, activations: Mapping[int, np.ndarray], index: Mapping[str, np.ndarray]) -> None:
-        """Write a chunk: rows of every block, and one value a row for every name in `INDEX`."""
-        sums: dict[str, np.ndarray] = {}
-        for block, rows in activations.items():
-            with atomic(self.rows_file(block, number)) as part, part.open("wb") as file:
-                np.save(file, rows)
-            exact = rows.astype(np.float64)
-            sums |= {f"sum{block}": exact.sum(axis=0), f"squares{block}": (exact**2).sum(axis=0)}
+    def write_chunk(
+        self,
+        number: int,
+        rows: Mapping[int, np.ndarray],
+        sums: Mapping[int, Float64[np.ndarray, "2 filters"]],
+        index: Mapping[str, np.ndarray],
+    ) -> None:
+        """Write a chunk: every block's rows, their sum and the sum of their squares; a value a row for all of `INDEX`.
+
+        The sums come from where the rows were computed: here they took ten times as long as the writing.
+        """
+        for block, values in rows.items():
+            with atomic(self.rows_file(block, number)) as part:
+                _save(part, values.dtype, values.shape, [values])
+        named = {f"sums{block}": values for block, values in sums.items()}
         with atomic(self.parts / f"index_{number:06d}.npz") as part, part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **{**index, **sums})
+            np.savez(file, allow_pickle=False, **{**index, **named})
 
     def rows_file(self, block: int, number: int) -> Path:
         """Where a chunk's rows of a block lie while the extraction runs."""
@@ -80,15 +97,13 @@ class OutputFolder:
             self._write_h5(numbers)
         if "parquet" in self.formats:
             self._write_parquet(numbers)
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in INDEX}
-        sums = {block: [np.zeros(1), np.zeros(1)] for block in self.blocks}
+        sums = dict.fromkeys(self.blocks, np.zeros(1))
         for number in numbers:
             with np.load(self.parts / f"index_{number:06d}.npz") as index:
-                for name in INDEX:
-                    columns[name].append(index[name])
-                for block, (total, squares) in sums.items():
-                    sums[block] = [total + index[f"sum{block}"], squares + index[f"squares{block}"]]
-        n_rows = sum(len(part) for part in columns["point"])
+                sums = {block: before + index[f"sums{block}"] for block, before in sums.items()}
+        n_rows = 0
+        for name in INDEX:
+            n_rows = self._write_index(name, numbers)
         for block, (total, squares) in sums.items():
             mean = total / n_rows
             std = np.sqrt(np.maximum(squares / n_rows - mean**2, 0))
@@ -96,9 +111,6 @@ class OutputFolder:
             folder.mkdir(exist_ok=True)
             with atomic(folder / "normalization_stats.npz") as part, part.open("wb") as file:
                 np.savez(file, mean=mean.astype(np.float32), std=std.astype(np.float32))
-        for name in INDEX:
-            with atomic(self.path / f"{name}.npy") as part, part.open("wb") as file:
-                np.save(file, np.concatenate(columns[name]))
         if "npy" in self.formats:
             for block in self.blocks:
                 for number in numbers:
@@ -112,22 +124,37 @@ class OutputFolder:
         self._write_manifest({**found, **totals, "rows": n_rows, "complete": True})
         shutil.rmtree(self.parts)
 
+    def _write_index(self, name: str, numbers: Sequence[int]) -> int:
+        """One file of a value a row, over all chunks, which need not fit into memory together; says how many rows."""
+        n_rows, dtype = 0, np.dtype(np.int64)
+        for number in numbers:
+            values = self._index(number, name)
+            n_rows, dtype = n_rows + len(values), values.dtype
+        with atomic(self.path / f"{name}.npy") as part:
+            _save(part, dtype, (n_rows,), (self._index(number, name) for number in numbers))
+        return n_rows
+
     def _write_h5(self, numbers: Sequence[int]) -> None:
         target = self.path / "activations.h5"
         if target.exists():
             return
         with atomic(target) as part, h5py.File(part, "w") as file:
-            for block in self.blocks:
-                shapes = [np.load(self.rows_file(block, n), mmap_mode="r") for n in numbers]
-                dataset = file.create_dataset(
-                    f"block{block}", (sum(len(rows) for rows in shapes), shapes[0].shape[1]), dtype=shapes[0].dtype
-                )
+            # HDF5 names a full disk in many words, and once more when it closes the file.
+            if shutil.disk_usage(self.path).free < sum(file.stat().st_size for file in self.parts.iterdir()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            n_rows = sum(len(self._index(number, "point")) for number in numbers)
+            sources: dict[str, Callable[[int], np.ndarray]] = {
+                **{f"block{block}": partial(self._rows, block) for block in self.blocks},
+                **{name: partial(self._index, name=name) for name in INDEX},
+            }
+            for name, read in sources.items():
+                first = read(numbers[0])
+                dataset = file.create_dataset(name, (n_rows, *first.shape[1:]), dtype=first.dtype)
                 start = 0
-                for rows in shapes:
+                for number in numbers:
+                    rows = read(number)
                     dataset[start : start + len(rows)] = rows
                     start += len(rows)
-            for name in INDEX:
-                file[name] = np.concatenate([self._index(n)[name] for n in numbers])
 
     def _write_parquet(self, numbers: Sequence[int]) -> None:
         folder = self.path / "parquet"
@@ -138,21 +165,37 @@ class OutputFolder:
                 continue
             columns = {}
             for block in self.blocks:
-                rows = np.load(self.rows_file(block, number))
+                rows = self._rows(block, number)
                 columns[f"block{block}"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
-            index = self._index(number)
-            columns |= {name: pa.array(index[name]) for name in INDEX}
+            columns |= {name: pa.array(self._index(number, name)) for name in INDEX}
             with atomic(target) as part:
                 # Uncompressed: activations of floating point hardly shrink, and reading them is faster.
                 pq.write_table(pa.table(columns), part, row_group_size=8192, compression="none")
 
-    def _index(self, number: int) -> dict[str, np.ndarray]:
+    def _rows(self, block: int, number: int) -> np.ndarray:
+        rows: np.ndarray = np.load(self.rows_file(block, number))
+        return rows
+
+    def _index(self, number: int, name: str) -> np.ndarray:
         with np.load(self.parts / f"index_{number:06d}.npz") as index:
-            return {name: index[name] for name in INDEX}
+            values: np.ndarray = index[name]
+            return values
 
     def _write_manifest(self, content: Mapping[str, Any]) -> None:
         with atomic(self.manifest) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """One .npy file of parts that need not be in memory together.
+
+    What `np.save` says of a full disk is `480 requested and 200 written`; here it is an OSError with its number.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part).data)
 
 
 @contextlib.contextmanager

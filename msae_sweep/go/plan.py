@@ -1,7 +1,7 @@
 """Which positions and points an extraction takes, cut into chunks that depend on games and settings alone."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from msae_sweep.go.board import N_POINTS
 from msae_sweep.go.sgf import Game, sample_plies
 
 CHUNK_POSITIONS = 2048
-"""Positions of a chunk at the most: 6 MB of boards on their way to the network, a tenth of a second of a fast GPU."""
+"""Positions of a chunk: 6 MB of boards on their way to the network, a tenth of a second of a fast GPU."""
 CHUNK_ROWS = 65_536
 """Rows of a chunk at the most, where every position gives many: 34 MB a block as float16 at 256 channels."""
 
@@ -38,41 +38,55 @@ class Sampling(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Games whose rows are written together, whole or not at all."""
+    """Positions whose rows are written together, whole or not at all."""
 
     number: int
     first_position: int
     """Positions in the chunks before it; `position_id` counts on from here."""
     n_positions: int
     games: list[Game]
+    """Games in their order; of the last, the chunk has as many positions as are left for it."""
+    skip: int
+    """Positions of the first game that the chunk before has."""
+
+    def plies(self, sampling: Sampling) -> Iterator[tuple[Game, Int64[np.ndarray, " plies"]]]:
+        """The chunk's positions, game by game."""
+        skip, left = self.skip, self.n_positions
+        for game in self.games:
+            plies = plies_of(game, sampling)[skip : skip + left]
+            yield game, plies
+            skip, left = 0, left - len(plies)
 
 
 def cut(games: Sequence[Game], sampling: Sampling) -> list[Chunk]:
-    """Chunks of whole games, in the order of their keys, which is as good as random.
+    """Chunks of positions, of games in the order of their keys, which is as good as random.
 
-    So the same games and settings give the same chunks, however the records lie and whoever works on them. A chunk
-    exceeds its limits only where a single game does.
+    So the same games and settings give the same chunks, however the records lie and whoever works on them. All chunks
+    but the last have the same size, whatever games they cut in two: cuDNN plans its convolutions for every size anew.
     """
     most = max(1, min(CHUNK_POSITIONS, CHUNK_ROWS // sampling.rows_per_position))
     chunks: list[Chunk] = []
     members: list[Game] = []
-    done = count = 0
+    done = count = skip = 0
 
     def close() -> None:
         nonlocal done, count, members
         if count:
-            chunks.append(Chunk(len(chunks), done, count, members))
+            chunks.append(Chunk(len(chunks), done, count, members, skip))
         done, count, members = done + count, 0, []
 
     for game in sorted(games, key=lambda game: game.key):
         n = max(0, game.n_moves - sampling.skip_first)
         n = n if sampling.positions_per_game is None else min(n, sampling.positions_per_game)
-        if n == 0:
-            continue
-        if count + n > most:
-            close()
-        members.append(game)
-        count += n
+        taken = 0
+        while taken < n:
+            if not members:
+                skip = taken
+            members.append(game)
+            step = min(n - taken, most - count)
+            taken, count = taken + step, count + step
+            if count == most:
+                close()
     close()
     return chunks
 

@@ -1,33 +1,42 @@
-"""How far an extraction is: a live bar, or plain lines where nobody watches a terminal."""
+"""How far games have gone through a network: a live bar, or plain lines where nobody watches a terminal."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from msae_sweep.go.extract import Progress as Extracted
+
+class Progress(NamedTuple):
+    """How far games have gone through a network."""
+
+    positions: int
+    """Positions that are done, those of earlier attempts included."""
+    n_positions: int
+    rows: int
+    device: str
+    """On what the network runs, and how; empty before the first chunk."""
+
 
 LINE_SECONDS = 5.0
 """Between two plain lines, at the least."""
 
 
 @contextlib.contextmanager
-def showing(console: Console) -> Iterator[Callable[["Extracted"], None]]:
+def showing(console: Console) -> Iterator[Callable[[Progress], None]]:
     """A function that takes an extraction's progress and shows it while this is open."""
     started: list[tuple[float, int]] = []
     said_device, said_at = "", 0.0
 
-    def rate(progress: "Extracted") -> float:
+    def rate(progress: Progress) -> float:
         if not started:
             started.append((time.monotonic(), progress.positions))
         seconds = time.monotonic() - started[0][0]
         return (progress.positions - started[0][1]) / seconds if seconds > 0 else 0.0
 
-    def say_device(progress: "Extracted") -> None:
+    def say_device(progress: Progress) -> None:
         nonlocal said_device
         if progress.device and progress.device != said_device:
             said_device = progress.device
@@ -35,7 +44,7 @@ def showing(console: Console) -> Iterator[Callable[["Extracted"], None]]:
 
     if not console.is_terminal:
 
-        def line(progress: "Extracted") -> None:
+        def line(progress: Progress) -> None:
             nonlocal said_at
             per_second = rate(progress)
             say_device(progress)
@@ -52,12 +61,17 @@ def showing(console: Console) -> Iterator[Callable[["Extracted"], None]]:
         yield line
         return
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console) as bar:
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("{task.fields[rate]}"),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console) as bar:
         task = bar.add_task("positions", total=None, rate="")
 
-        def advance(progress: "Extracted") -> None:
+        def advance(progress: Progress) -> None:
             per_second = rate(progress)
             say_device(progress)
             bar.update(task, completed=progress.positions, total=progress.n_positions, rate=f"{per_second:,.0f}/s")

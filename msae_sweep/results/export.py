@@ -105,7 +105,7 @@ def export(found: FoundModel, format: str, out: str | Path, k: int | None = None
 
 def _write_saelens(found: FoundModel, k: int, folder: Path) -> None:
     """SAELens 6: architecture `topk`; W_enc is [d_in, d_sae] there."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save as serialise
 
     folded = fold(found.file)
     hidden_dim, input_dim = folded.W_enc.shape
@@ -115,7 +115,7 @@ def _write_saelens(found: FoundModel, k: int, folder: Path) -> None:
         "W_dec": folded.W_dec,
         "b_dec": folded.b_dec,
     }
-    save_file(tensors, folder / "sae_weights.safetensors")
+    (folder / "sae_weights.safetensors").write_bytes(serialise(tensors))
     config = {
         "architecture": "topk",
         "d_in": input_dim,
@@ -135,7 +135,7 @@ def _write_saelens(found: FoundModel, k: int, folder: Path) -> None:
 
 def _write_sparsify(found: FoundModel, k: int, folder: Path) -> None:
     """EleutherAI's sparsify: an `encoder` that is a torch Linear, W_dec and b_dec."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save as serialise
 
     folded = fold(found.file)
     hidden_dim, input_dim = folded.W_enc.shape
@@ -145,7 +145,7 @@ def _write_sparsify(found: FoundModel, k: int, folder: Path) -> None:
         "W_dec": folded.W_dec,
         "b_dec": folded.b_dec,
     }
-    save_file(tensors, folder / "sae.safetensors")
+    (folder / "sae.safetensors").write_bytes(serialise(tensors))
     config = {
         "activation": "topk",
         "d_in": input_dim,

@@ -95,8 +95,8 @@ class EvaluationSums:
         """The evaluation of the rows so far; R² is NaN where they do not vary."""
         total = self._deviation.sum().item()
         r2 = [1 - error / total if total > 0 else float("nan") for error in self._squared_error.tolist()]
-        l0 = (self._active.cumsum(0).double() / max(self.n_rows, 1)).tolist()
-        level_firing = self._firing.cumsum(0).cpu()
+        l0 = (self._active.cpu().cumsum(0).double() / max(self.n_rows, 1)).tolist()
+        level_firing = self._firing.cpu().cumsum(0)
         firing = level_firing[-1]
         dead_ratio = (firing == 0).double().mean().item()
         return Evaluation(self.n_rows, r2, l0, firing, dead_ratio, self.levels, level_firing)

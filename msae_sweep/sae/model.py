@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from msae_sweep.sae.kernels import reference
@@ -59,9 +59,16 @@ class MSAE(nn.Module):
 
     def encode(self, x: Float[Tensor, "batch input_dim"], k: int | None = None) -> Float[Tensor, "batch hidden_dim"]:
         """Latents of `x`, all but the `k` largest zero; any k, by default the largest level."""
+        values, indices = self.encode_sparse(x, k)
+        return values.new_zeros(x.shape[0], self.hidden_dim).scatter(1, indices, values)
+
+    def encode_sparse(
+        self, x: Float[Tensor, "batch input_dim"], k: int | None = None
+    ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+        """The `k` largest latents of `x`, descending, 0 where fewer are active, and their numbers."""
         pre_acts = torch.relu((x - self.pre_bias) @ self.W_enc.T)
         values, indices = pre_acts.topk(k or self.k_levels[-1], dim=1)
-        return torch.zeros_like(pre_acts).scatter(1, indices, values)
+        return values, indices
 
     def decode(self, latents: Float[Tensor, "batch hidden_dim"]) -> Float[Tensor, "batch input_dim"]:
         """Reconstruction from latents: z W_dec + pre_bias."""
@@ -108,13 +115,20 @@ class StandardisedMSAE(nn.Module):
         """Latents of raw activations, all but the `k` largest zero."""
         return self.sae.encode((activations - self.mean) / self.std, k)
 
-    def decode(self, latents: Float[Tensor, "batch hidden_dim"]) -> Float[Tensor, "batch input_dim"]:
-        """Raw reconstruction from latents."""
-        return self.sae.decode(latents) * self.std + self.mean
+    def encode_sparse(
+        self, activations: Float[Tensor, "batch input_dim"], k: int | None = None
+    ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+        """The `k` largest latents of raw activations, descending, and their numbers."""
+        return self.sae.encode_sparse((activations - self.mean) / self.std, k)
 
     def forward(self, activations: Float[Tensor, "batch input_dim"]) -> Float[Tensor, "batch input_dim"]:
         """Reconstruction of raw activations at the largest k, in their own units."""
-        return self.decode(self.encode(activations))
+        x_hat: Tensor = self.sae((activations - self.mean) / self.std)
+        return x_hat * self.std + self.mean
+
+    def decode(self, latents: Float[Tensor, "batch hidden_dim"]) -> Float[Tensor, "batch input_dim"]:
+        """Raw activations from latents."""
+        return self.sae.decode(latents) * self.std + self.mean
 
 
 @torch.no_grad()

@@ -97,13 +97,9 @@ def save_model(file: ModelFile, path: Path, *, model_id: str | None = None, run_
     description.save(str(path / "MLmodel"))
 
 
-def register_champion(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> None:
-    """Make `model` a version of `msae-block{B}` and move the alias `champion` to it; a run gets one version only.
-
-    The alias goes to the sweep that finished last, not to the best of all sweeps: R² of other data, splits or levels
-    cannot be compared. Older winners stay as versions, with their sweep and R² as tags.
-    """
-    name = f"msae-block{block}"
+def register(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> str:
+    """Make `model` a version of `msae-block{B}` and return its number; a run gets one version only."""
+    name = registered_name(block)
     try:
         client.create_registered_model(name)
     except Exception as error:
@@ -112,22 +108,36 @@ def register_champion(client: Any, model: Any, block: int, tags: Mapping[str, st
     run_id = model.source_run_id
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if versions:
-        number = versions[0].version
-    else:
-        number = client.create_model_version(
-            name,
-            # Not `models:/…`: MLflow would look that up at its global tracking URI, which is not ours to set.
-            model.artifact_location,
-            run_id,
-            tags=dict(tags),
-            await_creation_for=0,
-            model_id=model.model_id,
-        ).version
-        # By this tag the model's page shows where it is registered.
-        client.set_logged_model_tags(
-            model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": number}])}
-        )
-    client.set_registered_model_alias(name, CHAMPION, number)
+        return str(versions[0].version)
+    number = client.create_model_version(
+        name,
+        # Not `models:/…`: MLflow would look that up at its global tracking URI, which is not ours to set.
+        model.artifact_location,
+        run_id,
+        tags=dict(tags),
+        await_creation_for=0,
+        model_id=model.model_id,
+    ).version
+    # By this tag the model's page shows where it is registered.
+    client.set_logged_model_tags(
+        model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": number}])}
+    )
+    return str(number)
+
+
+def register_champion(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> None:
+    """`register`, and move the alias `champion` there.
+
+    The alias goes to the sweep that finished last, not to the best of all sweeps: R² of other data, splits or levels
+    cannot be compared. Older winners stay as versions, with their sweep and R² as tags.
+    """
+    number = register(client, model, block, tags)
+    client.set_registered_model_alias(registered_name(block), CHAMPION, number)
+
+
+def registered_name(block: int) -> str:
+    """Name of a block's registered model."""
+    return f"msae-block{block}"
 
 
 class Fetched(NamedTuple):

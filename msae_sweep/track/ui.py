@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import webbrowser
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlencode
@@ -38,8 +38,11 @@ PARAMS = ("block", "learning_rate", "expansion_factor", "weighting")
 """Axes of the comparison, left to right; the dead share and R² at every k follow."""
 
 
-def comparison(sweep_folder: Path | None, tracking: TrackingConfig) -> str:
+def comparison(sweep_folder: Path | None, tracking: TrackingConfig, where: str = "SWEEP") -> str:
     """Path of the page, below a server's address, that compares the trials of a sweep; of MLflow itself without one.
+
+    Args:
+        where: how the user names the sweep, for messages.
 
     Raises:
         TrackingError: MLflow does not answer, or has nothing of the sweep.
@@ -56,8 +59,8 @@ def comparison(sweep_folder: Path | None, tracking: TrackingConfig) -> str:
         trials = [run for run in runs if TRIAL_TAG in run.data.tags]
         if not parents or not trials:
             raise TrackingError(
-                f"{redact(uri)} has no trials of {sweep_folder.name} in experiment {tracking.experiment}; "
-                f"send them with msae-sweep track-sync {sweep_folder}"
+                f"{redact(uri)} has no trials of this sweep in experiment {tracking.experiment}; "
+                f"send them with msae-sweep track-sync {where}"
             )
         state = json.dumps(view_state(parents[0].info.run_id, _metric_keys(trials)), sort_keys=True)
         key = hashlib.sha256(state.encode()).hexdigest()[:16]
@@ -107,11 +110,19 @@ def view_state(parent_run_id: str, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def serve(
-    sweep_folder: Path | None, tracking: TrackingConfig, *, host: str, port: int, open_browser: bool, say: Any = print
+    sweep_folder: Path | None,
+    tracking: TrackingConfig,
+    *,
+    where: str = "SWEEP",
+    host: str = "127.0.0.1",
+    port: int = 0,
+    open_browser: bool = False,
+    say: Callable[[str], object] = print,
 ) -> None:
     """Show the comparison: on the tracking server there is, else on one of our own until Ctrl-C.
 
     Args:
+        where: how the user names the sweep, for messages.
         port: 0 takes a free one.
 
     Raises:
@@ -122,7 +133,7 @@ def serve(
     scheme = uri.partition(":")[0]
     if scheme.startswith("databricks"):
         raise ConfigError(f"tracking.uri: {redact(uri)} has pages of its own; open them in the workspace")
-    path = comparison(sweep_folder, tracking)
+    path = comparison(sweep_folder, tracking, where)
     if scheme in ("http", "https"):
         _show(f"{redact(uri).replace('***@', '').rstrip('/')}{path}", open_browser, say)
         return
@@ -203,7 +214,7 @@ def _stop(server: subprocess.Popen[str]) -> None:
             continue
 
 
-def _show(url: str, open_browser: bool, say: Any) -> None:
+def _show(url: str, open_browser: bool, say: Callable[[str], object]) -> None:
     say(url)
     # Elsewhere webbrowser may find one that runs in the terminal.
     has_screen = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")

@@ -2,24 +2,30 @@
 
 import io
 import json
+import pickle
+import re
+import subprocess
+import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from msae_sweep.config import DataConfig
 from msae_sweep.data.catalog import open_source
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go import extract as extraction
-from msae_sweep.go import plan
+from msae_sweep.go import pipeline, plan
 from msae_sweep.go.extract import Settings, extract
 from msae_sweep.go.leela import Network
 from msae_sweep.go.output import OutputFolder, atomic
 from msae_sweep.go.plan import Sampling, cut, plies_of, points_of
 from msae_sweep.go.planes import planes, replay
-from msae_sweep.go.records import read_records
+from msae_sweep.go.records import find_units, read_records
 from msae_sweep.go.sgf import Game, read_games
 from msae_sweep.go.weights import random_weights, read_weights, write_weights
 
@@ -121,6 +127,39 @@ def test_names_order_and_archives_change_no_row(extracted, network, records, tmp
     extract(other)
     for name, values in contents(chosen.out, 3).items():
         assert np.array_equal(values, contents(other.out, 3)[name]), name
+
+
+def test_the_games_of_one_tar_are_parsed_by_many_tasks(tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for i in range(600):
+            data = sgf(90, i).encode()
+            info = tarfile.TarInfo(f"{i}.sgf")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    parsed = pipeline.parsed(find_units(tmp_path / "all.tar")).materialize()
+    assert parsed.count() == 600
+    tasks = re.search(r"Operator \d+ MapBatches\(_parse\): (\d+) tasks", parsed.stats())
+    assert tasks is not None, f"fused with the reading:\n{parsed.stats()}"
+    assert int(tasks[1]) >= 3
+
+
+def test_threads_that_share_a_network_write_what_one_writes(extracted, network, records, tmp_path, monkeypatch):
+    chosen, _ = extracted
+    monkeypatch.setattr(plan, "CHUNK_POSITIONS", 6)
+    folder = OutputFolder(tmp_path / "out", chosen.blocks, chosen.formats)
+    assert folder.begin({})
+    taps = extraction._Taps([ray.put(read_weights(network))], chosen, folder)
+    chunks = cut(list(games_of(records).values()), chosen.sampling)
+    assert [chunk.n_positions for chunk in chunks] == [6, 6, 6, 6, 6, 5]
+    batches = [pipeline.boards({"chunk": [pickle.dumps(chunk)]}, chosen.sampling) for chunk in chunks]
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(taps, batches))
+    assert sum(result["n_positions"][0] for result in results) == 35
+    folder.finish({})
+    for name, values in contents(chosen.out, 3).items():
+        np.testing.assert_allclose(values, contents(folder.path, 3)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    stats = [np.load(out / "block3" / "normalization_stats.npz") for out in (chosen.out, folder.path)]
+    np.testing.assert_allclose(stats[0]["std"], stats[1]["std"], rtol=1e-5)
 
 
 def test_stopped_half_way_it_goes_on_without_repeating_or_losing_a_row(
@@ -258,6 +297,97 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(network, records, tmp_pa
         with pytest.raises(DataError, match="No space left on device; what is done is kept"):
             extract(chosen)
     assert extract(chosen).rows == 105
+
+
+ON_A_SMALL_DISK = """
+import shutil, subprocess, sys
+from pathlib import Path
+import ray
+from msae_sweep import cli
+
+disk, keep, *command = sys.argv[1:]
+out = Path(command[command.index("--out") + 1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={8 << 20}", "tmpfs", disk], check=True)
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+sys.argv = ["msae-sweep", *command]
+
+def run():
+    try:
+        cli.main()
+    except SystemExit as end:
+        print("ended with", end.code)
+
+run()
+print("whole:", sorted(f.name for f in out.glob("parts/index_*")), "half:", list(out.rglob(".*.part")))
+subprocess.run(["mount", "-o", f"remount,size={64 << 20}", disk], check=True)
+run()
+shutil.copytree(out, keep)
+"""
+"""Runs a command on a full disk, then with room; the disk is a mount that no process outside of it sees."""
+
+
+@pytest.mark.parametrize("formats", ["npy", "h5"])
+def test_a_disk_that_fills_up_is_one_line_and_with_room_the_same_command_goes_on(formats, network, tmp_path):
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no private mounts here: `unshare -m` needs root")
+    (tmp_path / "records").mkdir()
+    # 720 positions are 4 chunks of 181; one chunk is 3.5 MB, so the third does not fit. As h5 all of 260 fit, but not
+    # a second time.
+    n_games = 9 if formats == "npy" else 3
+    for i in range(n_games):
+        (tmp_path / "records" / f"{i}.sgf").write_text(sgf(80, i))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    chosen = settings(network, tmp_path / "records", tmp_path / "whole", blocks=(3,), formats=(formats,))
+    chosen = chosen._replace(sampling=Sampling(None, 0, "all", 0))
+    command = [
+        "unshare", "-m", sys.executable, "-c", ON_A_SMALL_DISK, str(disk), str(tmp_path / "kept"), "extract",
+        "--weights", str(network), "--games", str(chosen.games), "--blocks", "3", "--out", str(disk / "activations"),
+        "--points", "all", "--dtype", "float32", "--format", formats,
+    ]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    said = [line for line in ran.stderr.splitlines() if "core_worker" not in line]
+    line = f"msae-sweep: {disk}/activations: No space left on device; what is done is kept, the same command goes on"
+    assert said == [line]
+    assert [text for text in ran.stdout.splitlines() if "ended" in text] == ["ended with 2", "ended with 0"]
+    assert "whole: ['index_000000.npz', " in ran.stdout
+    assert "half: []" in ran.stdout
+    extract(chosen)
+    for name in ("manifest.json", "position_id.npy", "ply.npy", "point.npy", "game_id.npy"):
+        assert (tmp_path / "kept" / name).read_bytes() == (chosen.out / name).read_bytes(), name
+    kept = open_source(DataConfig(path=str(tmp_path / "kept")))
+    whole = open_source(DataConfig(path=str(chosen.out)))
+    assert kept.infos()[3].n_rows == whole.infos()[3].n_rows == n_games * 80 * 361
+    for mine, theirs in zip(kept.row_ranges(3, 65536), whole.row_ranges(3, 65536), strict=True):
+        assert np.array_equal(kept.read(mine).x, whole.read(theirs).x)
+
+
+def test_an_output_that_is_a_file_is_refused(network, records, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConfigError, match="holds no extraction; give another folder"):
+        extract(settings(network, records, tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_what_a_killed_writer_left_half_is_taken_for_nothing_and_goes(extracted, network, records, tmp_path):
+    chosen, _ = extracted
+    other = settings(network, records, tmp_path / "out")
+    with pytest.raises(RuntimeError):
+        extract(other, _raises)
+    half = [other.out / "parts" / ".block1_000000.npy.1.part", other.out / ".activations.h5.1.part"]
+    for file in half:
+        file.write_bytes(b"half")
+    # Rows without an index: the chunk was never whole.
+    (other.out / "parts" / "block1_000000.npy").write_bytes(b"half")
+    extract(other)
+    assert not any(file.exists() for file in half)
+    for name, values in contents(chosen.out, 1).items():
+        assert np.array_equal(values, contents(other.out, 1)[name]), name
+
+
+def _raises(_: extraction.Progress) -> None:
+    raise RuntimeError
 
 
 def test_points_and_positions_follow_from_the_game_and_the_seed_alone(records):

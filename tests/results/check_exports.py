@@ -24,7 +24,8 @@ import torch
 from msae_sweep.results.export import export
 from msae_sweep.results.models import find
 
-PACKAGES = ["sae-lens==6.54.12", "eai-sparsify==1.3.3"]
+# Torch's bound is this package's: without it, pip may take gigabytes of CUDA libraries.
+PACKAGES = ["sae-lens==6.54.12", "eai-sparsify==1.3.3", "torch>=2.6,<2.14"]
 N_ROWS = 4096
 TIE = 1e-5
 """Of the largest latent of a row: 80 float32 roundings."""
@@ -109,8 +110,8 @@ def check(format: str, model: str, block: int | None, a: np.ndarray, python: str
     good = bool(same[~tied].all()) and error[~tied].max() <= TOLERANCE and abs(r2[0] - r2[1]) < 1e-6
     print(
         f"{format}: {'same' if good else 'DIFFERENT'} by {done.stderr.strip().splitlines()[-1]}: {len(a)} rows, "
-        f"k {k}, largest error {error[~tied].max():.1e} of a channel's largest value, {tied.sum()} rows tied at the k-th "
-        f"latent, {(~same).sum()} of them chosen otherwise; raw R² {r2[0]:.6f} and {r2[1]:.6f}"
+        f"k {k}, largest error {error[~tied].max():.1e} of a channel's largest value, {tied.sum()} rows tied at the "
+        f"k-th latent, {(~same).sum()} of them chosen otherwise; raw R² {r2[0]:.6f} and {r2[1]:.6f}"
     )
     return good
 

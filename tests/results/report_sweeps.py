@@ -10,6 +10,7 @@ import torch
 
 from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data.store import ShardFolder
+from msae_sweep.places import Place
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.ladder import STOPPED_AT, bar, rungs
 from msae_sweep.results.record import TrialRecord
@@ -102,7 +103,7 @@ def add_rows_and_models(sweep: SweepFolder) -> dict[int, np.ndarray]:
     rows = {}
     for block in {r.block for r in sweep.load_records().values()}:
         rng, info = np.random.default_rng(block), manifest(block)
-        shards = ShardFolder(sweep.path.parent / "prepared" / f"block{block}-{info['key']}")
+        shards = ShardFolder(Place(sweep.storage) / "prepared" / f"block{block}-{info['key']}")
         shards.create()
         parts = []
         for number, n_train, n_val in info["shards"]:

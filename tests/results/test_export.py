@@ -220,3 +220,12 @@ def test_no_such_model_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys
     assert says in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "saelens", "sparsify"])
+def test_others_may_read_what_is_written(tmp_path, format):
+    """As for any new file: safetensors' own writer makes files that only their owner reads."""
+    (tmp_path / "any").touch()
+    export(found(), format, tmp_path / "m.safetensors")
+    for path in (tmp_path / "m.safetensors").rglob("*.*") if format != "safetensors" else [tmp_path / "m.safetensors"]:
+        assert path.stat().st_mode == (tmp_path / "any").stat().st_mode

@@ -31,6 +31,10 @@ def rising(params: dict, epoch: int) -> float:
     return 0.5 + 0.04 * np.log(params["learning_rate"] / 1e-4) - 0.3 / epoch
 
 
+def page_of(written: report.Written) -> Path:
+    return Path(written.where) / "report.html"
+
+
 @pytest.fixture
 def sweep(tmp_path: Path):
     return make(tmp_path / "sweeps" / "made-up", settings(8), rising, blocks=(5, 20), asha=ASHA)
@@ -82,33 +86,35 @@ def parsed(page: Path) -> Outside:
 def test_the_page_loads_nothing_and_its_ids_are_unique_also_with_several_sweeps(reported, sweep, tmp_path):
     other = make(tmp_path / "elsewhere" / "made-up", settings(8, seed=1), rising, blocks=(5, 20), asha=ASHA)
     for written in (reported[1], report.write([sweep.path, other.path], tmp_path / "both")):
-        page = parsed(written.page)
+        page = parsed(page_of(written))
         assert page.open == []
         assert page.loads == []
         assert len(page.ids) == len(set(page.ids))
-        text = written.page.read_text(encoding="utf-8")
+        text = page_of(written).read_text(encoding="utf-8")
         # Everything that a figure refers to is in the page: a clip or marker that is missing draws nothing.
         assert set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text)) <= set(page.ids)
 
 
 def test_every_figure_is_in_the_page_and_lies_beside_it_as_svg_and_png(reported):
     _, written = reported
-    names = {path.stem for path in (written.page.parent / "figures").iterdir()}
+    names = {path.stem for path in (Path(written.where) / "figures").iterdir()}
     kinds = {re.sub(r"_block\d+$", "", name) for name in names}
     assert {"r2_by_k", "learning_rate", "size", "dead", "weighting", "early_stopping", "training_val_loss"} <= kinds
-    text = written.page.read_text(encoding="utf-8")
+    text = page_of(written).read_text(encoding="utf-8")
     for name in names:
         assert f'"{name}-figure_1"' in text
-        figure = written.page.parent / "figures" / name
+        figure = Path(written.where) / "figures" / name
         assert ElementTree.parse(figure.with_suffix(".svg")).getroot().tag.endswith("svg")
         assert figure.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    assert all(f"figures/{name}.png" in written.markdown.read_text(encoding="utf-8") for name in names)
+    assert all(
+        f"figures/{name}.png" in (Path(written.where) / "report.md").read_text(encoding="utf-8") for name in names
+    )
 
 
 def test_the_first_thing_said_is_the_best_trial_with_its_numbers(reported):
     sweep, written = reported
     best = max((r for r in sweep.load_records().values() if r.block == 20), key=lambda r: r.best["objective"])
-    text = written.page.read_text(encoding="utf-8")
+    text = page_of(written).read_text(encoding="utf-8")
     first_screen = text[: text.index("<nav")]
     assert f"Block 20: use {best.trial_id}" in first_screen
     assert f"explains {best.best['r2_k8']:.1%} of the variance with 8 latents" in first_screen
@@ -118,7 +124,7 @@ def test_the_first_thing_said_is_the_best_trial_with_its_numbers(reported):
 
 def test_the_csv_has_every_trial_with_the_metrics_of_its_best_epoch(reported):
     sweep, written = reported
-    rows = list(csv.DictReader(io.StringIO(written.csv.read_text(encoding="utf-8"))))
+    rows = list(csv.DictReader(io.StringIO((Path(written.where) / "trials.csv").read_text(encoding="utf-8"))))
     records = sweep.load_records()
     assert {row["trial_id"] for row in rows} == set(records)
     for row in rows:
@@ -131,7 +137,7 @@ def test_the_csv_has_every_trial_with_the_metrics_of_its_best_epoch(reported):
 
 
 def test_text_of_others_is_escaped(reported):
-    text = reported[1].page.read_text(encoding="utf-8")
+    text = page_of(reported[1]).read_text(encoding="utf-8")
     assert "--name &lt;b&gt;" in text  # of the command, in `make`
     assert "--name <b>" not in text
 
@@ -182,7 +188,7 @@ def test_where_the_rows_are_gone_trained_levels_are_drawn_and_it_is_said(reporte
     assert measured.by_trial[best.trial_id].ks == best.levels
     assert measured.by_trial[best.trial_id].r2 == best.r2
     assert any("no longer in" in note for note in written.notes)
-    assert "trained levels only" in written.page.read_text(encoding="utf-8")
+    assert "trained levels only" in page_of(written).read_text(encoding="utf-8")
 
 
 def test_at_a_sweeps_end_curves_that_take_long_are_left_out(sweep):
@@ -206,7 +212,7 @@ def test_baselines_are_the_best_sae_of_every_single_k_on_the_same_data(sweep, tm
     assert {trial.training.learning_rate for trial in found} == {2e-3}
     # The MSAE is recommended, whatever the score of an SAE for one k.
     assert {answer.sweep.name for answer in answers([second, first])} == {"made-up"}
-    text = report.write([sweep.path, other.path]).page.read_text(encoding="utf-8")
+    text = page_of(report.write([sweep.path, other.path])).read_text(encoding="utf-8")
     assert "trained for one k alone" in text
     # On other data their R² says nothing.
     data = other.read_json("data.json")
@@ -239,7 +245,7 @@ def test_an_unfinished_sweep_is_reported_as_far_as_it_is_and_says_so(sweep):
     (sweep.path / "data.json").unlink()  # of a sweep that was run before it was written
     written = report.write([sweep.path])
     assert "15 of 16 trials have ended" in written.notes[0]
-    text = written.page.read_text(encoding="utf-8")
+    text = page_of(written).read_text(encoding="utf-8")
     assert "unfinished" in text
     assert "block5-007" in text
 
@@ -249,12 +255,12 @@ def test_a_block_without_a_model_is_named(sweep):
         if record.block == 20:
             record.status = "diverged"
             sweep.save_record(record)
-    assert "of block 20 none has ended with a model" in report.write([sweep.path]).page.read_text(encoding="utf-8")
+    assert "of block 20 none has ended with a model" in page_of(report.write([sweep.path])).read_text(encoding="utf-8")
 
 
 def test_a_trial_with_one_epoch_and_a_sweep_with_one_trial_are_reported(tmp_path):
     sweep = make(tmp_path / "tiny", settings(1), rising, epochs=1)
-    assert "It is the only trial" in report.write([sweep.path]).page.read_text(encoding="utf-8")
+    assert "It is the only trial" in page_of(report.write([sweep.path])).read_text(encoding="utf-8")
 
 
 def refused(monkeypatch, capsys, *arguments: str) -> str:

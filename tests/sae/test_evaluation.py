@@ -51,6 +51,20 @@ def test_every_k_equals_the_reference_with_every_level(x, max_k):
     assert found.n_rows == 500
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("elements", [1000, 2**27])
+def test_a_gpu_gives_what_the_cpu_gives(x, elements, monkeypatch):
+    from msae_sweep.sae import evaluation
+
+    monkeypatch.setitem(evaluation.CHUNK_ELEMENTS, "cuda", elements)
+    model = trained()
+    here, there = evaluate(model, [x], max_k=20), evaluate(model, [x], "cuda", max_k=20)
+    assert model.W_enc.device.type == "cpu"
+    torch.testing.assert_close(there.r2, here.r2, rtol=1e-5, atol=1e-5)
+    assert torch.equal(there.level_firing, here.level_firing)
+    assert decoder_coherence(model.W_dec.cuda()) == pytest.approx(decoder_coherence(model.W_dec), rel=1e-5)
+
+
 def test_levels_of_firing_are_the_models_levels_up_to_max_k(x):
     model = trained()
     assert evaluate(model, [x]).levels == (2, 4, 8)

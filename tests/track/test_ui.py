@@ -50,7 +50,7 @@ def test_the_comparison_shows_the_trials_of_this_sweep_on_keys_that_they_have(ur
 def test_with_a_tracking_server_only_its_address_is_shown(server, tmp_path):
     send(tmp_path / "sweep", server.uri)
     said: list[str] = []
-    ui.serve(tmp_path / "sweep", tracking(server.uri), host="127.0.0.1", port=0, open_browser=False, say=said.append)
+    ui.serve(tmp_path / "sweep", tracking(server.uri), say=said.append)
     (url,) = said
     assert url.startswith(f"{server.uri}/#/experiments/")
     assert state_behind(url, Store(server.uri))
@@ -59,7 +59,7 @@ def test_with_a_tracking_server_only_its_address_is_shown(server, tmp_path):
 def test_no_user_or_password_is_shown(monkeypatch):
     said: list[str] = []
     secret = TrackingConfig(uri="http://me:secret@127.0.0.1:9/")
-    ui.serve(None, secret, host="127.0.0.1", port=0, open_browser=False, say=said.append)
+    ui.serve(None, secret, say=said.append)
     assert said == ["http://127.0.0.1:9/"]
 
 
@@ -71,7 +71,7 @@ from pathlib import Path
 from msae_sweep.config import TrackingConfig
 from msae_sweep.track import ui
 tracking = TrackingConfig(uri={uri!r}, experiment={EXPERIMENT!r})
-ui.serve(Path({str(tmp_path / "sweep")!r}), tracking, host="127.0.0.1", port=0, open_browser=False)
+ui.serve(Path({str(tmp_path / "sweep")!r}), tracking)
 """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True, env=environment)
@@ -93,7 +93,7 @@ ui.serve(Path({str(tmp_path / "sweep")!r}), tracking, host="127.0.0.1", port=0, 
 
 
 def test_a_sweep_that_the_store_does_not_have_is_said_with_what_to_do(uri, tmp_path):
-    with pytest.raises(TrackingError, match=r"has no trials of sweep in experiment study; .* track-sync"):
+    with pytest.raises(TrackingError, match=r"has no trials of this sweep in experiment study; .* track-sync"):
         ui.comparison(tmp_path / "sweep", tracking(uri))
 
 
@@ -104,9 +104,9 @@ def test_a_server_that_is_down_is_one_line(tmp_path):
 
 def test_an_address_that_is_not_here_and_a_port_that_is_taken_are_said(uri):
     with pytest.raises(ConfigError, match=r"--host: 192\.0\.2\.1 is no address"):
-        ui.serve(None, tracking(uri), host="192.0.2.1", port=0, open_browser=False)
+        ui.serve(None, tracking(uri), host="192.0.2.1")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises((TrackingError, ConfigError), match="port"):
-        ui.serve(None, tracking(uri), host="127.0.0.1", port=taken.getsockname()[1], open_browser=False)
+        ui.serve(None, tracking(uri), port=taken.getsockname()[1])
 
 
 def test_the_browser_check_skips_with_its_reason_where_it_cannot_run(tmp_path):

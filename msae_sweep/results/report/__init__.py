@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from msae_sweep.results.folder import SweepFolder
     from msae_sweep.results.report.data import Sweep
 
 FOLDER = "report"
@@ -20,18 +21,19 @@ FOLDER = "report"
 class Written(NamedTuple):
     """Where a report lies."""
 
-    page: Path
-    markdown: Path
-    csv: Path
-    next_spaces: list[Path]
+    where: str
+    """Folder, in an object store too, of `report.html`, `report.md`, `trials.csv` and `figures/`."""
+    next_spaces: list[str]
+    """Files in it: the search space proposed after each sweep."""
     notes: list[str]
     """What a reader should know of how it was made, e.g. rows that are gone."""
 
 
-def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Written:
+def write(places: Sequence[str | Path], out: str | Path | None = None) -> Written:
     """Write the report of sweeps, side by side if they are several.
 
     Args:
+        places: folders of sweeps, or URIs.
         out: folder to write; by default `report/` in the first sweep's folder.
 
     Raises:
@@ -39,39 +41,34 @@ def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Written
     """
     from msae_sweep.results.report.data import read_all
 
-    sweeps = read_all(paths)
-    return _write(sweeps, Path(out) if out is not None else _default_folder(sweeps), float("inf"))
+    return _write(read_all(places), out, float("inf"))
 
 
-def write_at_the_end(path: Path) -> Written:
+def write_at_the_end(folder: "SweepFolder") -> Written:
     """The report of a sweep that just ended; leaves out what would keep the sweep waiting."""
     from msae_sweep.results.report.curves import MOST_PRODUCTS_AT_ONCE
-    from msae_sweep.results.report.data import read_all
+    from msae_sweep.results.report.data import read
 
-    sweeps = read_all([path])
-    return _write(sweeps, _default_folder(sweeps), MOST_PRODUCTS_AT_ONCE)
-
-
-def _default_folder(sweeps: "Sequence[Sweep]") -> Path:
-    first, *others = sweeps
-    folder = first.folder.path / FOLDER
-    return folder / "-".join(["with", *(sweep.name for sweep in others)]) if others else folder
+    return _write([read(folder)], None, MOST_PRODUCTS_AT_ONCE)
 
 
-def _write(sweeps: "Sequence[Sweep]", folder: Path, most_products: float) -> Written:
+def _write(sweeps: "Sequence[Sweep]", out: str | Path | None, most_products: float) -> Written:
     from msae_sweep.errors import SweepError
     from msae_sweep.results.folder import SweepFolder
     from msae_sweep.results.report import page
     from msae_sweep.results.report.build import build
 
-    try:  # before the work
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SweepError(f"--out: {folder} cannot be made: {error.strerror}") from None
+    first, *others = sweeps
+    within = FOLDER if not others else f"{FOLDER}/{'-'.join(['with', *(sweep.name for sweep in others)])}"
+    folder, where = first.folder, f"{first.folder}/{within}"
+    if out is not None:
+        folder, within = SweepFolder(out), ""
+        where = str(folder)
+        try:  # before the work
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SweepError(f"--out: {out} cannot be made: {error.strerror}") from None
     report = build(sweeps, most_products)
-    target = SweepFolder(folder)
-    written = Written(folder / "report.html", folder / "report.md", folder / "trials.csv", [], [])
-
     files = {f"figures/{d.name}.svg": d.svg_file for d in report.drawings}
     files |= {f"figures/{d.name}.png": d.png_file for d in report.drawings}
     texts = {"report.md": page.markdown(report), "trials.csv": page.trials_csv(report.sweeps)}
@@ -79,21 +76,20 @@ def _write(sweeps: "Sequence[Sweep]", folder: Path, most_products: float) -> Wri
     texts["report.html"] = page.html(report)  # the last, so that where it is, all is
     try:
         for name, content in (files | {name: text.encode() for name, text in texts.items()}).items():
-            target.write(folder / name, partial(_fill, content), durable=False)
+            folder.write(folder.path / within / name, partial(_fill, content), durable=False)
     except OSError as error:
-        raise SweepError(f"--out: {folder} cannot be written: {error.strerror}") from None
-    notes = [
-        f"block {block}: R² at trained levels only; {why}"
-        for c in report.curves.values()
-        for block, why in c.missing.items()
+        raise SweepError(f"{where} cannot be written: {error.strerror or error}") from None
+    unfinished = [
+        f"{sweep.label}: {state}"
+        for sweep, state in zip(report.sweeps, page.states(report), strict=True)
+        if not sweep.is_whole
     ]
-    return written._replace(
-        next_spaces=[folder / f"{advice.name}.yaml" for advice in report.advice.values()],
-        notes=[
-            *(state for sweep, state in zip(report.sweeps, page.states(report), strict=True) if not sweep.is_whole),
-            *notes,
-        ],
-    )
+    missing = [
+        f"block {block}: R² at trained levels only; {why}"
+        for measured in report.curves.values()
+        for block, why in measured.missing.items()
+    ]
+    return Written(where, [f"{advice.name}.yaml" for advice in report.advice.values()], [*unfinished, *missing])
 
 
 def _fill(content: bytes, path: Path) -> None:

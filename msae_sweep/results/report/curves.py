@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from msae_sweep.data.store import ShardFolder
 from msae_sweep.errors import DataError
+from msae_sweep.places import Place
 from msae_sweep.results.report.data import Group, Sweep, Trial
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.evaluation import evaluate
@@ -93,11 +93,11 @@ def _shards(sweep: Sweep, manifest: Mapping[str, Any] | None) -> tuple[ShardFold
         raise DataError("the sweep has not written down which data it prepared")
     name = f"block{manifest['block']}-{manifest['key']}"
     # Beside the sweep, wherever it was moved to or mounted; else where it was made.
-    for storage in dict.fromkeys((sweep.folder.path.parent, Path(sweep.config.storage))):
-        shards = ShardFolder(storage / "prepared" / name)
+    for storage in dict.fromkeys((sweep.folder.storage, sweep.config.storage)):
+        shards = ShardFolder(Place(storage) / "prepared" / name)
         if (found := shards.manifest()) is not None:
             return shards, found
-    raise DataError(f"the prepared rows ({name}) are no longer in {sweep.folder.path.parent / 'prepared'}")
+    raise DataError(f"the prepared rows ({name}) are no longer in {Place(sweep.folder.storage) / 'prepared'}")
 
 
 def _measure(sweep: Sweep, trial: Trial, shards: ShardFolder, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +106,10 @@ def _measure(sweep: Sweep, trial: Trial, shards: ShardFolder, manifest: Mapping[
     Raises:
         DataError: the trial's model cannot be read.
     """
-    model = modelfile.load(sweep.folder.model_file(trial.trial_id)).model
+    file = sweep.folder.fetch(sweep.folder.model_file(trial.trial_id))
+    if file is None:
+        raise DataError(f"the model of {trial.trial_id} is gone")
+    model = modelfile.load(file).model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluation = evaluate(model, _validation_rows(shards, manifest), device)
     return {

@@ -9,6 +9,7 @@ from typing import Any
 
 from msae_sweep.config import SweepConfig, TrainingConfig, parse
 from msae_sweep.errors import SweepError
+from msae_sweep.places import Place
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.ladder import Ladder, climb
 from msae_sweep.results.record import TrialRecord, ranked
@@ -113,7 +114,7 @@ class Sweep:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return self.folder.path.name
+        return self.folder.name
 
     @property
     def blocks(self) -> list[int]:
@@ -165,23 +166,23 @@ class Sweep:
         return [group for group in self.groups if group.block == block]
 
 
-def read(path: str | Path) -> Sweep:
+def read(where: str | Path | SweepFolder) -> Sweep:
     """A sweep from its folder; one that runs, or was interrupted, as far as it has come.
 
     Raises:
         SweepError: no sweep there, or one in which no trial has ended.
     """
-    folder = SweepFolder(path)
+    folder = where if isinstance(where, SweepFolder) else SweepFolder.at(where)
     if not folder.exists():
-        raise SweepError(f"{path}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
-    config = parse(folder.config_file.read_text(encoding="utf-8"), source=str(folder.config_file))
+        raise SweepError(f"{folder}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
+    config = parse(folder.config_file.read_text(encoding="utf-8"), source=f"{folder}/sweep.yaml")
     summary, identity = folder.read_json("summary.json"), folder.read_json("identity.json")
     manifests = {int(name.removeprefix("block")): block["data"] for name, block in summary.get("blocks", {}).items()}
     manifests |= {int(block): manifest for block, manifest in folder.read_json("data.json").items()}
     records = list(folder.load_records().values())
     groups = _groups(config, records, {block: manifest["input_dim"] for block, manifest in manifests.items()})
     if not groups:
-        raise SweepError(f"{path}: none of its {len(records)} trials has ended with a model yet; nothing to report")
+        raise SweepError(f"{folder}: none of its {len(records)} trials has ended with a model yet; nothing to report")
     n_blocks = len(manifests or config.data.blocks or {record.block for record in records})
     runs = identity.get("runs", [])
     seconds = sum(run.get("seconds", 0) for run in runs) or summary.get("seconds")
@@ -194,16 +195,16 @@ def read(path: str | Path) -> Sweep:
         records=records,
         n_planned=max(config.n_trials_per_block() * n_blocks, len(records)),
         seconds=seconds,
-        label=folder.path.name,
+        label=folder.name,
     )
 
 
-def read_all(paths: Sequence[str | Path]) -> list[Sweep]:
+def read_all(places: Sequence[str | Path]) -> list[Sweep]:
     """Several sweeps, each with a label of its own; one that is named twice is read once."""
-    sweeps = [read(path) for path in dict.fromkeys(Path(path).absolute() for path in paths)]
+    sweeps = list({str(sweep.folder): sweep for sweep in map(read, places)}.values())
     names = [sweep.name for sweep in sweeps]
     return [
-        sweep if names.count(sweep.name) == 1 else _labelled(sweep, f"{sweep.folder.path.parent.name}/{sweep.name}")
+        sweep if names.count(sweep.name) == 1 else _labelled(sweep, f"{Place(sweep.folder.storage).name}/{sweep.name}")
         for sweep in sweeps
     ]
 

@@ -51,12 +51,12 @@ class Report:
 
 def html(report: Report) -> str:
     """One page that needs nothing else."""
-    return _environment(autoescape=True).get_template("report.html").render(_context(report))
+    return _environment(autoescape=True).get_template("report.html.j2").render(_context(report))
 
 
 def markdown(report: Report) -> str:
     """The same in Markdown; figures are links to `figures/`."""
-    return _environment(autoescape=False).get_template("report.md").render(_context(report))
+    return _environment(autoescape=False).get_template("report.md.j2").render(_context(report))
 
 
 def trials_csv(sweeps: Sequence[Sweep]) -> str:

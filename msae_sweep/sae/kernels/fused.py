@@ -8,6 +8,7 @@ are) lies in memory that the kernels read. Rows and latents are padded, with zer
 Every sum is taken in one order, so a step gives the same bits on every run.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ import triton
 from torch import Tensor
 
 from msae_sweep.sae.kernels import by_latent, dead, decode, rows, topk, update
+
+# From 3.10 on Triton fuses a product with a sum only if asked; without, steps are slower and have other bits.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 SCHEDULE_STEPS = 4096
 """Steps whose hyperparameters lie on the device at a time; an epoch of more is fed in turns."""

@@ -1,0 +1,215 @@
+"""What reads games and feeds networks with their positions, over a cluster, with Ray Data.
+
+records → games (CPU tasks) → boards of chunks (CPU tasks) → whatever an actor with a network makes of them. What
+travels is small: a game 1 KB, a position 3 KB.
+"""
+
+import collections
+import json
+import logging
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from jaxtyping import Int64
+from ray.data import DataContext
+
+from msae_sweep.errors import DataError, MsaeSweepError
+from msae_sweep.go.plan import Chunk, Sampling, points_of
+from msae_sweep.go.planes import replay
+from msae_sweep.go.records import Record, Refused, Unit, read_unit
+from msae_sweep.go.sgf import Game, distinct, read_games
+
+BATCH = {"cuda": 2048, "cpu": 32}
+"""Positions the network sees at a time. On one H200 2048 was the fastest of those measured, 20,290 positions/s."""
+
+_GAMES_A_TASK = 128
+"""So one tar of some thousand games already gives work to many CPUs; a task then takes a tenth of a second."""
+
+
+class Picked(NamedTuple):
+    """Positions picked by hand, to be fed like a chunk."""
+
+    number: int
+    first_position: int
+    n_positions: int
+    picks: list[tuple[Game, Int64[np.ndarray, " plies"]]]
+
+    def plies(self, _: Sampling) -> Iterator[tuple[Game, Int64[np.ndarray, " plies"]]]:
+        """The positions, game by game."""
+        yield from self.picks
+
+
+class Games(NamedTuple):
+    """What the records hold."""
+
+    games: list[Game]
+    """Each once, in the order of their records."""
+    refused: collections.Counter[str]
+    """How many gave nothing, by kind: broken, size, duplicate."""
+    examples: list[str]
+    """Some of the broken ones, with the reason."""
+
+    def counted(self) -> str:
+        """How many were refused, in words."""
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.refused.items())) or "none refused"
+
+
+def read_all(units: list[Unit], where: Path) -> Games:
+    """All games of all records.
+
+    Raises:
+        DataError: there is none that can be used.
+    """
+    outcomes = [_unpacked(row) for row in parsed(units).iter_rows()]
+    outcomes.sort(key=lambda outcome: outcome.name)
+    games: list[Game] = []
+    refused: collections.Counter[str] = collections.Counter()
+    examples: list[str] = []
+    for outcome in distinct(outcomes):
+        if isinstance(outcome, Game):
+            games.append(outcome)
+        else:
+            refused[outcome.kind] += 1
+            if outcome.kind == "broken" and len(examples) < 5:
+                examples.append(f"{outcome.name}: {outcome.reason}")
+    found = Games(games, refused, examples)
+    if not games:
+        reasons = f"; the first: {examples[0]}" if examples else ""
+        raise DataError(f"{where}: no game that can be used ({found.counted()}){reasons}")
+    return found
+
+
+def parsed(units: list[Unit]) -> ray.data.Dataset:
+    """Columns of `_parse`, of all units."""
+    _be_quiet()
+    records = ray.data.from_items(
+        [{"unit": json.dumps(unit)} for unit in units], override_num_blocks=max(1, min(len(units), 200))
+    ).map_batches(_read, batch_size=1, batch_format="pyarrow", num_cpus=0.5)
+    # With the same resources Ray would fuse both into one task a unit, and one CPU would parse a whole tar.
+    games = records.map_batches(_parse, batch_size=None, batch_format="pyarrow")
+    # Records leave a tar in small blocks, so that many tasks can parse them.
+    games.context.target_max_block_size = 1 << 17
+    return games
+
+
+def _be_quiet() -> None:
+    """Ray Data's settings, its bars and logs off: this pipeline has a display of its own."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.verbose_progress = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
+    """Records of a unit, some at a time, so that an archive of any size passes through."""
+    (unit,) = batch["unit"].to_pylist()
+    columns: dict[str, list[Any]] = collections.defaultdict(list)
+    for record in read_unit(Unit(*json.loads(unit))):
+        kind, reason, data = (record.kind, record.reason, b"") if isinstance(record, Refused) else ("", "", record.data)
+        for column, value in (("name", record.name), ("data", data), ("kind", kind), ("reason", reason)):
+            columns[column].append(value)
+        if len(columns["name"]) == _GAMES_A_TASK:
+            yield dict(columns)
+            columns.clear()
+    if columns:
+        yield dict(columns)
+
+
+def _parse(batch: Any) -> dict[str, list[Any]]:
+    """Columns of games, and of what is none: each has a name, a key or a kind, and its arrays as bytes."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("name", "key", "kind", "reason", "setup", "moves", "black")}
+
+    def add(name: str, key: str, kind: str, reason: str, *arrays: np.ndarray) -> None:
+        parts = [array.tobytes() for array in arrays] or [b"", b"", b""]
+        for column, value in zip(columns.values(), (name, key, kind, reason, *parts), strict=True):
+            column.append(value)
+
+    for row in batch.to_pylist():
+        if row["kind"]:
+            add(row["name"], "", row["kind"], row["reason"])
+            continue
+        for outcome in read_games(Record(row["name"], row["data"])):
+            if isinstance(outcome, Refused):
+                add(outcome.name, "", outcome.kind, outcome.reason)
+            else:
+                add(outcome.name, outcome.key, "", "", outcome.setup, outcome.moves, outcome.black_to_move)
+    return columns
+
+
+def _unpacked(row: dict[str, Any]) -> Game | Refused:
+    if row["kind"]:
+        return Refused(row["name"], row["kind"], row["reason"])
+    return Game(
+        row["name"],
+        row["key"],
+        np.frombuffer(row["setup"], np.int8),
+        np.frombuffer(row["moves"], np.int16),
+        np.frombuffer(row["black"], np.bool_),
+    )
+
+
+def run(
+    chunks: Sequence[Chunk | Picked], sampling: Sampling, actor: type, arguments: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
+    """What `actor` returns for the boards of each chunk, as they get done.
+
+    An actor holds a GPU, and is called by several threads at a time, or where there is none all CPUs but a share for
+    the boards. Of its arguments, lists hold references: what is large travels once.
+
+    Raises:
+        MsaeSweepError, OSError: as it was raised in an actor.
+    """
+    if not chunks:
+        return
+    n_gpus = int(ray.cluster_resources().get("GPU", 0))
+    n_cpus = int(ray.cluster_resources()["CPU"])
+    # Of three chunks in a GPU's actor one is computed, one queued behind it, and one written.
+    gpu = {"num_gpus": 1, "num_cpus": 1, "max_concurrency": 3}
+    resources = gpu if n_gpus else {"num_cpus": max(0.5, n_cpus - 0.5)}
+    _be_quiet()
+    try:
+        positions = ray.data.from_items(
+            [{"chunk": pickle.dumps(chunk)} for chunk in chunks], override_num_blocks=len(chunks)
+        ).map_batches(boards, fn_args=(sampling,), batch_size=1, num_cpus=1 if n_gpus else 0.5)
+        results = positions.map_batches(
+            actor,
+            fn_constructor_args=arguments,
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=max(1, n_gpus), enable_true_multi_threading=True),
+            **resources,
+        )
+        # A chunk's boards stay one block; 2048 positions are 6 MB.
+        results.context.target_max_block_size = 1 << 30
+        yield from results.iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        # Ours are raised as they were in the worker, whose trace would only hide them.
+        if isinstance(error.cause, MsaeSweepError | OSError):
+            raise error.cause from None
+        raise
+
+
+def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, np.ndarray]:
+    """A chunk → boards of all its positions, and what stands in the index beside them."""
+    started = time.perf_counter()
+    chunk: Chunk | Picked = pickle.loads(batch["chunk"][0])
+    columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+    for game, plies in chunk.plies(sampling):
+        seen = replay(game, plies)
+        columns["boards"].append(seen.boards.reshape(len(plies), -1))
+        columns["black_to_move"].append(seen.black_to_move)
+        columns["points"].append(points_of(game, plies, sampling))
+        columns["ply"].append(plies)
+        columns["game_id"].append(np.full(len(plies), game.game_id))
+    found = {name: np.concatenate(parts) for name, parts in columns.items()}
+    n = len(found["ply"])
+    assert n == chunk.n_positions, f"chunk {chunk.number}: {n} positions, planned {chunk.n_positions}"
+    found["number"] = np.full(n, chunk.number)
+    found["position_id"] = np.arange(chunk.first_position, chunk.first_position + n)
+    found["seconds"] = np.full(n, time.perf_counter() - started)
+    return found

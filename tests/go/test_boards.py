@@ -1,0 +1,183 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from msae_sweep import cli
+from msae_sweep.errors import ConfigError, DataError
+from msae_sweep.go import boards
+from msae_sweep.go.board import N_POINTS
+from msae_sweep.go.leela import Network
+from msae_sweep.go.plan import Sampling
+from msae_sweep.go.planes import planes, replay
+from msae_sweep.go.records import Record
+from msae_sweep.go.sgf import read_games
+from msae_sweep.go.weights import random_weights, write_weights
+from msae_sweep.sae import modelfile
+from msae_sweep.sae.model import MSAE
+from msae_sweep.sae.modelfile import ModelFile
+
+BLOCKS, FILTERS, HIDDEN, K, TOP = 3, 8, 24, 4, 3
+RECORDS = {
+    "a.sgf": "(;GM[1]SZ[19];B[pd];W[dp];B[pp];W[dd];B[fc])",
+    "b.sgf": "(;GM[1]SZ[19];B[aa];W[ba];B[qq];W[ab];B[cc];W[tt])",
+    "c.sgf": "(;GM[1]SZ[19];B[jj];W[kk];B[jk])",
+    "d.sgf": "(;GM[1]SZ[19]AB[dd][pp];W[dp];B[pd])",
+    "broken.sgf": "(;GM[1]SZ[19];B[zz])",
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> boards.Settings:
+    folder = tmp_path_factory.mktemp("boards")
+    (folder / "games").mkdir()
+    for name, text in RECORDS.items():
+        (folder / "games" / name).write_text(text)
+    write_weights(random_weights(BLOCKS, FILTERS, seed=1), folder / "net.txt")
+    torch.manual_seed(2)
+    model = MSAE(FILTERS, HIDDEN, [2, K])
+    with torch.no_grad():
+        model.pre_bias += 0.1 * torch.randn(FILTERS)
+    mean, std = np.full(FILTERS, 0.3, np.float32), np.linspace(0.5, 2, FILTERS, dtype=np.float32)
+    file = ModelFile(model, mean, std, {})
+    modelfile.save(file, folder / "model.pt")
+    return boards.Settings(
+        model=file,
+        name="model.pt",
+        weights=folder / "net.txt",
+        games=folder / "games",
+        block=2,
+        out=folder / "page.html",
+        latents=HIDDEN,
+        top=TOP,
+        k=K,
+        sampling=Sampling(None, 0, "all", 0),
+        precision="fp32",
+    )
+
+
+@pytest.fixture(scope="module")
+def codes(settings) -> dict[tuple[str, int], np.ndarray]:
+    """By game and ply the code of every point [361, hidden_dim], the plain way."""
+    network = Network(random_weights(BLOCKS, FILTERS, seed=1), "cpu", "fp32")
+    sae = settings.model.standardised()
+    found = {}
+    for name, text in RECORDS.items():
+        for game in read_games(Record(name, text.encode())):
+            if not hasattr(game, "moves"):
+                continue
+            for ply in range(game.n_moves):
+                seen = replay(game, np.array([ply]))
+                x = planes(torch.tensor(seen.boards), torch.tensor(seen.black_to_move), torch.float32)
+                tapped = network(x, (2,), heads=False).activations[2][0]
+                with torch.no_grad():
+                    found[name, ply] = sae.encode(tapped.flatten(1).T.float(), K).numpy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def shown(settings, ray_session) -> tuple[boards.Summary, dict]:
+    summary = boards.show(settings)
+    return summary, json.loads(settings.out.with_suffix(".json").read_text())
+
+
+def test_every_latents_strongest_positions_are_those_of_a_plain_search(shown, codes):
+    _, record = shown
+    for latent in range(HIDDEN):
+        by_game = {}
+        for (game, ply), code in codes.items():
+            value = code[:, latent].max()
+            if value > 0 and value > by_game.get(game, (0, 0))[0]:
+                by_game[game] = (value, ply)
+        expected = sorted(by_game.values(), reverse=True)[:TOP]
+        got = record["latents"].get(str(latent), {"strongest": []})["strongest"]
+        np.testing.assert_allclose([s["value"] for s in got], [value for value, _ in expected], atol=1e-3)
+        for place in got:
+            stem = Path(place["game"]).name
+            np.testing.assert_allclose(place["value"], codes[stem, place["ply"]][:, latent].max(), atol=1e-3)
+        assert len({place["game"] for place in got}) == len(got), "one a game"
+
+
+def test_how_much_a_latent_fires_is_counted_over_all_points(shown, codes):
+    _, record = shown
+    everything = np.concatenate(list(codes.values()))
+    for latent in range(HIDDEN):
+        share = (everything[:, latent] > 0).mean()
+        assert record["latents"].get(str(latent), {"points": 0})["points"] == pytest.approx(share)
+    assert sum(latent["energy"] for latent in record["latents"].values()) == pytest.approx(1)
+    assert record["positions"] * N_POINTS == len(everything)
+
+
+def test_the_page_draws_the_latents_that_are_strongest_where_they_fire_first(shown, settings, codes):
+    summary, _ = shown
+    assert (summary.games, summary.refused) == (4, "1 broken")
+    text = settings.out.read_text(encoding="utf-8")
+    drawn = [int(part.split('"')[0]) for part in text.split('<section id="n')[1:]]
+    assert len(drawn) == summary.drawn > 0
+    everything = np.concatenate(list(codes.values()))
+    strength = [np.square(everything[:, n][everything[:, n] > 0]).mean() for n in drawn]
+    assert strength == sorted(strength, reverse=True)
+    assert "a.sgf" in text
+    assert "broken.sgf" not in text
+
+
+def test_the_same_page_comes_from_a_network_whose_rows_count_from_the_bottom(settings, shown, ray_session, tmp_path):
+    # Turned upside down, games and network show the same: the page must turn the points back.
+    flipped = tmp_path / "games"
+    flipped.mkdir()
+    turned = {letter: "abcdefghijklmnopqrs"[18 - i] for i, letter in enumerate("abcdefghijklmnopqrs")}
+    for name, text in RECORDS.items():
+        upside_down = re.sub(r"\[([a-s])([a-s])\]", lambda move: f"[{move[1]}{turned[move[2]]}]", text)
+        (flipped / name).write_text(upside_down)
+    pages = []
+    for first_row, games in (("top", settings.games), ("bottom", flipped)):
+        changed = settings._replace(first_row=first_row, games=games, out=tmp_path / f"{first_row}.html")
+        boards.show(changed)
+        record = json.loads(changed.out.with_suffix(".json").read_text())
+        pages.append({n: [s["value"] for s in latent["strongest"]] for n, latent in record["latents"].items()})
+    assert pages[0].keys() == pages[1].keys()
+    for latent, values in pages[0].items():
+        np.testing.assert_allclose(values, pages[1][latent], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "line"),
+    [
+        ({"block": 4}, ConfigError, "--block: 4 is not in this network, which has blocks 1 to 3"),
+        ({"latents": (1, 24)}, ConfigError, "--latents: 24 is not in this model, which has 0 to 23"),
+        ({"k": 25}, ConfigError, "--k: 25 must be 1 to 24"),
+        ({"out": Path("page.txt")}, ConfigError, "must end in .html"),
+        ({"games": Path("/nowhere")}, DataError, "/nowhere"),
+    ],
+)
+def test_what_cannot_be_is_said_before_ray_starts(settings, changes, error, line):
+    with pytest.raises(error, match=line):
+        boards.show(settings._replace(**changes), connect=lambda: pytest.fail("Ray was started"))
+
+
+def test_a_network_of_another_width_than_the_models_is_refused(settings, tmp_path):
+    write_weights(random_weights(2, 16, seed=1), tmp_path / "other.txt")
+    with pytest.raises(DataError, match="16 filters, but the model takes 8 channels"):
+        boards.show(settings._replace(weights=tmp_path / "other.txt"), connect=lambda: pytest.fail("Ray was started"))
+
+
+def test_the_command_line_refuses_latents_that_are_no_numbers(settings, capsys, monkeypatch):
+    model = settings.weights.parent / "model.pt"
+    arguments = [
+        "boards",
+        str(model),
+        "--weights",
+        str(settings.weights),
+        "--games",
+        str(settings.games),
+        "--block",
+        "2",
+    ]
+    monkeypatch.setattr("sys.argv", ["msae-sweep", *arguments, "--latents", "some"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "msae-sweep: --latents: some must be how many, e.g. 40, or which, e.g. 12,77\n"
