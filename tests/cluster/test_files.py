@@ -368,7 +368,15 @@ def test_composes_tracking_server_answers_to_the_name_that_the_cluster_calls_it_
     assert called in options["allowed_hosts"].split(",")
     assert "*" not in options["allowed_hosts"]
     assert options["artifacts_destination"] == f"s3://{services()['s3']['environment']['S3_BUCKET']}/mlflow"
-    assert ":" not in options["backend_store_uri"].removeprefix("postgresql://").split("@")[0]  # no password in it
+    assert ":" not in options["backend_store_uri"].split("://")[1].split("@")[0]  # no password in it
+
+
+def test_the_tracking_servers_image_has_the_database_driver_that_its_uri_names():
+    # Without a name SQLAlchemy 2.1 takes psycopg, 2.0 took psycopg2.
+    driver = re.search(r"postgresql\+(\w+)://", services()["mlflow"]["command"])[1]
+    installed = [line for line in stages()["mlflow"] if "pip install" in line]
+    assert f" {driver}-binary " in installed[0]
+    assert f"{driver}-binary" in pins()
 
 
 def test_composes_images_are_pinned_or_built_here():
