@@ -144,9 +144,7 @@ def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig
     try:
         text = file.read().decode()
     except OSError:
-        raise ConfigError(
-            f"--data: give activations; only a sweep's folder tells its own, and {what} is none"
-        ) from None
+        raise ConfigError(f"--data: give activations; only a sweep tells its own, and {what} is none") from None
     return parse(text, overrides, source=str(file)).data
 
 

@@ -227,7 +227,7 @@ WRONG = {
     "no such block": (["m.pt", "--data", "data", "--block", "7"], "no block 7 in data; found 5, 20"),
     "a block to say": (["m.pt", "--data", "data"], "--block: data has blocks 5, 20; say which"),
     "a sweep's missing block": (["sweep", "--data", "data", "--block", "7"], "no model of block 7; found 5, 20"),
-    "another width": (["wide.pt", "--data", "data", "--block", "5"], "rows of width 12, wide.pt takes 14"),
+    "another width": (["wide.pt", "--data", "data", "--block", "5"], "wide.pt takes 14"),
     "against another width": (
         ["m.pt", "--data", "data", "--block", "5", "--against", "wide.pt"],
         "wide.pt: input_dim 14; ",
