@@ -79,7 +79,7 @@ def residual_gradient(
     _residual_gradient[(triton.cdiv(batch, TILE), half // columns)](
         G, level_scales, last_error, W_dec, aux.coefficient, dead.latents, dead.n_dead, dead.acts, dead.G, dead.losses,
         batch, n_levels, dead.acts.shape[1],
-        HALF=half, ROWS=TILE, COLUMNS=columns, DEPTH=32, PRODUCT=_product_type(W_dec.device), num_warps=4,
+        HALF=half, ROWS=TILE, COLUMNS=columns, DEPTH=64, PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def add_gradients(
     _add_decoder_gradients[(hidden_dim // 32, half // columns)](
         dead.latents, dead.n_dead, dead.acts, dead.G, dead.pre_sums, gradients.W_dec, gradients.pre_sum,
         batch, hidden_dim, row_tiles,
-        HALF=half, LATENTS=32, COLUMNS=columns, DEPTH=TILE, PRODUCT=_product_type(W_dec.device), num_warps=4,
+        HALF=half, LATENTS=32, COLUMNS=columns, DEPTH=2 * TILE, PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
 
 
