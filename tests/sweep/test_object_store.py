@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from msae_sweep.errors import SweepError
+from msae_sweep.errors import DataError, SweepError
 from msae_sweep.places import Place
 from msae_sweep.results import lease
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.mirror import Mirror, fetch
+from msae_sweep.sae import modelfile
+from msae_sweep.sae.model import MSAE
 from msae_sweep.track import journal
 
 SPACE = """
@@ -251,3 +254,22 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_model_is_found_in_a_store_as_on_a_disk(object_store, tmp_path):
+    from msae_sweep.results.models import find
+
+    sae = MSAE(4, 8, [1, 2])
+    file = modelfile.ModelFile(sae, np.zeros(4, np.float32), np.ones(4, np.float32), {})
+    modelfile.save(file, tmp_path / "msae_block5.pt")
+    modelfile.save_safetensors(file, tmp_path / "msae_block5.safetensors")
+    sweep = Place(object_store.bucket) / "models of a sweep"
+    for path in tmp_path.iterdir():
+        (sweep / "models" / path.name).write(path.read_bytes())
+    for what in (sweep, sweep / "models", sweep / "models/msae_block5.pt", sweep / "models/msae_block5.safetensors"):
+        found = find(what.uri)
+        assert found.block == 5
+        assert found.where.startswith("s3://bucket/models of a sweep/models/msae_block5.")
+        assert torch.equal(found.file.model.W_dec, sae.W_dec)
+    with pytest.raises(DataError, match=r"s3://bucket/none: no such model file"):
+        find("s3://bucket/none")
