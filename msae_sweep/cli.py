@@ -23,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Space = Annotated[Path, typer.Argument(metavar="SPACE", help="Search-space file, e.g. search_spaces/quickstart.yaml.")]
+Space = Annotated[
+    str, typer.Argument(metavar="SPACE", help="Search-space file or its URI, e.g. search_spaces/quickstart.yaml.")
+]
 Data = Annotated[
     str | None, typer.Option("--data", metavar="PATH", help="Activations: replaces data.path of the file.")
 ]
@@ -218,7 +220,8 @@ def boards(
 def report(
     sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="Sweeps; several are compared side by side.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where to write; report/ in the first sweep's folder without.")
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where to write, or a URI; report/ in the first sweep's folder without."),
     ] = None,
 ) -> None:
     """Write the report of sweeps: one page to read anywhere, Markdown, CSV, figures, and the next search space."""
@@ -227,9 +230,9 @@ def report(
     written = reporting.write(sweeps, out)
     for line in written.notes:
         print(line)
-    print(f"report: {written.where}/report.html")
+    print(f"report: {written.page}")
     for name in written.next_spaces:
-        print(f"next: msae-sweep run {written.where}/{name}")
+        print(f"next: msae-sweep run {shlex.quote(f'{written.where}/{name}')}")
 
 
 @app.command()
@@ -290,6 +293,8 @@ def _sweep(config: "SweepConfig", *, resume: bool) -> None:
     result = run_sweep(config, resume=resume, command=command, console=console)
     console.print(best_table(result.summary), criteria_table(result.summary))
     console.print(f"results: {result.folder}", highlight=False, soft_wrap=True)
+    if result.report:
+        console.print(f"report: {result.report}", highlight=False, soft_wrap=True)
     if result.tracking.pending:
         console.print(
             f"{result.tracking.pending} events not sent to MLflow ({result.tracking.reason}); "

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from msae_sweep.errors import ConfigError
+from msae_sweep.places import Place
 
 Weighting = Literal["uniform", "reverse"]
 # A union that is told apart before it is checked, so that one of its kinds reports what is wrong, not both. Tags in
@@ -387,14 +388,14 @@ class SweepConfig(_Frozen):
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
-    """Read a search-space file, apply `a.b=c` overrides (right-hand sides are YAML), validate.
+    """Read a search-space file (or a URI), apply `a.b=c` overrides (right-hand sides are YAML), validate.
 
     Raises:
         ConfigError: unreadable file, bad YAML, unknown key or illegal value; the message names the first one.
     """
-    path = Path(path)
+    place = Place(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = place.read().decode() if place.is_remote else Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such search-space file") from None
     except (OSError, UnicodeDecodeError) as error:

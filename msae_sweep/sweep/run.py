@@ -41,6 +41,8 @@ class SweepResult(NamedTuple):
     tracking: SyncReport
     interrupted: bool
     """Whether trials are left that a resumed sweep would run."""
+    report: str | None
+    """Its page; None where it could not be written."""
 
 
 def run(config: SweepConfig, *, resume: bool = False, command: str = "", console: Console | None = None) -> SweepResult:
@@ -115,8 +117,7 @@ def _drive(
     summary = finish.write(config, folder, records, {b: p.manifest for b, p in prepared.items()}, seconds=seconds)
     identity["runs"][-1]["seconds"] = round(seconds, 1)
     folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
-    if finish.champions(summary):
-        _write_report(folder, console)
+    report = _write_report(folder, console) if any(record.finished for record in records) else None
     tracker.sweep_ended(
         status="interrupted" if interrupted else "completed",
         artifacts=[folder.path / name for name in finish.ARTIFACTS if (folder.path / name).exists()],
@@ -126,7 +127,7 @@ def _drive(
     if (pending := tracker.status.pending) > 1:
         console.print(f"sending the last {pending} events to MLflow", highlight=False)
     folder.flush()
-    return SweepResult(folder, summary, tracker.close(timeout_seconds=FLUSH_SECONDS), interrupted)
+    return SweepResult(folder, summary, tracker.close(timeout_seconds=FLUSH_SECONDS), interrupted, report)
 
 
 def load_config(sweep: str | Path, tracking_uri: str | None = None) -> SweepConfig:
@@ -219,12 +220,12 @@ def _gpus_per_trial(config: SweepConfig) -> float:
     return float(gpus)
 
 
-def _write_report(folder: SweepFolder, console: Console) -> None:
-    """The report of what there is; whatever goes wrong with it is said, and takes nothing from the sweep."""
+def _write_report(folder: SweepFolder, console: Console) -> str | None:
+    """The report of what there is, its page; what goes wrong with it is said, and takes nothing from the sweep."""
     try:
         from msae_sweep.results import report
 
-        report.write_at_the_end(folder)
+        return report.write_at_the_end(folder).page
     except Exception as error:
         logging.getLogger(__name__).debug("the report failed", exc_info=True)
         console.print(
@@ -233,6 +234,7 @@ def _write_report(folder: SweepFolder, console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
+        return None
 
 
 def _identity(folder: SweepFolder, config: SweepConfig, command: str, gpus: float) -> dict[str, Any]:

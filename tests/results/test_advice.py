@@ -136,6 +136,16 @@ def test_where_few_trials_came_to_their_end_scores_are_compared_at_a_rung(tmp_pa
     assert "scores so early favour high learning rates" in response.sentence
 
 
+def test_a_weighting_is_dropped_for_what_it_is_at_the_end_not_at_a_rung(tmp_path):
+    ended = advise(sweep_of(tmp_path / "a", 40))
+    assert ended.responses[0].epoch is None
+    assert "weighting" not in next_config(tmp_path, ended).space
+    early = advise(sweep_of(tmp_path / "b", 40, epochs=10, asha="{grace_epochs: 2, reduction_factor: 3}"))
+    assert early.responses[0].is_trusted
+    assert early.responses[0].epoch is not None
+    assert set(next_config(tmp_path, early).space["weighting"].values) == {"uniform", "reverse"}
+
+
 def test_one_disaster_does_not_bend_the_fit(tmp_path):
     params = [p for p in settings(40) if 5e-4 < p["learning_rate"] < 5e-3]
     params[3]["learning_rate"] = 9e-3

@@ -15,7 +15,9 @@ import torch
 from report_sweeps import INPUT_DIM, N_VAL, add_rows_and_models, make, settings
 
 from msae_sweep.cli import main
+from msae_sweep.config import load
 from msae_sweep.errors import SweepError
+from msae_sweep.places import Place
 from msae_sweep.results import report
 from msae_sweep.results.report.answer import answers, baselines
 from msae_sweep.results.report.curves import curves
@@ -23,6 +25,7 @@ from msae_sweep.results.report.data import read, read_all
 from msae_sweep.results.report.figures import front
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.metrics import total_variance
+from msae_sweep.sweep.space import plan
 
 ASHA = "{grace_epochs: 1, reduction_factor: 2}"
 
@@ -255,7 +258,28 @@ def test_a_block_without_a_model_is_named(sweep):
         if record.block == 20:
             record.status = "diverged"
             sweep.save_record(record)
-    assert "of block 20 none has ended with a model" in page_of(report.write([sweep.path])).read_text(encoding="utf-8")
+    text = page_of(report.write([sweep.path])).read_text(encoding="utf-8")
+    assert "of block 20 none has ended with a model" in text
+    # Its trials are listed all the same.
+    assert text.index("<h3>No model</h3>") < text.index("block20-003") < text.index('<h2 id="time">')
+
+
+def test_a_sweep_in_which_every_trial_failed_is_reported_with_what_became_of_them(sweep):
+    for record in sweep.load_records().values():
+        record.status, record.reason, record.points = "failed", "RuntimeError: out of | memory <1>", []
+        sweep.save_record(record)
+    written = report.write([sweep.path])
+    assert written.next_spaces == []
+    text, twin = (Path(written.where) / "report.html").read_text(), (Path(written.where) / "report.md").read_text()
+    for page in (text, twin):
+        assert "16 of 16 trials have ended (16 failed)" in page
+        assert "No trial has ended with a model" in page
+    assert text.count("failed (RuntimeError: out of | memory &lt;1&gt;)") == 16
+    assert twin.count("failed (RuntimeError: out of \\| memory <1>)") == 16
+    assert parsed(page_of(written)).open == []
+    rows = list(csv.DictReader(io.StringIO((Path(written.where) / "trials.csv").read_text())))
+    assert {(row["status"], row["rank"]) for row in rows} == {("failed", "")}
+    assert len(rows) == 16
 
 
 def test_a_trial_with_one_epoch_and_a_sweep_with_one_trial_are_reported(tmp_path):
@@ -292,6 +316,42 @@ def test_the_command_prints_where_the_report_lies(monkeypatch, capsys, tmp_path)
         main()
     assert caught.value.code == 0
     assert f"report: {sweep.path / 'report' / 'report.html'}" in capsys.readouterr().out
+
+
+def test_a_sweep_in_an_object_store_is_reported_as_on_a_disk(object_store, sweep, tmp_path):
+    add_rows_and_models(sweep)
+    storage = Place(object_store.bucket) / "reported"
+    for file in sorted(sweep.path.parent.rglob("*")):
+        if file.is_file():
+            (storage / file.relative_to(sweep.path.parent).as_posix()).write(file.read_bytes())
+    here = report.write([sweep.path])
+    there = report.write([(storage / sweep.name).uri])
+    assert there.notes == here.notes == []
+    assert there.page == f"{object_store.bucket}/reported/{sweep.name}/report/report.html"
+    for name in ("report.md", "trials.csv"):
+        local = (Path(here.where) / name).read_text(encoding="utf-8")
+        remote = Place(f"{there.where}/{name}").read().decode()
+        assert without_where(remote, storage.uri) == without_where(local, str(sweep.path.parent))
+    # What was measured is kept beside the sweep, and the next search space is read from where it lies.
+    assert Place(f"{storage.uri}/{sweep.name}/results/r2_by_k.json").is_file()
+    assert load(f"{there.where}/{there.next_spaces[0]}", ["training.epochs=3"]).name == "made-up-2"
+    elsewhere = report.write([sweep.path], f"{object_store.bucket}/elsewhere")
+    assert without_where(Place(elsewhere.page).read().decode(), "") == without_where(
+        Path(report.write([sweep.path], tmp_path / "out").page).read_text(encoding="utf-8"), ""
+    )
+
+
+def without_where(text: str, storage: str) -> str:
+    text = text.replace(storage, "") if storage else text
+    return re.sub(r"Made .* UTC", "", text)
+
+
+def test_the_search_space_after_a_report_is_one_that_run_takes_with_changes(reported):
+    _, written = reported
+    (name,) = written.next_spaces
+    config = load(f"{written.where}/{name}", ["search.trials_per_block=2", "training.epochs=2", "data.blocks=[5]"])
+    assert (config.name, config.training.epochs, config.data.blocks) == ("made-up-2", 2, (5,))
+    assert len(plan(config, [5])) == 2
 
 
 def test_a_folder_that_is_no_sweep_raises_what_the_command_line_prints(tmp_path):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 FOLDER = "report"
 """Of a sweep's own report, in the sweep folder."""
+PAGE = "report.html"
+"""In it."""
 
 
 class Written(NamedTuple):
@@ -28,13 +30,18 @@ class Written(NamedTuple):
     notes: list[str]
     """What a reader should know of how it was made, e.g. rows that are gone."""
 
+    @property
+    def page(self) -> str:
+        """The page."""
+        return f"{self.where}/{PAGE}"
+
 
 def write(places: Sequence[str | Path], out: str | Path | None = None) -> Written:
     """Write the report of sweeps, side by side if they are several.
 
     Args:
         places: folders of sweeps, or URIs.
-        out: folder to write; by default `report/` in the first sweep's folder.
+        out: folder to write, or a URI; by default `report/` in the first sweep's folder.
 
     Raises:
         SweepError: no sweep there, no trial that has ended, or `out` cannot be written.
@@ -54,18 +61,20 @@ def write_at_the_end(folder: "SweepFolder") -> Written:
 
 def _write(sweeps: "Sequence[Sweep]", out: str | Path | None, most_products: float) -> Written:
     from msae_sweep.errors import SweepError
-    from msae_sweep.results.folder import SweepFolder
+    from msae_sweep.places import Place
     from msae_sweep.results.report import page
     from msae_sweep.results.report.build import build
 
     first, *others = sweeps
     within = FOLDER if not others else f"{FOLDER}/{'-'.join(['with', *(sweep.name for sweep in others)])}"
     folder, where = first.folder, f"{first.folder}/{within}"
-    if out is not None:
-        folder, within = SweepFolder(out), ""
-        where = str(folder)
-        try:  # before the work
-            folder.path.mkdir(parents=True, exist_ok=True)
+    elsewhere = None if out is None else Place(out)
+    if elsewhere is not None:  # what is wrong with it is said before the work
+        where = str(elsewhere)
+        elsewhere.check()
+        try:
+            if not elsewhere.is_remote:
+                elsewhere.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SweepError(f"--out: {out} cannot be made: {error.strerror}") from None
     report = build(sweeps, most_products)
@@ -73,10 +82,13 @@ def _write(sweeps: "Sequence[Sweep]", out: str | Path | None, most_products: flo
     files |= {f"figures/{d.name}.png": d.png_file for d in report.drawings}
     texts = {"report.md": page.markdown(report), "trials.csv": page.trials_csv(report.sweeps)}
     texts |= {f"{advice.name}.yaml": advice.yaml for advice in report.advice.values()}
-    texts["report.html"] = page.html(report)  # the last, so that where it is, all is
+    texts[PAGE] = page.html(report)  # the last, so that where it is, all is
     try:
         for name, content in (files | {name: text.encode() for name, text in texts.items()}).items():
-            folder.write(folder.path / within / name, partial(_fill, content), durable=False)
+            if elsewhere is not None:
+                (elsewhere / name).write(content)
+            else:
+                folder.write(folder.path / within / name, partial(_fill, content), durable=False)
     except OSError as error:
         raise SweepError(f"{where} cannot be written: {error.strerror or error}") from None
     unfinished = [

@@ -103,7 +103,9 @@ class Sweep:
     manifests: dict[int, dict[str, Any]]
     """Of each block's prepared data; empty where it is not known."""
     groups: list[Group]
-    """Blocks in the sweep's order; within one, sets of levels, smallest k first. In each a trial has ended."""
+    """Blocks in the sweep's order; within one, sets of levels, smallest k first. In each a trial has ended well."""
+    unranked: list[Trial]
+    """Trials that are in no group, because none of their block and levels has ended with a model."""
     records: list[TrialRecord]
     n_planned: int
     seconds: float | None
@@ -170,7 +172,7 @@ def read(where: str | Path | SweepFolder) -> Sweep:
     """A sweep from its folder; one that runs, or was interrupted, as far as it has come.
 
     Raises:
-        SweepError: no sweep there, or one in which no trial has ended.
+        SweepError: no sweep there, or one in which no trial has ended, well or not.
     """
     folder = where if isinstance(where, SweepFolder) else SweepFolder.at(where)
     if not folder.exists():
@@ -180,9 +182,9 @@ def read(where: str | Path | SweepFolder) -> Sweep:
     manifests = {int(name.removeprefix("block")): block["data"] for name, block in summary.get("blocks", {}).items()}
     manifests |= {int(block): manifest for block, manifest in folder.read_json("data.json").items()}
     records = list(folder.load_records().values())
-    groups = _groups(config, records, {block: manifest["input_dim"] for block, manifest in manifests.items()})
-    if not groups:
-        raise SweepError(f"{folder}: none of its {len(records)} trials has ended with a model yet; nothing to report")
+    if not any(record.finished for record in records):
+        raise SweepError(f"{folder}: none of its {len(records)} trials has ended yet; nothing to report")
+    groups, unranked = _groups(config, records, {block: manifest["input_dim"] for block, manifest in manifests.items()})
     n_blocks = len(manifests or config.data.blocks or {record.block for record in records})
     runs = identity.get("runs", [])
     seconds = sum(run.get("seconds", 0) for run in runs) or summary.get("seconds")
@@ -192,6 +194,7 @@ def read(where: str | Path | SweepFolder) -> Sweep:
         identity=identity,
         manifests=manifests,
         groups=groups,
+        unranked=unranked,
         records=records,
         n_planned=max(config.n_trials_per_block() * n_blocks, len(records)),
         seconds=seconds,
@@ -213,7 +216,10 @@ def _labelled(sweep: Sweep, label: str) -> Sweep:
     return Sweep(**{**vars(sweep), "label": label})
 
 
-def _groups(config: SweepConfig, records: Sequence[TrialRecord], input_dims: Mapping[int, int]) -> list[Group]:
+def _groups(
+    config: SweepConfig, records: Sequence[TrialRecord], input_dims: Mapping[int, int]
+) -> tuple[list[Group], list[Trial]]:
+    """Groups with a best trial, and the trials of those without."""
     together: dict[tuple[int, tuple[int, ...]], list[Trial]] = defaultdict(list)
     for record in records:
         training = record.training(config.training)
@@ -221,7 +227,8 @@ def _groups(config: SweepConfig, records: Sequence[TrialRecord], input_dims: Map
         hidden_dim = training.hidden_dim(width) if width else None
         together[record.block, training.levels].append(Trial(record, training, hidden_dim))
     blocks = list(config.data.blocks or sorted({record.block for record in records}))
-    groups = []
+    groups: list[Group] = []
+    unranked: list[Trial] = []
     for (block, levels), trials in sorted(together.items(), key=lambda item: (blocks.index(item[0][0]), item[0][1])):
         by_id = {trial.trial_id: trial for trial in trials}
         order = [by_id[r.trial_id] for r in ranked([t.record for t in trials if t.ended_well])]
@@ -229,4 +236,6 @@ def _groups(config: SweepConfig, records: Sequence[TrialRecord], input_dims: Map
         ladder = climb([t.record for t in trials], config.asha, {t.trial_id: t.training.epochs for t in trials})
         if order[0].ended_well:
             groups.append(Group(block, levels, order, ladder))
-    return groups
+        else:
+            unranked += order
+    return groups, unranked

@@ -221,7 +221,8 @@ def early_stopping(group: Group) -> Drawing | None:
         closest = min(ladder.stops, key=lambda stop: stop.missing)
         total = ladder.epochs_saved + ladder.epochs_trained
         reading = (
-            f"{len(stops)} of {len(group.trials)} trials were stopped, which saved {ladder.epochs_saved} of {total} "
+            f"{len(stops)} of {len(group.trials)} trials {'was' if len(stops) == 1 else 'were'} stopped, which saved "
+            f"{ladder.epochs_saved} of {total} "
             f"epochs ({ladder.epochs_saved / total:.0%}); the closest, {closest.trial_id}, would have needed "
             f"{_small(closest.missing)} more at epoch {closest.rung}"
         )
@@ -263,7 +264,9 @@ def training(groups: Sequence[Group]) -> list[Drawing]:
         if key == "dead_ratio":
             axes.axhline(100 * DEAD_RATIO_ALLOWED, color=GREY, linestyle=":")
             axes.set_ylim(-1, max(100 * DEAD_RATIO_ALLOWED + 3, axes.get_ylim()[1]))
-        elif key.endswith("loss") and all(p.get(key, 0) > 0 for g in groups for p in g.best.record.points):
+        elif key.endswith("loss") and _spans_a_decade(
+            [p[key] for g in groups for p in g.best.record.points if key in p]
+        ):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(_every_other)
@@ -377,6 +380,11 @@ def _training_reading(key: str, groups: Sequence[Group]) -> str:
     best = {group.block: group.best for group in groups}
     parts = [f"{t.record.points[-1][key]:.3f} (block {b})" for b, t in best.items() if key in t.record.points[-1]]
     return f"At the last epoch: {', '.join(parts)}; compare between blocks only trials of the same weighting."
+
+
+def _spans_a_decade(losses: Sequence[float]) -> bool:
+    """Whether a logarithmic axis has enough of its 1, 2 and 5 to be read by."""
+    return bool(losses) and min(losses) > 0 and max(losses) >= 10 * min(losses)
 
 
 def _every_other(value: float, position: int | None = None) -> str:

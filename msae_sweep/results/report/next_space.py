@@ -120,12 +120,11 @@ def _expansion_factor(
 
 
 def _weighting(raw: dict[str, Any], responses: Sequence[Response | TooFew], reasons: list[str]) -> None:
-    """Only the better weighting where it is clearly better in every block."""
+    """Only the better weighting where it is clearly better in every block at the end; what leads early need not be."""
     if "weighting" not in raw["space"]:
         return
-    found = [
-        e for r in responses if isinstance(r, Response) and r.is_trusted for e in r.effects if e.key == "weighting"
-    ]
+    late = [r for r in responses if isinstance(r, Response) and r.is_trusted and r.epoch is None]
+    found = [effect for r in late for effect in r.effects if effect.key == "weighting"]
     for better, clear in (
         ("reverse", [effect.interval[0] > 0 for effect in found]),
         ("uniform", [effect.interval[1] < 0 for effect in found]),
@@ -136,7 +135,7 @@ def _weighting(raw: dict[str, Any], responses: Sequence[Response | TooFew], reas
             least = min(abs(effect.change or 0) for effect in found)
             reasons.append(f"Weighting: {better} is better in every block, by {least:.3f} or more; only it is kept.")
             return
-    reasons.append("Weighting: neither is clearly better in every block; both stay.")
+    reasons.append("Weighting: neither is clearly better in every block at the end of training; both stay.")
 
 
 def _epochs(raw: dict[str, Any], groups: Sequence[Group], reasons: list[str]) -> None:

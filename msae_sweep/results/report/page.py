@@ -63,8 +63,8 @@ def trials_csv(sweeps: Sequence[Sweep]) -> str:
     """A row for every trial of every sweep, ranked within its block: settings, then metrics of its best epoch."""
     rows = []
     for sweep in sweeps:
-        for group in sweep.groups:
-            for rank, trial in enumerate(group.trials, 1):
+        for trials in (*(group.trials for group in sweep.groups), sweep.unranked):
+            for rank, trial in enumerate(trials, 1):
                 record = trial.record
                 rows.append(
                     {
