@@ -2,9 +2,9 @@
 
     python tests/track/check_ui.py SWEEP [--python PYTHON] [--chromium PATH] [--screenshots FOLDER]
 
-SWEEP is a finished sweep with several trials, at least one of weighting `reverse`, whose MLflow store is at hand.
-PYTHON has msae_sweep; this script needs playwright only (`pip install playwright`), so that it can run in another
-environment, and a Chromium. Where one is missing it says so and ends with 0. Checked with MLflow 3.17.2.
+SWEEP is a finished sweep with several trials, some of weighting `reverse`, whose MLflow store is at hand. PYTHON has
+msae_sweep; this script itself needs playwright and a Chromium only, so that it can run in another environment.
+`test_ui_in_browser.py` runs it on a small sweep. Checked with MLflow 3.17.2.
 """
 
 import argparse
@@ -28,27 +28,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
+    parser.add_argument("--chromium", default=chromium())
     parser.add_argument("--screenshots", type=Path)
     options = parser.parse_args()
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        print("skipped: playwright is not installed (pip install playwright)")
-        return 0
     if not options.chromium:
-        print("skipped: no chromium found; name one with --chromium")
-        return 0
-    trials = [json.loads(file.read_text()) for file in sorted(options.sweep.glob("trials/*/trial.json"))]
-    with served(options.python, options.sweep) as url, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox"])
+        parser.error("no Chromium found; name one with --chromium")
+    for line in check(options.sweep, options.python, options.chromium, options.screenshots):
+        print(line, flush=True)
+    return 0
+
+
+def chromium() -> str | None:
+    """The browser that is installed, if one is."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def check(sweep: Path, python: str, browser_path: str, screenshots: Path | None = None) -> Iterator[str]:
+    """Every step; yields what each saw."""
+    from playwright.sync_api import sync_playwright
+
+    trials = [json.loads(file.read_text()) for file in sorted(sweep.glob("trials/*/trial.json"))]
+    with served(python, sweep) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
         page.set_default_timeout(WAIT_MS)
-        check = Check(page, url, trials, options.sweep, options.screenshots)
-        for step in (check.opens, check.filters, check.compares, check.downloads_a_model):
-            print(f"{step.__name__}: {step()}", flush=True)
+        steps = Steps(page, url, trials, sweep, screenshots)
+        for step in (steps.opens, steps.filters, steps.compares, steps.downloads_a_model):
+            yield f"{step.__name__}: {step()}"
         browser.close()
-    return 0
 
 
 @contextlib.contextmanager
@@ -67,7 +75,7 @@ def served(python: str, sweep: Path) -> Iterator[str]:
         assert process.wait(30) == 0, "Ctrl-C did not end it well"
 
 
-class Check:
+class Steps:
     """The steps; each returns what it saw."""
 
     def __init__(self, page: Any, url: str, trials: list[dict], sweep: Path, screenshots: Path | None) -> None:
@@ -111,7 +119,9 @@ class Check:
         return f"{text}: {', '.join(sorted(found))}"
 
     def compares(self) -> str:
-        """Two runs side by side."""
+        """Two runs side by side, of all that are there."""
+        self.page.goto("about:blank")
+        self.opens()
         boxes = self.page.locator(".ag-row .ag-selection-checkbox:visible")
         for i in (0, 1):
             boxes.nth(i).click()

@@ -1,4 +1,4 @@
-"""`msae-sweep ui`: the right page of the right server, which ends with it. In a browser: `check_ui.py`."""
+"""`msae-sweep ui`: the right page of the right server, which ends with it. In a browser: `test_ui_in_browser.py`."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 import psutil
@@ -107,10 +106,3 @@ def test_an_address_that_is_not_here_and_a_port_that_is_taken_are_said(uri):
         ui.serve(None, tracking(uri), host="192.0.2.1")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises((TrackingError, ConfigError), match="port"):
         ui.serve(None, tracking(uri), port=taken.getsockname()[1])
-
-
-def test_the_browser_check_skips_with_its_reason_where_it_cannot_run(tmp_path):
-    script = Path(__file__).with_name("check_ui.py")
-    command = [sys.executable, str(script), str(tmp_path), "--chromium", ""]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": ""})
-    assert done.stdout.startswith("skipped: ")
