@@ -217,6 +217,7 @@ def test_baselines_are_the_best_sae_of_every_single_k_on_the_same_data(sweep, tm
     assert {answer.sweep.name for answer in answers([second, first])} == {"made-up"}
     text = page_of(report.write([sweep.path, other.path])).read_text(encoding="utf-8")
     assert "trained for one k alone" in text
+    assert "best of 2 trials of 4 epochs, the MSAE the best of 8 of 4 epochs" in text
     # On other data their R² says nothing.
     data = other.read_json("data.json")
     data["5"]["key"] = "another"

@@ -1,11 +1,12 @@
 """From sweeps to everything that the page shows."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from msae_sweep.results.report import figures
 from msae_sweep.results.report.answer import Answer, answers, baselines, matryoshka
 from msae_sweep.results.report.curves import Curves, curves
-from msae_sweep.results.report.data import Group, Sweep
+from msae_sweep.results.report.data import Group, Sweep, Trial
 from msae_sweep.results.report.figures import Line
 from msae_sweep.results.report.next_space import Advice, advise
 from msae_sweep.results.report.page import Report, Section
@@ -36,7 +37,8 @@ def _is_matryoshka(group: Group) -> bool:
 
 
 def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str, Curves]) -> Section:
-    drawings, notes = [], []
+    drawings = []
+    uneven: dict[str, list[str]] = defaultdict(list)
     many = len(sweeps) > 1
     for answer in found:
         offers = [(s, g) for s in sweeps for g in matryoshka(s, answer.block) if _is_matryoshka(g)]
@@ -53,13 +55,9 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str
         alone = baselines(sweeps, answer.block, answer.sweep)
         if lines:
             drawings.append(figures.r2_by_k(answer.block, lines, {t.levels[0]: t.r2[0] for t in alone}))
-        if lines and alone:
-            epochs = sorted({t.training.epochs for t in alone})
-            if epochs != [answer.trial.training.epochs]:
-                notes.append(
-                    f"Block {answer.block}: those for one k had {' or '.join(map(str, epochs))} epochs, the others "
-                    f"{answer.trial.training.epochs}, so the comparison is not even."
-                )
+        if lines and alone and (why := _uneven(sweeps, answer, alone)):
+            uneven[why].append(str(answer.block))
+    notes = [f"Block {', '.join(blocks)}: {why}" for why, blocks in uneven.items()]
     for label, of_sweep in measured.items():
         where = f"{label}, block" if many else "Block"
         notes += [f"{where} {block}: trained levels only; {why}." for block, why in of_sweep.missing.items()]
@@ -68,6 +66,20 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str
         "validation rows. Markers are the levels that were trained."
     )
     return Section("r2", "How much is explained with k latents", lead, drawings, " ".join(notes))
+
+
+def _uneven(sweeps: Sequence[Sweep], answer: Answer, alone: Sequence[Trial]) -> str:
+    """What was spent on the SAEs for one k and on the MSAE, where it is not the same; else empty."""
+    groups = [group for sweep in sweeps for group in sweep.groups_of(answer.block)]
+    spent = sorted({(len(g.trials), g.best.training.epochs) for g in groups if any(g.best is t for t in alone)})
+    of_msae = len(answer.group.trials), answer.trial.training.epochs
+    if spent == [of_msae]:
+        return ""
+    ways = " or ".join(f"{n} trial{'s' if n > 1 else ''} of {epochs} epochs" for n, epochs in spent)
+    return (
+        f"not an even comparison: each for one k alone is the best of {ways}, "
+        f"the MSAE the best of {of_msae[0]} of {of_msae[1]} epochs."
+    )
 
 
 def _of_sweep(sweep: Sweep, measured: Curves, *, many: bool) -> list[Section]:

@@ -63,7 +63,8 @@ class Response(NamedTuple):
     interval: tuple[float, float]
     """80% of refits have their optimum in it; 0 or infinity where they have none within reach."""
     size_exponent: tuple[float, float, float] | None
-    """The best learning rate goes with latents to this power: low, middle, high of 80% of refits."""
+    """The best learning rate goes with latents to this power: low, middle, high of 80% of refits; None where the best
+    was not among those tried."""
     effects: list[Effect]
     """Of the settings, largest share first."""
     points: tuple[list[float], list[float]]
@@ -272,6 +273,7 @@ def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Respo
     optimum = float(np.exp(_optima(b[None], c[None], x)[0]))
     n = len(sample.trials)
     trusted = fit.explained >= TRUSTED and fit.chance <= CHANCE
+    is_inside = tried[0] <= optimum <= tried[1]
     effects = []
     for key in design.settings():
         share = fit.share_of(np.array([key in owners for owners in design.owners]))
@@ -292,7 +294,7 @@ def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Respo
         tried=tried,
         optimum=optimum if 0 < optimum < np.inf and trusted else None,
         interval=(float(low), float(high)),
-        size_exponent=_size_exponent(design, fit) if trusted else None,
+        size_exponent=_size_exponent(design, fit) if trusted and is_inside else None,
         effects=sorted(effects, key=lambda effect: -effect.share),
         points=(rates, sample.scores.tolist()),
         coefficients=(float(a), float(b), float(c)),
