@@ -13,6 +13,9 @@ import pytest
 from msae_sweep.cli import main
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = (
+    "run", "resume", "inspect", "extract", "boards", "report", "ui", "export", "eval", "import", "track-sync",
+)  # fmt: skip
 
 SPACE = """
 name: small
@@ -130,9 +133,7 @@ def test_wrong_data_is_one_line_and_exit_code_2(ray_session, monkeypatch, capsys
     assert re.search(says, refused(monkeypatch, capsys, space, "--data", str(data)))
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["run"], ["resume"], ["inspect"], ["extract"], ["export"], ["eval"], ["import"], ["track-sync"]]
-)
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_answers_without_torch_or_ray(command):
     heavy = "sorted({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules))"
     code = f"""
@@ -218,7 +219,7 @@ def test_an_extraction_that_cannot_be_is_one_line_before_anything_starts(options
 
 def test_the_readme_names_only_commands_and_files_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"search_spaces/\w+\.yaml|tests/\w+/\w+\.py|\.github/\w+\.\w+", text):
+    for name in re.findall(r"search_spaces/\w+\.yaml|tests/\w+/\w+\.py|\.github/(?:images/)?\w+\.\w+", text):
         assert (ROOT / name).exists(), name
     for command in re.findall(r"msae-sweep (\w[\w-]*)", text):
-        assert command in {"run", "resume", "inspect", "extract", "export", "eval", "import", "track-sync"}, command
+        assert command in COMMANDS, command

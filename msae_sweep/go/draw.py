@@ -93,8 +93,8 @@ def _name(point: int) -> str:
 
 
 def _radius(share: float) -> float:
-    """Areas compare; the weakest can still be seen."""
-    return round(max(0.08, 0.42 * math.sqrt(share)), 3)
+    """Areas compare; the weakest can still be seen, and of a stone beneath the strongest its colour."""
+    return round(max(0.08, 0.32 * math.sqrt(share)), 3)
 
 
 def _percent(share: float) -> str:
