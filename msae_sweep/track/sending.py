@@ -27,6 +27,11 @@ from msae_sweep.track.sender import LAST_TRIES, LONGEST_PAUSE_SECONDS, Fetch, Se
 class Sending(Protocol):
     """A sender at work."""
 
+    def __init__(
+        self, sweep_folder: Path, uri: str, tracking: TrackingConfig, n_events: Callable[[], int], fetch: Fetch
+    ) -> None:
+        """Begin; see `Sender`."""
+
     @property
     def status(self) -> TrackingStatus:
         """How it stands; safe to ask from any thread."""

@@ -18,7 +18,7 @@ from msae_sweep.config import TrackingConfig
 from msae_sweep.track import journal
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.sender import Fetch, Sender, TrackingStatus
-from msae_sweep.track.sending import SenderProcess, SenderThread, Sending
+from msae_sweep.track.sending import SenderProcess, Sending
 from msae_sweep.track.uri import resolve_uri
 
 
@@ -67,9 +67,12 @@ class Tracker:
         *,
         sweep_id: str,
         shared: Shared | None = None,
-        sending: type[SenderProcess] | type[SenderThread] = SenderProcess,
+        sending: type[Sending] | None = None,
     ) -> "Tracker":
         """Begin to track a sweep, or go on with one: then with the same folder and `sweep_id`.
+
+        Args:
+            sending: who runs the sender, by default a process of its own.
 
         Raises:
             ConfigError: a tracking URI that MLflow cannot use.
@@ -78,11 +81,12 @@ class Tracker:
         uri = resolve_uri(tracking.uri)
         sweep_folder = Path(sweep_folder).absolute()
         written = Journal(sweep_folder)
+        begin = sending or SenderProcess
         if shared is None:
-            sent = sending(sweep_folder, uri, tracking, lambda: written.seq, lambda path: path)
+            sent: Sending = begin(sweep_folder, uri, tracking, lambda: written.seq, lambda path: path)
         else:
             # What MLflow was told must never be lost, or a resumed sweep would tell it differently.
-            sent = sending(sweep_folder, uri, tracking, lambda: shared.n_events(written.seq), shared.fetch)
+            sent = begin(sweep_folder, uri, tracking, lambda: shared.n_events(written.seq), shared.fetch)
             shared.on_events(sent.wake)
         return cls(sweep_folder, sweep_id, written, sent)
 
