@@ -93,6 +93,13 @@ def test_the_front_door_imports_nothing_heavy(module):
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["msae_sweep.go.pipeline", "msae_sweep.data.passes"])
+def test_what_runs_in_a_process_a_core_imports_no_torch(module):
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_every_package_is_in_the_order():
     rooms = {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.name not in ("__pycache__", "__init__.py")}
     assert rooms - {"__main__"} <= set(RANK)

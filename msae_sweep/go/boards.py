@@ -27,9 +27,10 @@ from msae_sweep.go.draw import Diagram, LatentDiagrams
 from msae_sweep.go.leela import Network, Precision
 from msae_sweep.go.pipeline import BATCH, Boards, Picked, read_all, run, unpacked
 from msae_sweep.go.plan import CHUNK_POSITIONS, Sampling, cut
-from msae_sweep.go.planes import planes, replay
+from msae_sweep.go.planes import planes
 from msae_sweep.go.progress import Progress
 from msae_sweep.go.records import find_units
+from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import Game
 from msae_sweep.go.strongest import Firing, Strongest, maxima, strongest
 from msae_sweep.go.weights import read_weights

@@ -1,44 +1,13 @@
-"""A game's positions as a Go network sees them: 18 planes of 19 × 19.
+"""Boards → a Go network's input: 18 planes of 19 × 19, made where the network is."""
 
-Two steps, so that little travels: `replay` (numpy, where the games are) gives eight boards a position as int8, 2.9 KB;
-`planes` (torch, where the network is) spreads them into 18 planes, 26 KB in float32.
-"""
-
-from typing import NamedTuple
-
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
-from msae_sweep.go.board import N_POINTS, SIZE, Board
-from msae_sweep.go.sgf import Game
+from msae_sweep.go.board import SIZE
+from msae_sweep.go.replay import HISTORY
 
-HISTORY = 8
 N_PLANES = 2 * HISTORY + 2
-
-
-class Positions(NamedTuple):
-    """Positions of a game, each seen by the side to move."""
-
-    boards: Int8[np.ndarray, "positions 8 361"]
-    """The position itself, then 1 to 7 moves before it: 1 own stone, −1 opponent's, 0 empty. Rows from the top."""
-    black_to_move: Bool[np.ndarray, " positions"]
-
-
-def replay(game: Game, plies: Int[np.ndarray, " positions"]) -> Positions:
-    """The positions after `plies` moves, 0 to n_moves, in any order.
-
-    A pass repeats the board. Before ply 0 all is empty, also where ply 0 has setup stones: as in Leela Zero, whose
-    history begins anew after handicap stones. Source: leela-zero, `GameState::anchor_game_history`.
-    """
-    plies = np.asarray(plies, dtype=np.int64)
-    assert ((plies >= 0) & (plies <= game.n_moves)).all(), f"plies of {game.name} must be 0 to {game.n_moves}"
-    boards = _boards(game)
-    at = plies[:, None] - np.arange(HISTORY)  # [positions, 8]
-    black_to_move = game.black_to_move[plies]
-    sign = np.where(black_to_move, 1, -1).astype(np.int8)[:, None] * (at >= 0)
-    return Positions(boards[np.maximum(at, 0)] * sign[:, :, None], black_to_move)
 
 
 def planes(
@@ -57,14 +26,3 @@ def planes(
     x[:, 2 * HISTORY] = black_to_move[:, None, None]
     x[:, 2 * HISTORY + 1] = ~black_to_move[:, None, None]
     return x
-
-
-def _boards(game: Game) -> Int8[np.ndarray, "n_moves+1 361"]:
-    """The board after each move: 1 black, −1 white, 0 empty."""
-    board = Board(game.setup.tobytes())
-    taken = [bytes(board.stones)]
-    for point, black in zip(game.moves.tolist(), game.black_to_move.tolist(), strict=False):
-        legal = board.play(point, black)
-        assert legal, f"{game.name}: a Game's moves are legal, they were played when it was read"
-        taken.append(bytes(board.stones))
-    return np.frombuffer(b"".join(taken), dtype=np.int8).reshape(-1, N_POINTS)

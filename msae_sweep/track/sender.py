@@ -24,6 +24,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Pauses after failures double from one second up to this."""
 LAST_TRIES = 3
 """Failures in a row after which a sender that is asked to finish gives up."""
+Fetch = Callable[[Path], Path | None]
+"""Makes a file of the sweep folder be there that may lie elsewhere so far; None where there is none."""
 _MOST_TOGETHER = 200
 """Events of metrics sent in one go."""
 
@@ -48,13 +50,12 @@ class Sender:
         uri: str,
         tracking: TrackingConfig,
         n_events: Callable[[], int],
-        fetch: Callable[[Path], Path | None] = lambda path: path,
+        fetch: Fetch = lambda path: path,
     ) -> None:
         """Connect to nothing yet.
 
         Args:
             n_events: how many events the journal has that may be sent.
-            fetch: makes a file of the sweep folder be there that may lie elsewhere so far.
         """
         self._fetch = fetch
         self._folder, self._uri, self._tracking, self._n_events = sweep_folder, uri, tracking, n_events
@@ -80,7 +81,7 @@ class Sender:
 
         Args:
             wake: set by whoever appended an event.
-            on_progress: called after every step.
+            on_progress: called after every step and every failure.
         """
         failures = 0
         while True:
@@ -92,6 +93,7 @@ class Sender:
                 # Whatever it was, the events lie on disk and trials go on.
                 self._replay, self._last_error = None, one_line(error)
                 failures += 1
+                on_progress(self.status)
                 if is_last and failures >= LAST_TRIES:
                     break
                 pause = min(2.0 ** (failures - 1), LONGEST_PAUSE_SECONDS)
@@ -100,7 +102,9 @@ class Sender:
                 elif closing.wait(pause):
                     failures = 0
             else:
-                failures, self._last_error = 0, ""
+                if failures:
+                    failures, self._last_error = 0, ""
+                    on_progress(self.status)
                 if is_last:
                     break
                 wake.wait()

@@ -1,6 +1,7 @@
 """The sweep's side of tracking: says what happened, and never waits for MLflow.
 
-Each call appends an event to the journal in the sweep folder (well under a millisecond) and returns; a thread sends it.
+Each call appends an event to the journal in the sweep folder (well under a millisecond) and returns; a process beside
+the driver sends it.
 MLflow being slow, down, or wrong costs no trial anything. The one error that a call can raise is the `OSError` of a
 sweep folder that cannot be written, where nothing else of the sweep could be kept either.
 """
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 from msae_sweep.config import TrackingConfig
 from msae_sweep.track import journal
 from msae_sweep.track.journal import Journal
-from msae_sweep.track.sender import Sender, TrackingStatus
+from msae_sweep.track.sender import Fetch, Sender, TrackingStatus
+from msae_sweep.track.sending import SenderProcess, Sending
 from msae_sweep.track.uri import resolve_uri
 
 
@@ -54,19 +56,23 @@ class Shared(Protocol):
 class Tracker:
     """Writes a sweep's journal and has it sent. `start` makes one; it is for one thread, and `close` ends it."""
 
-    def __init__(self, sweep_folder: Path, sweep_id: str, written: Journal, sender: Sender) -> None:
-        self._folder, self._sweep_id, self._journal, self._sender = sweep_folder, sweep_id, written, sender
-        self._closing, self._wake = threading.Event(), threading.Event()
-        # A daemon, so that a sender stuck in a request cannot keep the process alive; the cursor bears being cut off.
-        self._thread = threading.Thread(
-            target=sender.run, args=(self._closing, self._wake), name="mlflow-sender", daemon=True
-        )
+    def __init__(self, sweep_folder: Path, sweep_id: str, written: Journal, sending: Sending) -> None:
+        self._folder, self._sweep_id, self._journal, self._sending = sweep_folder, sweep_id, written, sending
 
     @classmethod
     def start(
-        cls, sweep_folder: Path, tracking: TrackingConfig, *, sweep_id: str, shared: Shared | None = None
+        cls,
+        sweep_folder: Path,
+        tracking: TrackingConfig,
+        *,
+        sweep_id: str,
+        shared: Shared | None = None,
+        sending: type[Sending] | None = None,
     ) -> "Tracker":
         """Begin to track a sweep, or go on with one: then with the same folder and `sweep_id`.
+
+        Args:
+            sending: who runs the sender, by default a process of its own.
 
         Raises:
             ConfigError: a tracking URI that MLflow cannot use.
@@ -75,26 +81,19 @@ class Tracker:
         uri = resolve_uri(tracking.uri)
         sweep_folder = Path(sweep_folder).absolute()
         written = Journal(sweep_folder)
+        begin = sending or SenderProcess
         if shared is None:
-            return cls._started(
-                sweep_folder, sweep_id, written, Sender(sweep_folder, uri, tracking, lambda: written.seq)
-            )
-        # What MLflow was told must never be lost, or a resumed sweep would tell it differently.
-        sender = Sender(sweep_folder, uri, tracking, lambda: shared.n_events(written.seq), shared.fetch)
-        tracker = cls._started(sweep_folder, sweep_id, written, sender)
-        shared.on_events(tracker._wake.set)
-        return tracker
-
-    @classmethod
-    def _started(cls, sweep_folder: Path, sweep_id: str, written: Journal, sender: Sender) -> "Tracker":
-        tracker = cls(sweep_folder, sweep_id, written, sender)
-        tracker._thread.start()
-        return tracker
+            sent: Sending = begin(sweep_folder, uri, tracking, lambda: written.seq, lambda path: path)
+        else:
+            # What MLflow was told must never be lost, or a resumed sweep would tell it differently.
+            sent = begin(sweep_folder, uri, tracking, lambda: shared.n_events(written.seq), shared.fetch)
+            shared.on_events(sent.wake)
+        return cls(sweep_folder, sweep_id, written, sent)
 
     @property
     def status(self) -> TrackingStatus:
         """How the sending stands, for a live display."""
-        return self._sender.status
+        return self._sending.status
 
     def sweep_started(
         self,
@@ -194,15 +193,13 @@ class Tracker:
 
         What is pending then is sent by `sync`, or when the sweep is resumed.
         """
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(timeout_seconds)
+        self._sending.finish(timeout_seconds)
         self._journal.close()
         return _report(self.status, or_else=f"not done after {timeout_seconds:g} s")
 
     def _append(self, event: str, *, durable: bool = False, **fields: Any) -> None:
         self._journal.append(event, durable=durable, **fields)
-        self._wake.set()
+        self._sending.wake()
 
     def _relative(self, path: Path) -> str:
         """Relative to the sweep folder, so that a folder that was moved can still be sent."""
@@ -214,15 +211,14 @@ def sync(
     uri: str | None = None,
     tracking: TrackingConfig | None = None,
     *,
-    fetch: Callable[[Path], Path | None] = lambda path: path,
+    fetch: Fetch = lambda path: path,
     on_progress: Callable[[TrackingStatus], None] = lambda status: None,
 ) -> SyncReport:
     """Send what a sweep's journal holds and MLflow has not; may be repeated, also after a driver was killed.
 
     Args:
         uri: where to; as in `resolve_uri`. Another place than before gets the whole sweep.
-        fetch: makes a file of the sweep folder be there that may lie elsewhere so far.
-        on_progress: called after every step.
+        on_progress: called after every step and every failure.
 
     Raises:
         ConfigError: a tracking URI that MLflow cannot use.

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from msae_sweep.go.planes import planes, replay
+from msae_sweep.go.planes import planes
 from msae_sweep.go.records import Record, read_records
+from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import Game, read_games
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -12,8 +12,9 @@ from msae_sweep.go import boards
 from msae_sweep.go.board import N_POINTS
 from msae_sweep.go.leela import Network
 from msae_sweep.go.plan import Sampling
-from msae_sweep.go.planes import planes, replay
+from msae_sweep.go.planes import planes
 from msae_sweep.go.records import Record
+from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import read_games
 from msae_sweep.go.weights import random_weights, write_weights
 from msae_sweep.sae import modelfile

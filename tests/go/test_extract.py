@@ -24,8 +24,9 @@ from msae_sweep.go.extract import Settings, extract
 from msae_sweep.go.leela import Network
 from msae_sweep.go.output import OutputFolder, atomic
 from msae_sweep.go.plan import Sampling, cut, plies_of, points_of
-from msae_sweep.go.planes import planes, replay
+from msae_sweep.go.planes import planes
 from msae_sweep.go.records import find_units, read_records
+from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import Game, read_games
 from msae_sweep.go.weights import random_weights, read_weights, write_weights
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from sgfmill import boards as slow_boards
 
-from msae_sweep.go.planes import planes, replay
+from msae_sweep.go.planes import planes
 from msae_sweep.go.records import Record
+from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import Game, read_games, sample_plies
 
 

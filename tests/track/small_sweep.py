@@ -11,6 +11,7 @@ from msae_sweep.sae import modelfile
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sae.modelfile import ModelFile
 from msae_sweep.track.connection import connect
+from msae_sweep.track.sending import SenderThread
 from msae_sweep.track.tracker import SyncReport, Tracker
 
 EXPERIMENT = "study"
@@ -31,9 +32,10 @@ def tracking(uri: str, **settings: Any) -> TrackingConfig:
     return TrackingConfig(uri=uri, experiment=EXPERIMENT, **settings)
 
 
-def start(folder: Path, uri: str, *, sweep_id: str = SWEEP_ID, **settings: Any) -> Tracker:
+def start(folder: Path, uri: str, *, sweep_id: str = SWEEP_ID, sending: Any = SenderThread, **settings: Any) -> Tracker:
     folder.mkdir(parents=True, exist_ok=True)
-    return Tracker.start(folder, tracking(uri, **settings), sweep_id=sweep_id)
+    # In a thread, which tests can reach into, and which spares each of them another process's imports.
+    return Tracker.start(folder, tracking(uri, **settings), sweep_id=sweep_id, sending=sending)
 
 
 def params(block: int) -> dict[str, Any]:

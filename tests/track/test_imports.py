@@ -161,7 +161,7 @@ WRONG = {
     "no data": (["msae_block5.pt"], "--data: give activations, or a --sweep"),
     "no sweep": (["msae_block5.pt", "--sweep", "activations"], "activations: no sweep.yaml there"),
     "a missing block": (["model.pt", "--block", "7", "--data", "activations"], "no block 7 in activations; found 5"),
-    "another width": (["wide.pt", "--block", "5", "--data", "activations"], "rows of width 8, but wide.pt takes 9"),
+    "another width": (["wide.pt", "--block", "5", "--data", "activations"], "wide.pt takes 9"),
     "a file store": (["msae_block5.pt", "--data", "activations", "--tracking-uri", "mlruns"], "write sqlite:///"),
 }
 

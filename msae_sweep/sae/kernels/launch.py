@@ -36,6 +36,7 @@ def compiling(device: torch.device) -> Iterator[None]:
         collected = _collected.get()
     finally:
         _collected.reset(token)
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(index,)) as pool:
         for compiled in [pool.submit(job) for job in (collected or {}).values()]:
             compiled.result()
