@@ -19,16 +19,6 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory) -> Path:
-    """A SQLite file with MLflow's tables, which take seconds to make."""
-    from msae_sweep.track.connection import connect
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def uri(empty_database, tmp_path) -> str:
     """Tracking URI of a fresh SQLite file."""
