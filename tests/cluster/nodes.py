@@ -109,6 +109,15 @@ class Node:
         """Until the node has gone by itself."""
         self._outer.wait(seconds)
 
+    def fill_disk(self) -> None:
+        """Leave no byte on its disk, which must be one of a size."""
+        (first,) = psutil.Process(self._outer.pid).children()
+        disk = Path(f"/proc/{first.pid}/root/tmp/ray")
+        assert os.statvfs(disk).f_blocks < os.statvfs("/tmp").f_blocks, "that is the machine's own disk"
+        with suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+            while file.write(bytes(MB)):
+                pass
+
     def disconnect(self) -> None:
         """Take its network cable out."""
         self._cluster.in_switch("ip", "link", "set", f"port{self.number}", "down")
@@ -341,6 +350,9 @@ class Job:
 
     def __init__(self, cluster: Cluster, job_id: str, process: subprocess.Popen[bytes]) -> None:
         self.id, self._cluster, self._process = job_id, cluster, process
+        self._submitted = time.monotonic()
+        self.seconds = 0.0
+        """From `ray job submit` to its end, once that was waited for."""
 
     @property
     def output(self) -> str:
@@ -354,7 +366,9 @@ class Job:
 
     def wait(self, seconds: float = 300) -> int:
         """Its exit code."""
-        return self._process.wait(seconds)
+        code = self._process.wait(seconds)
+        self.seconds = time.monotonic() - self._submitted
+        return code
 
     def stop(self) -> None:
         """`ray job stop`, which waits until it has stopped."""

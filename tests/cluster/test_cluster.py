@@ -6,6 +6,7 @@ trial, epoch and model once in MLflow. `FAULTS.md` has what each fault cost.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from nodes import ROOT, Cluster, Job, why_not
+from nodes import MB, ROOT, Cluster, Job, why_not
 
 from msae_sweep.sae import modelfile
 
@@ -42,6 +44,8 @@ CHANGES = [
     "resources.checkpoint_seconds=1",
 ]
 N_TRIALS = 8
+TRIAL = "ray::MSAETrial"
+"""Title of a trial's process."""
 
 
 class Sweep:
@@ -57,6 +61,13 @@ class Sweep:
         options = [word for change in (*CHANGES, *changes) for word in ("--set", change)]
         options += ["--storage", str(self.storage), "--tracking-uri", self.uri, *(["--resume"] if resume else [])]
         return ["python", "-m", "msae_sweep", "run", SPACE, *options]
+
+    def run_here(self, *changes: str) -> None:
+        """On this machine alone, undisturbed."""
+        environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *self.command(*changes)[1:]]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -136,10 +147,7 @@ def assert_tracked(sweep: Sweep) -> None:
 def reference(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Sweep:
     """The sweep as one machine has it, undisturbed."""
     sweep = Sweep(tmp_path_factory.mktemp("reference") / "sweeps", empty_database)
-    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *sweep.command()[1:]]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    sweep.run_here()
     assert {t["status"] for b in sweep.summary["blocks"].values() for t in b["trials"]} == {
         "completed",
         "stopped_early",
@@ -165,8 +173,10 @@ def cluster(nodes: Cluster) -> Cluster:
 def mend(cluster: Cluster, *, workers: int) -> None:
     """Bring the cluster to so many workers that are whole."""
     cluster.discard_dead()
-    for worker in cluster.workers[workers:]:
-        worker.kill()
+    alive = cluster.alive()
+    for i, worker in enumerate(cluster.workers):
+        if i >= workers or worker.address not in alive:
+            worker.kill()
     cluster.discard_dead()
     for _ in range(workers - len(cluster.workers)):
         cluster.start_worker(wait=False)
@@ -212,6 +222,7 @@ def during(job: Job, condition: Callable[[], Any], seconds: float = 180) -> None
 
 def assert_succeeds(job: Job, seconds: float = 300) -> None:
     assert job.wait(seconds) == 0, job.output[-5000:]
+    print(f"{job.id} took {job.seconds:.0f} s")
 
 
 def test_a_submitted_sweep_comes_out_as_on_one_machine_and_its_log_can_be_read(cluster, submit, sweep, reference):
@@ -229,3 +240,160 @@ def test_a_sweep_that_cannot_be_run_fails_its_job_in_one_line(cluster, submit, s
     assert cluster.status(job.id) == "FAILED"
     assert "msae-sweep: search_spaces/quickstart.yaml: training.epochz" in job.output
     assert "Traceback" not in job.output
+
+
+def test_a_stopped_job_leaves_a_sweep_that_goes_on(cluster, submit, sweep, reference):
+    job = submit(sweep.command())
+    during(job, sweep.ended)
+    job.stop()
+    job.wait()
+    assert cluster.status(job.id) == "STOPPED"
+    ended = sweep.ended()
+    assert 0 < len(ended) < N_TRIALS
+    times = {name: (sweep.folder / "trials" / name / "model.pt").stat().st_mtime_ns for name in ended}
+    assert_succeeds(submit(sweep.command(resume=True)))
+    assert_same(sweep, reference)
+    for name, before in times.items():
+        assert (sweep.folder / "trials" / name / "model.pt").stat().st_mtime_ns == before, f"{name} ran again"
+
+
+def test_a_killed_driver_leaves_a_sweep_that_goes_on(cluster, submit, sweep, reference):
+    job = submit(sweep.command())
+    during(job, sweep.ended)
+    job.driver().kill()
+    assert job.wait() != 0
+    assert cluster.status(job.id) == "FAILED"
+    assert 0 < len(sweep.ended()) < N_TRIALS
+    assert_succeeds(submit(sweep.command(resume=True)))
+    assert_same(sweep, reference)
+
+
+def test_a_killed_trial_process_costs_no_trial(cluster, submit, sweep, reference):
+    job = submit(sweep.command())
+    during(job, lambda: sweep.states() & sweep.running())
+    killed = [process for worker in cluster.workers for process in worker.processes(TRIAL)]
+    for process in killed:
+        process.kill()
+    assert killed
+    assert_succeeds(job)
+    assert_same(sweep, reference)
+
+
+def test_a_node_that_is_lost_with_its_shards_costs_no_trial(cluster, submit, sweep, reference):
+    job = submit(sweep.command())
+    during(job, lambda: sweep.states() & sweep.running())
+    cluster.workers[0].kill()
+    assert_succeeds(job)
+    assert_same(sweep, reference)
+
+
+def test_a_node_that_is_cut_off_for_a_minute_costs_no_trial(cluster, submit, sweep, reference):
+    job = submit(sweep.command())
+    during(job, lambda: sweep.states() & sweep.running())
+    cluster.workers[0].disconnect()
+    time.sleep(60)
+    cluster.workers[0].connect()
+    assert_succeeds(job)
+    assert_same(sweep, reference)
+
+
+def test_a_node_whose_disk_fills_up_costs_no_trial(cluster, submit, sweep, reference):
+    mend(cluster, workers=2)
+    small = cluster.start_worker(disk_bytes=64 * MB)
+    job = submit(sweep.command())
+    during(job, lambda: sweep.states() & sweep.running() and small.processes(TRIAL))
+    small.fill_disk()
+    assert_succeeds(job)
+    assert_same(sweep, reference)
+
+
+def test_a_node_whose_disk_is_full_before_it_gets_a_trial_costs_no_trial(cluster, submit, sweep, reference):
+    mend(cluster, workers=2)
+    cluster.start_worker(disk_bytes=64 * MB).fill_disk()
+    job = submit(sweep.command())
+    assert_succeeds(job)
+    assert_same(sweep, reference)
+
+
+def test_a_node_that_joins_gets_trials(cluster, submit, sweep, reference):
+    mend(cluster, workers=1)
+    job = submit(sweep.command())
+    during(job, lambda: sweep.states() & sweep.running())
+    joined = cluster.start_worker()
+    during(job, lambda: joined.processes(f"{TRIAL}.train"))
+    assert_succeeds(job)
+    assert_same(sweep, reference)
+
+
+def test_a_node_that_is_told_to_go_saves_its_trial_before(cluster, submit, sweep, reference):
+    mend(cluster, workers=1)
+    job = submit(sweep.command("resources.checkpoint_seconds=600"))
+    (worker,) = cluster.workers
+    during(job, lambda: sweep.running() and worker.processes(f"{TRIAL}.train"))
+    assert not sweep.states()
+    worker.terminate()
+    during(job, sweep.states)
+    assert worker.running
+    worker.wait(60)
+    cluster.start_worker()
+    assert_succeeds(job)
+    assert_same(sweep, reference)
+
+
+# Three times what one node's object store holds, as raw activations of width 256.
+LARGE_ROWS, LARGE_DIM = 300_000, 256
+LARGE = [
+    "data.blocks=[5]",
+    "training.batch_size=4096",
+    "training.k_levels=[4, 8]",
+    "training.epochs=2",
+    "search.trials_per_block=3",
+    "space.expansion_factor={choice: [0.25, 0.5]}",
+    "asha=null",
+]
+WHERE_SHARDS_ARE = """
+import json, sys
+import ray
+from msae_sweep.config import DataConfig
+from msae_sweep.data import shards
+ray.init(log_to_driver=False)
+block = shards.prepare(DataConfig(path=sys.argv[1], blocks=(5,)), sys.argv[2], batch_size=1)[5]
+address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+places = ray.experimental.get_object_locations(block.refs).values()
+print("SHARDS", json.dumps([[address[node] for node in place["node_ids"]] for place in places]))
+"""
+
+
+@pytest.fixture(scope="module")
+def large_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "block5").mkdir()
+    rng = np.random.default_rng(0)
+    dictionary = rng.standard_normal((16, LARGE_DIM), dtype=np.float32)
+    for i in range(10):
+        codes = rng.standard_normal((LARGE_ROWS // 10, 16), dtype=np.float32)
+        np.save(folder / "block5" / f"chunk_{i:04d}.npy", (codes @ dictionary).astype(np.float16))
+    return folder
+
+
+def test_shards_lie_on_all_nodes(cluster, submit, tmp_path, large_data):
+    job = submit(["python", "-c", WHERE_SHARDS_ARE, str(large_data), str(tmp_path / "sweeps")])
+    assert_succeeds(job)
+    (line,) = re.findall(r"SHARDS (.+)", job.output)
+    places = json.loads(line)
+    print(places)
+    assert len(places) == 10
+    assert {address for place in places for address in place} == {node.address for node in cluster.nodes}
+
+
+def test_data_larger_than_a_nodes_object_store_comes_out_as_on_one_machine(
+    cluster, submit, sweep, large_data, tmp_path, empty_database
+):
+    job = submit(sweep.command(*LARGE, f"data.path={large_data}"))
+    spilled = cluster.folder.glob
+    during(job, lambda: list(spilled("disk*/session_*/ray_spilled_objects_*/*")))
+    assert_succeeds(job)
+    alone = Sweep(tmp_path / "alone", empty_database)
+    alone.run_here(*LARGE, f"data.path={large_data}")
+    assert results(sweep.summary) == results(alone.summary)
+    assert_tracked(sweep)
