@@ -141,6 +141,8 @@ def connect() -> None:
     # Tune prints its own table and writes its own logs unless told not to; neither is ours.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # What a trial failed of is said in one line by the monitor, and kept in full in its folder under tune/.
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     # Nothing is read back from Tune's snapshots of itself.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")

@@ -327,7 +327,8 @@ def test_a_node_that_joins_gets_trials(cluster, submit, sweep, reference):
 
 def test_a_node_that_is_told_to_go_saves_its_trial_before(cluster, submit, sweep, reference):
     mend(cluster, workers=1)
-    job = submit(sweep.command("resources.checkpoint_seconds=600"))
+    # A node that was told to go is no failure of its trial.
+    job = submit(sweep.command("resources.checkpoint_seconds=600", "resources.max_failures=0"))
     (worker,) = cluster.workers
     during(job, lambda: sweep.running() and worker.processes(f"{TRIAL}.train"))
     assert not sweep.states()
