@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from msae_sweep import cli_models
 from msae_sweep.errors import MsaeSweepError, TrackingError
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ Space = Annotated[Path, typer.Argument(metavar="SPACE", help="Search-space file,
 Data = Annotated[
     str | None, typer.Option("--data", metavar="PATH", help="Activations: replaces data.path of the file.")
 ]
-Storage = Annotated[str | None, typer.Option(help="Folder that holds the sweep folders and the prepared shards.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Where sweep folders and prepared shards lie: a folder that every node shares, or s3://bucket/folder."
+    ),
+]
 Name = Annotated[str | None, typer.Option(help="Name of the sweep: replaces the file's.")]
 Overrides = Annotated[
     list[str] | None,
@@ -35,7 +41,9 @@ Overrides = Annotated[
     ),
 ]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI: replaces tracking.uri of the file.")]
-SweepPath = Annotated[Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep, e.g. sweeps/quickstart.")]
+SweepPath = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A sweep: sweeps/quickstart, or its URI in an object store.")
+]
 
 
 def main() -> None:
@@ -143,10 +151,14 @@ def extract(
 
 @app.command()
 def boards(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model file, .pt or .safetensors.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model file, a sweep, champion:BLOCK, or what MLflow calls it.")
+    ],
     weights: Annotated[Path, typer.Option(metavar="NET", help="The network whose activations the model knows.")],
     games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
-    block: Annotated[int, typer.Option(help="The residual block, numbered from 1.")],
+    block: Annotated[
+        int | None, typer.Option(help="The residual block, numbered from 1, where MODEL does not tell it.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("boards.html"),
     latents: Annotated[
         str, typer.Option(help="How many, those strongest where they fire; or which, with commas: 12,77 (one: 12,).")
@@ -165,31 +177,34 @@ def boards(
         Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
     ] = "top",
     seed: Annotated[int, typer.Option(help="Seed of the positions.")] = 0,
+    tracking_uri: Annotated[str | None, typer.Option(help="Where MLflow is; as for run.")] = None,
 ) -> None:
     """Draw the positions of real games at which a model's latents are strongest, as Go boards on one page."""
     from msae_sweep.errors import ConfigError
     from msae_sweep.go import boards as diagrams
     from msae_sweep.go.plan import Sampling
     from msae_sweep.go.progress import showing
-    from msae_sweep.sae import modelfile
+    from msae_sweep.results.models import find
     from msae_sweep.sweep.run import connect
 
     try:
         numbers = tuple(int(number) for number in latents.split(",") if number)
     except ValueError:
         raise ConfigError(f"--latents: {latents} must be how many, e.g. 40, or which, e.g. 12,77") from None
-    load = modelfile.load_safetensors if model.endswith(".safetensors") else modelfile.load
-    file = load(model)
+    found = find(model, block, tracking_uri)
+    block = found.block if block is None else block
+    if block is None:
+        raise ConfigError(f"--block: {model} does not tell its block; say which")
     settings = diagrams.Settings(
-        model=file,
-        name=model,
+        model=found.file,
+        name=found.where,
         weights=weights,
         games=games,
         block=block,
         out=out,
         latents=numbers if "," in latents else numbers[0],
         top=top,
-        k=k or file.model.k_levels[-1],
+        k=k or found.file.model.k_levels[-1],
         sampling=Sampling(positions_per_game, skip_first, "all", seed),
         precision=precision,
         first_row=first_row,
@@ -202,14 +217,21 @@ def boards(
 @app.command("track-sync")
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Send MLflow what a sweep could not send while it ran; safe to repeat."""
-    from msae_sweep.sweep.run import load_config
+    from msae_sweep.results.folder import SweepFolder
+    from msae_sweep.sweep.run import config_of
     from msae_sweep.track.tracker import sync
 
-    tracking = load_config(sweep, tracking_uri).tracking
-    report = sync(sweep, tracking.uri, tracking)
+    folder = SweepFolder.at(sweep)
+    tracking = config_of(folder, tracking_uri).tracking
+    with folder.driven():
+        report = sync(folder.path, tracking.uri, tracking, fetch=folder.fetch)
     if report.pending:
         raise TrackingError(str(report))
     print(report)
+
+
+for _name, _command in (("export", cli_models.export), ("eval", cli_models.evaluate), ("import", cli_models.import_)):
+    app.command(_name)(_command)
 
 
 def _console() -> "Console":
@@ -227,18 +249,16 @@ def _sweep(config: "SweepConfig", *, resume: bool) -> None:
     command = shlex.join(["msae-sweep", *sys.argv[1:]])
     result = run_sweep(config, resume=resume, command=command, console=console)
     console.print(best_table(result.summary), criteria_table(result.summary))
-    console.print(f"results: {result.folder.path}", highlight=False, soft_wrap=True)
+    console.print(f"results: {result.folder}", highlight=False, soft_wrap=True)
     if result.tracking.pending:
         console.print(
             f"{result.tracking.pending} events not sent to MLflow ({result.tracking.reason}); "
-            f"later: msae-sweep track-sync {result.folder.path}",
+            f"later: msae-sweep track-sync {result.folder}",
             highlight=False,
             soft_wrap=True,
         )
     if result.interrupted:
-        console.print(
-            f"interrupted; go on with: msae-sweep resume {result.folder.path}", highlight=False, soft_wrap=True
-        )
+        console.print(f"interrupted; go on with: msae-sweep resume {result.folder}", highlight=False, soft_wrap=True)
         raise typer.Exit(130)
     if any(block["best"] is None for block in result.summary["blocks"].values()):
         raise typer.Exit(1)

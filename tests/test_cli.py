@@ -68,7 +68,7 @@ WRONG_SETTINGS = {
     "low above high": (["--set", "space.learning_rate={uniform: [2, 1]}"], "low 2 must be below high 1"),
     "fewer rows than a batch": (["--set", "training.batch_size=5000"], "fewer than training.batch_size 5000"),
     "unwritable storage": (["--storage", "space.yaml"], "storage: .* cannot be (made|written)"),
-    "storage as URI": (["--storage", "s3://bucket/sweeps"], "storage: s3://bucket/sweeps is a URI"),
+    "a password in a URI": (["--storage", "s3://me:hidden@bucket/sweeps"], "s3://bucket/sweeps.*: a URI must not hold"),
     "folder as tracking URI": (["--tracking-uri", "mlruns"], "write sqlite:///mlflow.db"),
     "no such file": (["--set", "data.path=/nowhere/at/all"], "/nowhere/at/all does not exist"),
 }
@@ -130,7 +130,9 @@ def test_wrong_data_is_one_line_and_exit_code_2(ray_session, monkeypatch, capsys
     assert re.search(says, refused(monkeypatch, capsys, space, "--data", str(data)))
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["resume"], ["inspect"], ["extract"], ["track-sync"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["resume"], ["inspect"], ["extract"], ["export"], ["eval"], ["import"], ["track-sync"]]
+)
 def test_help_answers_without_torch_or_ray(command):
     heavy = "sorted({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules))"
     code = f"""
@@ -216,7 +218,7 @@ def test_an_extraction_that_cannot_be_is_one_line_before_anything_starts(options
 
 def test_the_readme_names_only_commands_and_files_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"search_spaces/\w+\.yaml|tests/bench/\w+\.py|\.github/\w+\.\w+", text):
+    for name in re.findall(r"search_spaces/\w+\.yaml|tests/\w+/\w+\.py|\.github/\w+\.\w+", text):
         assert (ROOT / name).exists(), name
     for command in re.findall(r"msae-sweep (\w[\w-]*)", text):
-        assert command in {"run", "resume", "inspect", "extract", "track-sync"}, command
+        assert command in {"run", "resume", "inspect", "extract", "export", "eval", "import", "track-sync"}, command

@@ -1,14 +1,13 @@
 """Which source lies at a path, and whether the wanted blocks can be swept: everything that headers tell."""
 
-from pathlib import Path
-
 from msae_sweep.config import DataConfig
 from msae_sweep.data.hdf5 import Hdf5File
 from msae_sweep.data.npy import NpyFolder
 from msae_sweep.data.parquet import SUFFIXES, ParquetTables
 from msae_sweep.data.planted import PlantedSource
 from msae_sweep.data.source import BlockInfo, Source, block_of
-from msae_sweep.errors import DataError
+from msae_sweep.errors import DataError, SweepError
+from msae_sweep.places import Place
 
 
 def open_source(config: DataConfig) -> Source:
@@ -19,20 +18,29 @@ def open_source(config: DataConfig) -> Source:
     """
     if config.path == "planted":
         return PlantedSource(config.planted, config.blocks)
-    if "://" in config.path:
-        raise DataError(f"data.path: {config.path} is a URI; give a path that every node can read")
-    path = Path(config.path).expanduser().absolute()
-    if not path.exists():
+    try:
+        path = Place(config.path)
+        path.check()
+        return _source_at(path)
+    except (SweepError, OSError) as error:
+        raise DataError(f"data.path: {error}") from None
+
+
+def _source_at(path: Place) -> Source:
+    info = path.info()
+    if info.type.name == "NotFound":
         raise DataError(f"data.path: {path} does not exist; give a folder of activations, an .h5 or a Parquet file")
-    if path.is_dir() and (path / "activations.h5").is_file() and not list(path.glob("block*/chunk_*.npy")):
-        path = path / "activations.h5"
-    if path.is_dir() and any(
-        block_of(child.name) is not None for child in path.glob("*/") if list(child.glob("*.npy"))
-    ):
-        return NpyFolder(path)
-    if path.suffix in (".h5", ".hdf5"):
+    if not info.is_file:
+        chunks = [folder for folder in path.folders() if any(file.suffix == ".npy" for file in folder.files())]
+        if any(block_of(folder.name) is not None for folder in chunks):
+            return NpyFolder(path)
+        if (path / "activations.h5").is_file():
+            return Hdf5File(path / "activations.h5")
+        if any(file.suffix in SUFFIXES for file in path.files(recursive=True)):
+            return ParquetTables(path)
+    elif path.suffix in (".h5", ".hdf5"):
         return Hdf5File(path)
-    if path.suffix in SUFFIXES or (path.is_dir() and any(p.suffix in SUFFIXES for p in path.rglob("*"))):
+    elif path.suffix in SUFFIXES:
         return ParquetTables(path)
     raise DataError(
         f"data.path: {path} holds no activations; expected block{{B}}/chunk_*.npy, an .h5 file, or Parquet/Arrow files"

@@ -1,7 +1,6 @@
 """Activations in one HDF5 file: a 2-D dataset per block, under any name that identifies the block."""
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -19,12 +18,13 @@ from msae_sweep.data.source import (
     group_numbers,
 )
 from msae_sweep.errors import DataError
+from msae_sweep.places import Place
 
 
 class Hdf5File(Source):
     """`game_id` lies at the root (the same for every block) or in the group of the block's dataset."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self._path = path
 
     @cached_property
@@ -89,13 +89,13 @@ class Hdf5File(Source):
 
     def fingerprint(self, block: int) -> str:
         """See `Source`."""
-        stat = self._path.stat()
+        file = self._path.info()
         info = self.infos()[block]._replace(where=self._datasets[block])
-        return digest(info, stat.st_size, stat.st_mtime_ns)
+        return digest(info, file.size, file.mtime_ns)
 
     def _open(self) -> h5py.File:
         try:
-            return h5py.File(self._path, "r")
+            return h5py.File(self._path.open() if self._path.is_remote else self._path.path, "r")
         except OSError as error:
             raise DataError(f"{self._path}: cannot be read as HDF5: {str(error).splitlines()[0]}") from None
 

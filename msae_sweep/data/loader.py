@@ -59,6 +59,7 @@ class ResidentBatches(Batches):
 
     def __init__(self, x: Tensor, batch_size: int) -> None:
         self.x, self.n_rows, self.batch_size = x, len(x), batch_size
+        self._drawn: tuple[tuple[int, int], Tensor] | None = None
 
     @classmethod
     def load(
@@ -86,8 +87,17 @@ class ResidentBatches(Batches):
     def windows(self, epoch: int, seed: int) -> Generator[Window, None, None]:
         """One window, all rows in a fresh order, so the rows left over differ from epoch to epoch."""
         whole = self.n_rows - self.n_rows % self.batch_size
-        if whole:
-            yield Window(self.x, permutation(self.n_rows, order_key(seed, epoch), self.x.device)[:whole])
+        if not whole:
+            return
+        if self._drawn is None or self._drawn[0] != (epoch, seed):
+            self.expect(epoch, seed)
+        assert self._drawn is not None
+        order, self._drawn = self._drawn[1], None
+        yield Window(self.x, order[:whole])
+
+    def expect(self, epoch: int, seed: int) -> None:
+        """Draw the order."""
+        self._drawn = (epoch, seed), permutation(self.n_rows, order_key(seed, epoch), self.x.device)
 
     def pieces(self) -> Generator[Tensor, None, None]:
         """The tensor itself."""

@@ -1,9 +1,10 @@
 """The notebook's activation folder: `block{B}/chunk_*.npy`."""
 
+import io
 import re
 import zipfile
 from functools import cached_property
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from msae_sweep.data.source import (
     group_numbers,
 )
 from msae_sweep.errors import DataError
+from msae_sweep.places import Place
 
 
 class NpyFolder(Source):
@@ -28,15 +30,15 @@ class NpyFolder(Source):
     `game_id.npy` lies in the folder (the same for every block) or in the block's own; one entry a row.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self._path = path
 
     @cached_property
-    def _folders(self) -> dict[int, Path]:
-        folders: dict[int, Path] = {}
-        for folder in sorted(p for p in self._path.iterdir() if p.is_dir()):
+    def _folders(self) -> dict[int, Place]:
+        folders: dict[int, Place] = {}
+        for folder in self._path.folders():
             block = block_of(folder.name)
-            if block is None or not list(folder.glob("*.npy")):
+            if block is None or not any(file.suffix == ".npy" for file in folder.files()):
                 continue
             if block in folders:
                 raise DataError(f"{folder} and {folders[block]} both name block {block}; keep one")
@@ -44,61 +46,70 @@ class NpyFolder(Source):
         return dict(sorted(folders.items()))
 
     @cached_property
-    def _chunks(self) -> dict[int, list[tuple[Path, int]]]:
-        """Files with their row counts, by block."""
+    def _chunks(self) -> dict[int, list["_Array"]]:
+        """By block."""
         return {
-            block: [(file, _n_rows(file)) for file in sorted(folder.glob("chunk_*.npy"), key=_number)]
+            block: [
+                _checked(file, info.size)
+                for file, info in sorted(folder.files().items(), key=lambda item: _number(item[0]))
+                if re.fullmatch(r"chunk_.*\.npy", file.name)
+            ]
             for block, folder in self._folders.items()
         }
+
+    @cached_property
+    def _groups(self) -> dict[int, "_Array | None"]:
+        """The file that says the games, by block."""
+        return {block: self._group_file(block) for block in self._folders}
 
     def infos(self) -> dict[int, BlockInfo]:
         """See `Source`."""
         return {block: self._info(block) for block in self._folders}
 
     def _info(self, block: int) -> BlockInfo:
-        chunks = self._chunks[block]
+        chunks, groups = self._chunks[block], self._groups[block]
         if not chunks:
             raise DataError(f"{self._folders[block]}: no chunk_*.npy there")
-        first = _open(chunks[0][0])
-        for file, _ in chunks:
-            array = _open(file)
-            if array.shape[1] != first.shape[1]:
+        first = chunks[0]
+        for chunk in chunks:
+            if chunk.width != first.width:
                 raise DataError(
-                    f"{file}: width {array.shape[1]}, but {chunks[0][0].name} has {first.shape[1]}; "
+                    f"{chunk.file}: width {chunk.width}, but {first.file.name} has {first.width}; "
                     "all chunks of a block must have the same width"
                 )
-        n_rows = sum(rows for _, rows in chunks)
-        group_file = self._group_file(block)
-        if group_file is not None:
-            groups = _open(group_file)
-            check_groups(str(group_file), groups.shape, groups.dtype, n_rows)
+        n_rows = sum(chunk.n_rows for chunk in chunks)
+        if groups is not None:
+            check_groups(str(groups.file), groups.shape, groups.dtype, n_rows)
         where = str(self._folders[block])
-        return BlockInfo(block, where, n_rows, first.shape[1], first.dtype.name, group_file is not None)
+        return BlockInfo(block, where, n_rows, first.width, first.dtype.name, groups is not None)
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
         """See `Source`."""
         ranges: list[RowRange] = []
         first_row = 0
-        for file, n_rows in self._chunks[block]:
-            ranges += cut(block, str(file), 0, n_rows, first_row, rows)
-            first_row += n_rows
+        for chunk in self._chunks[block]:
+            ranges += cut(block, str(chunk.file), 0, chunk.n_rows, first_row, rows)
+            first_row += chunk.n_rows
         return ranges
 
     def read(self, row_range: RowRange) -> Rows:
         """See `Source`."""
-        x = _read(Path(row_range.file), row_range.start, row_range.stop)
-        group_file = self._group_file(row_range.block)
-        if group_file is None:
+        x = _read(_header(self._path.like(row_range.file)), row_range.start, row_range.stop)
+        groups = self._groups[row_range.block]
+        if groups is None:
             return Rows(x, None)
-        return Rows(x, group_numbers(_open(group_file)[row_range.first_row : row_range.first_row + len(x)]))
+        return Rows(x, group_numbers(_read(groups, row_range.first_row, row_range.first_row + len(x))))
 
     def fingerprint(self, block: int) -> str:
         """See `Source`."""
-        files = [file for file, _ in self._chunks[block]]
-        files += [
-            p for p in (self._group_file(block), self._folders[block] / "normalization_stats.npz") if p and p.exists()
-        ]
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        folder, groups = self._folders[block], self._groups[block]
+        found = folder.files()
+        known = [(chunk.file.name, found[chunk.file]) for chunk in self._chunks[block]]
+        if groups is not None:
+            known.append((groups.file.name, found.get(groups.file) or groups.file.info()))
+        if (file := folder / "normalization_stats.npz") in found:
+            known.append((file.name, found[file]))
+        stats = [(name, info.size, info.mtime_ns) for name, info in known]
         return digest(self._info(block)._replace(where=""), stats)
 
     def given_stats(self, block: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -107,7 +118,7 @@ class NpyFolder(Source):
         if not file.is_file():
             return None
         try:
-            with np.load(file, allow_pickle=False) as stats:
+            with np.load(io.BytesIO(file.read()), allow_pickle=False) as stats:
                 mean, std = (np.asarray(stats[name], dtype=np.float64) for name in ("mean", "std"))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{file}: must hold arrays mean and std: {str(error).splitlines()[0]}") from None
@@ -118,43 +129,89 @@ class NpyFolder(Source):
             raise DataError(f"{file}: NaN, Inf or a negative std; compute the statistics again")
         return mean, std
 
-    def _group_file(self, block: int) -> Path | None:
-        candidates = (self._folders[block] / "game_id.npy", self._path / "game_id.npy")
-        return next((file for file in candidates if file.is_file()), None)
+    def _group_file(self, block: int) -> "_Array | None":
+        for file in (self._folders[block] / "game_id.npy", self._path / "game_id.npy"):
+            if (info := file.info()).is_file:
+                return _header(file, info.size)
+        return None
 
 
-def _n_rows(file: Path) -> int:
-    array = _open(file)
+class _Array(NamedTuple):
+    """What an .npy file's header says."""
+
+    file: Place
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+    offset: int
+    """Where the numbers begin, in bytes."""
+
+    @property
+    def n_rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.shape[1]
+
+
+def _checked(file: Place, size: int) -> _Array:
+    array = _header(file, size)
     check_array(str(file), array.shape, array.dtype)
-    return len(array)
+    return array
 
 
-def _read(file: Path, start: int, stop: int) -> np.ndarray:
-    """Rows `start` to `stop`, copied."""
-    array = _open(file)
-    if not array.flags.c_contiguous:
-        return np.array(array[start:stop])
-    # A plain read: faulting the same bytes in through the map took 25-50 ms for 32 MiB, reading them 11 ms.
-    width = array.shape[1]
-    offset = array.offset + start * width * array.itemsize
-    return np.fromfile(file, array.dtype, (stop - start) * width, offset=offset).reshape(-1, width)
-
-
-def _open(file: Path) -> np.memmap:
-    """Memory-map an array; only the header is read here."""
+def _header(file: Place, size: int | None = None) -> _Array:
+    """Read the header; of `size` bytes there must be enough for what it announces."""
     try:
-        return np.lib.format.open_memmap(file, mode="r")
+        with open(file.path, "rb") if not file.is_remote else file.open() as opened:
+            # Of a file in a store the beginning comes at once, instead of byte by byte.
+            start = io.BytesIO(opened.read(1 << 16))
+        version = np.lib.format.read_magic(start)
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(start)
+        elif version == (2, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(start)
+        else:
+            raise ValueError(f"version {version[0]}.{version[1]} of .npy, which is for structured arrays")
     except (OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        if "Python objects" in reason:
-            reason = "an object array; activations are plain float arrays"
-        elif "mmap" in reason or "EOF" in reason:
-            reason = f"truncated: its header announces more than its {file.stat().st_size} bytes"
+        if "EOF" in reason:
+            reason = "truncated: it ends within its header"
         elif "magic string" in reason:
             reason = "not an .npy file"
         raise DataError(f"{file}: cannot be read: {reason}") from None
+    if dtype.hasobject:
+        raise DataError(f"{file}: cannot be read: an object array; activations are plain float arrays")
+    array = _Array(file, shape, dtype, fortran_order, start.tell())
+    n_bytes = start.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size is not None and size < n_bytes:
+        raise DataError(f"{file}: cannot be read: truncated: its header announces more than its {size} bytes")
+    return array
 
 
-def _number(file: Path) -> tuple[int, str]:
+def _read(array: _Array, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop`, copied."""
+    file, dtype, width = array.file, array.dtype, int(np.prod(array.shape[1:], dtype=np.int64))
+    if array.fortran_order and len(array.shape) > 1:
+        whole = np.frombuffer(file.read(), dtype, width * array.n_rows, offset=array.offset)
+        return np.array(whole.reshape(array.shape, order="F")[start:stop])
+    count, offset = (stop - start) * width, array.offset + start * width * dtype.itemsize
+    if not file.is_remote:
+        # A plain read: faulting the same bytes in through a map took 25-50 ms for 32 MiB, reading them 11 ms.
+        found = np.fromfile(file.path, dtype, count, offset=offset)
+    else:
+        with file.open() as opened:
+            opened.seek(offset)
+            content = opened.read(count * dtype.itemsize)
+        found = np.frombuffer(content, dtype, len(content) // dtype.itemsize).copy()
+    if len(found) < count:
+        raise DataError(
+            f"{file}: cannot be read: truncated: its header announces more than its {file.info().size} bytes"
+        )
+    return found.reshape(stop - start, *array.shape[1:])
+
+
+def _number(file: Place) -> tuple[int, str]:
     numbers = re.findall(r"\d+", file.stem)
     return (int(numbers[-1]) if numbers else -1, file.name)

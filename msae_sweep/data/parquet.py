@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from msae_sweep.data.source import (
     group_numbers,
 )
 from msae_sweep.errors import DataError
+from msae_sweep.places import Place
 
 SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
 """Endings of the files that are read."""
@@ -32,7 +33,7 @@ SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
 class _Part(NamedTuple):
     """One file's share of a block."""
 
-    file: Path
+    file: Place
     column: str
     schema: pa.Schema
     pieces: tuple[int, ...]
@@ -47,14 +48,13 @@ class ParquetTables(Source):
     in one row group (what pyarrow writes by default) cost about a second a range more, and never lie in memory whole.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self._path = path
 
     @cached_property
     def _parts(self) -> dict[int, list[_Part]]:
-        files = (
-            [self._path] if self._path.is_file() else sorted(p for p in self._path.rglob("*") if p.suffix in SUFFIXES)
-        )
+        is_file = self._path.is_file()
+        files = [self._path] if is_file else [p for p in self._path.files(recursive=True) if p.suffix in SUFFIXES]
         parts: dict[int, list[_Part]] = {}
         for file in files:
             schema, pieces = _header(file)
@@ -69,7 +69,7 @@ class ParquetTables(Source):
             for column in columns:
                 block = block_of(column)
                 if block is None and len(columns) == 1:
-                    inside = file.relative_to(self._path).with_suffix("") if self._path.is_dir() else Path(file.stem)
+                    inside = Path(file.stem) if is_file else file.relative_to(self._path).with_suffix("")
                     block = next((b for part in inside.parts if (b := block_of(part)) is not None), None)
                 if block is None:
                     raise DataError(
@@ -143,18 +143,21 @@ class ParquetTables(Source):
 
     def fingerprint(self, block: int) -> str:
         """See `Source`."""
-        stats = [(p.file.name, p.column, p.file.stat().st_size, p.file.stat().st_mtime_ns) for p in self._parts[block]]
+        infos = [(part, part.file.info()) for part in self._parts[block]]
+        stats = [(part.file.name, part.column, info.size, info.mtime_ns) for part, info in infos]
         return digest(self._info(block)._replace(where=""), stats)
 
 
-def _header(file: Path) -> tuple[pa.Schema, tuple[int, ...]]:
+def _header(file: Place) -> tuple[pa.Schema, tuple[int, ...]]:
     try:
         if file.suffix in (".parquet", ".pq"):
-            metadata = pq.ParquetFile(file)
-            groups = metadata.metadata
-            return metadata.schema_arrow, tuple(groups.row_group(i).num_rows for i in range(groups.num_row_groups))
-        with pa.memory_map(str(file)) as mapped:
-            reader = pa.ipc.open_file(mapped)
+            with _opened(file) as opened:
+                metadata = pq.ParquetFile(opened)
+                groups = metadata.metadata
+                rows = tuple(groups.row_group(i).num_rows for i in range(groups.num_row_groups))
+                return metadata.schema_arrow, rows
+        with _opened(file) as opened:
+            reader = pa.ipc.open_file(opened)
             rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
             return reader.schema, rows
     except (OSError, pa.ArrowException) as error:
@@ -178,15 +181,19 @@ def _read(part: _Part, row_range: RowRange, columns: list[str]) -> Iterator[pa.R
         raise DataError(f"{part.file}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _batches(file: Path, pieces: list[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(file: Place, pieces: list[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
     if file.suffix in (".parquet", ".pq"):
-        with pq.ParquetFile(file) as opened:
-            yield from opened.iter_batches(8192, row_groups=pieces, columns=columns, use_threads=False)
+        with _opened(file) as opened, pq.ParquetFile(opened) as table:
+            yield from table.iter_batches(8192, row_groups=pieces, columns=columns, use_threads=False)
         return
-    with pa.memory_map(str(file)) as mapped:
-        reader = pa.ipc.open_file(mapped)
+    with _opened(file) as opened:
+        reader = pa.ipc.open_file(opened)
         for i in pieces:
             yield reader.get_batch(i).select(columns)
+
+
+def _opened(file: Place) -> Any:
+    return file.open() if file.is_remote else pa.memory_map(str(file.path))
 
 
 def _dtype(kind: pa.DataType) -> np.dtype:

@@ -19,7 +19,6 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from msae_sweep.data.source import BlockInfo, RowRange, Source, digest
 from msae_sweep.data.split import Moments
 from msae_sweep.data.store import ShardFolder
 from msae_sweep.errors import DataError, MsaeSweepError
+from msae_sweep.places import Place
 
 __all__ = ["PreparedBlock", "check", "prepare"]
 
@@ -89,7 +89,7 @@ def prepare(
     """Standardised shards of every wanted block; those prepared before under the same key are only loaded.
 
     Args:
-        storage: shards lie in `{storage}/prepared/block{B}-{key}/`; a path that every node shares.
+        storage: shards lie in `{storage}/prepared/block{B}-{key}/`; an object store, or a path that every node shares.
         batch_size: the largest in the sweep; fewer training rows are an error.
 
     Raises:
@@ -107,7 +107,7 @@ def prepare(
     for info in select(source.infos(), config):
         started = time.monotonic()
         key = _key(source, info, config)
-        folder = ShardFolder(Path(storage).absolute() / "prepared" / f"block{info.block}-{key}")
+        folder = ShardFolder(Place(storage) / "prepared" / f"block{info.block}-{key}")
         manifest = folder.manifest()
         how = "reused" if manifest else "prepared"
         if manifest is not None:

@@ -1,16 +1,16 @@
 """Prepared shards on disk: a folder per block and key, whole once its manifest stands in it. Knows nothing of Ray."""
 
+import io
 import json
 import os
 import uuid
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
 from msae_sweep.errors import SweepError
+from msae_sweep.places import Place
 
 
 class ShardFolder:
@@ -19,7 +19,7 @@ class ShardFolder:
     Every file appears whole or not at all, so that two sweeps may prepare the same data at once: both write the same.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
 
     def create(self) -> None:
@@ -28,56 +28,74 @@ class ShardFolder:
         Raises:
             SweepError: not possible there.
         """
+        if self.path.is_remote:
+            return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SweepError(f"storage: {self.path} cannot be made: {error.strerror}") from None
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of a finished preparation whose files are all there; None where it must be made (again)."""
         try:
-            manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read())
         except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
             return None
         row_bytes = 4 * manifest["input_dim"]
         sizes = {self._shard(i): (n_train + n_val) * row_bytes for i, n_train, n_val in manifest["shards"]}
         sizes[self.path / "stats.npy"] = 2 * row_bytes
-        whole = all(file.is_file() and file.stat().st_size >= size for file, size in sizes.items())
+        found = self.path.files()
+        whole = all(file in found and found[file].size >= size for file, size in sizes.items())
         return manifest if whole else None
 
     def save_manifest(self, manifest: dict[str, Any]) -> None:
         """Mark the preparation as finished."""
-        self._write(self.path / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        try:
+            (self.path / "manifest.json").write(json.dumps(manifest, indent=1).encode())
+        except OSError as error:
+            raise SweepError(f"storage: {self.path}: cannot be written: {error.strerror or error}") from None
 
     def shard(self, i: int) -> Float32[np.ndarray, "rows input_dim"]:
         """Shard `i`."""
-        return np.load(self._shard(i), allow_pickle=False)
+        return _loaded(self._shard(i))
 
     def save_shard(self, i: int, z: Float32[np.ndarray, "rows input_dim"]) -> None:
         """Write shard `i`."""
-        self._write(self._shard(i), lambda file: np.save(file, z, allow_pickle=False))
+        self._write(self._shard(i), z)
 
     def stats(self) -> tuple[Float32[np.ndarray, " input_dim"], Float32[np.ndarray, " input_dim"]]:
         """Mean and std, as `save_stats` had them."""
-        mean, std = np.load(self.path / "stats.npy", allow_pickle=False)
+        mean, std = _loaded(self.path / "stats.npy")
         return mean, std
 
     def save_stats(self, mean: np.ndarray, std: np.ndarray) -> None:
         """Write mean and std as float32."""
-        both = np.stack([mean, std]).astype(np.float32)
-        self._write(self.path / "stats.npy", lambda file: np.save(file, both, allow_pickle=False))
+        self._write(self.path / "stats.npy", np.stack([mean, std]).astype(np.float32))
 
-    def _shard(self, i: int) -> Path:
+    def _shard(self, i: int) -> Place:
         return self.path / f"shard-{i:05d}.npy"
 
-    def _write(self, file: Path, write: Callable[[BinaryIO], object]) -> None:
-        part = file.with_name(f".{file.name}.{uuid.uuid4().hex}.part")
+    def _write(self, file: Place, array: np.ndarray) -> None:
         try:
-            with open(part, "wb") as opened:
-                write(opened)
-            os.replace(part, file)
+            if file.is_remote:
+                content = io.BytesIO()
+                np.save(content, array, allow_pickle=False)
+                file.write(content.getbuffer())
+                return
+            part = file.path.with_name(f".{file.name}.{uuid.uuid4().hex}.part")
+            try:
+                with open(part, "wb") as opened:
+                    np.save(opened, array, allow_pickle=False)
+                os.replace(part, file.path)
+            finally:
+                part.unlink(missing_ok=True)
         except OSError as error:
-            part.unlink(missing_ok=True)
             # numpy reports a short write, which is a full disk, without the system's word for it.
-            reason = error.strerror or f"no space left ({error})"
+            short = "requested" in str(error) and "written" in str(error)
+            reason = f"no space left ({error})" if short else error.strerror or str(error)
             raise SweepError(f"storage: {file} cannot be written: {reason}") from None
+
+
+def _loaded(file: Place) -> np.ndarray:
+    array: np.ndarray = np.load(io.BytesIO(file.read()) if file.is_remote else file.path, allow_pickle=False)
+    return array

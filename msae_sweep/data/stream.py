@@ -86,6 +86,9 @@ class StreamedBatches(Batches):
         other.batch_size = batch_size
         return other
 
+    def expect(self, epoch: int, seed: int) -> None:
+        """Nothing: the next epoch's first windows are gathered while this one's last are used, whoever asks."""
+
     def windows(self, epoch: int, seed: int) -> Generator[Window, None, None]:
         """See `Batches`."""
         size = self._whole_window()

@@ -32,6 +32,9 @@ class Batches(Protocol):
     def windows(self, epoch: int, seed: int) -> Generator[Window, None, None]:
         """The rows of one epoch, shuffled: full batches only; depends on `epoch` and `seed` alone."""
 
+    def expect(self, epoch: int, seed: int) -> None:
+        """Draw now what `windows(epoch, seed)` will need, where that can be done ahead."""
+
     def pieces(self) -> Generator[Tensor, None, None]:
         """Every row once, in order, in contiguous pieces as large as the device holds at once.
 

@@ -25,7 +25,7 @@ from msae_sweep.go import draw
 from msae_sweep.go.board import N_POINTS, PASS
 from msae_sweep.go.draw import Diagram, LatentDiagrams
 from msae_sweep.go.leela import Network, Precision
-from msae_sweep.go.pipeline import BATCH, Picked, read_all, run
+from msae_sweep.go.pipeline import BATCH, Boards, Picked, read_all, run, unpacked
 from msae_sweep.go.plan import CHUNK_POSITIONS, Sampling, cut
 from msae_sweep.go.planes import planes, replay
 from msae_sweep.go.progress import Progress
@@ -292,11 +292,11 @@ class _Codes:
         pre_acts = N_POINTS * file.model.hidden_dim
         self.batch = max(1, min(BATCH[self.device.type], _PRE_ACTS // pre_acts))
 
-    def activations(self, batch: dict[str, np.ndarray], part: slice) -> Float[Tensor, "rows filters"]:
+    def activations(self, chunk: Boards, part: slice) -> Float[Tensor, "rows filters"]:
         """The block's activations, float32, 361 rows a position from the top left."""
         block, bottom = self.settings.block, self.settings.first_row == "bottom"
-        boards = torch.tensor(batch["boards"][part].reshape(-1, 8, N_POINTS)).to(self.device)
-        black_to_move = torch.tensor(batch["black_to_move"][part]).to(self.device)
+        boards = torch.tensor(chunk.boards[part]).to(self.device)
+        black_to_move = torch.tensor(chunk.black_to_move[part]).to(self.device)
         x = planes(boards, black_to_move, self.network.choice.dtype)
         tapped = self.network(x.flip(2) if bottom else x, (block,), heads=False).activations[block]
         tapped = tapped.flip(2) if bottom else tapped
@@ -318,13 +318,14 @@ class _Maxima(_Codes):
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """One chunk."""
-        n, hidden_dim = len(batch["ply"]), self.model.sae.hidden_dim
+        chunk = unpacked(batch)
+        n, hidden_dim = len(chunk.ply), self.model.sae.hidden_dim
         found: list[Strongest] = []
         firing: list[Firing] = []
         for part in self.parts(n):
-            values, indices = self.model.encode_sparse(self.activations(batch, part), self.settings.k)
+            values, indices = self.model.encode_sparse(self.activations(chunk, part), self.settings.k)
             largest, fired = maxima(values, indices, hidden_dim)
-            game_id, ply = (torch.tensor(batch[name][part]).to(self.device) for name in ("game_id", "ply"))
+            game_id, ply = (torch.tensor(ids[part]).to(self.device) for ids in (chunk.game_id, chunk.ply))
             found.append(strongest(largest, game_id, ply.long(), self.settings.top))
             firing.append(fired)
         best, total = found[0], firing[0]
@@ -343,13 +344,13 @@ class _Maps(_Codes):
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """One chunk."""
-        found = {}
-        for part in self.parts(len(batch["ply"])):
-            values, indices = self.model.encode_sparse(self.activations(batch, part), self.settings.k)
-            places = list(zip(batch["game_id"][part].tolist(), batch["ply"][part].tolist(), strict=True))
+        found, chunk = {}, unpacked(batch)
+        for part in self.parts(len(chunk.ply)):
+            values, indices = self.model.encode_sparse(self.activations(chunk, part), self.settings.k)
+            places = list(zip(chunk.game_id[part].tolist(), chunk.ply[part].tolist(), strict=True))
             for number, place in enumerate(places):
                 rows = slice(number * N_POINTS, (number + 1) * N_POINTS)
                 for latent in self.wanted[place]:
                     acts = torch.where(indices[rows] == latent, values[rows], 0).sum(dim=1)
                     found[(latent, *place)] = acts.cpu().numpy()
-        return self.answer(len(batch["ply"]), found)
+        return self.answer(len(chunk.ply), found)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import msae_sweep
 from msae_sweep.errors import ConfigError, DataError
-from msae_sweep.go.board import N_POINTS, SIZE
+from msae_sweep.go.board import SIZE
 from msae_sweep.go.leela import Network, Precision, gather_points, spatial_mean
 from msae_sweep.go.output import FORMATS, INDEX, OutputFolder
-from msae_sweep.go.pipeline import BATCH, Games, read_all, run
+from msae_sweep.go.pipeline import BATCH, Boards, Games, read_all, run, unpacked
 from msae_sweep.go.plan import Sampling, cut, games_sha256
 from msae_sweep.go.planes import planes
 from msae_sweep.go.progress import Progress
@@ -213,12 +213,11 @@ class _Taps:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Compute and write one chunk; what it returns is said when the files are there."""
-        number = int(batch["number"][0])
-        assert (batch["number"] == number).all(), "a block holds one chunk"
-        points = batch["points"]
+        chunk = unpacked(batch)
+        points = chunk.points
         with self.turn:
             before, began = self.ended, self._mark()
-            rows, sums = self._activations(batch)
+            rows, sums = self._activations(chunk)
             computed = self._mark()
             rows, sums = self._on_host(rows), self._on_host(sums)
             copied = self.ended = self._mark()
@@ -228,12 +227,12 @@ class _Taps:
         for block, (_, squares) in sums.items():
             if not squares.isfinite().all():
                 raise DataError(f"block {block}: an activation exceeds {self.settings.dtype}; write --dtype float32")
-        index = {name: np.repeat(batch[name], points.shape[1]) for name in INDEX if name != "point"}
+        index = {name: np.repeat(getattr(chunk, name), points.shape[1]) for name in INDEX if name != "point"}
         index |= {"ply": index["ply"].astype(np.int32), "point": points.reshape(-1)}
-        self.folder.write_chunk(number, _arrays(rows), _arrays(sums), index)
+        self.folder.write_chunk(chunk.number, _arrays(rows), _arrays(sums), index)
         choice = self.network.choice
         seconds = Seconds(
-            boards=float(batch["seconds"][0]),
+            boards=chunk.seconds,
             waiting=_seconds(before, began),
             network=_seconds(began, computed),
             copying=_seconds(computed, copied),
@@ -245,15 +244,15 @@ class _Taps:
             **{name: [value] for name, value in seconds._asdict().items()},
         }
 
-    def _activations(self, batch: dict[str, np.ndarray]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _activations(self, chunk: Boards) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Every block's rows [positions · points, filters] in the type of the files; their sum and that of squares."""
         blocks, dtype = self.settings.blocks, getattr(torch, self.settings.dtype)
         parts: dict[int, list[Tensor]] = {block: [] for block in blocks}
-        for start in range(0, len(batch["number"]), BATCH[self.device.type]):
+        for start in range(0, len(chunk.boards), BATCH[self.device.type]):
             part = slice(start, start + BATCH[self.device.type])
-            boards = self._on_device(batch["boards"][part].reshape(-1, 8, N_POINTS))
-            x = planes(boards, self._on_device(batch["black_to_move"][part]), self.network.choice.dtype)
-            points = self._on_device(batch["points"][part])
+            boards = self._on_device(chunk.boards[part])
+            x = planes(boards, self._on_device(chunk.black_to_move[part]), self.network.choice.dtype)
+            points = self._on_device(chunk.points[part])
             if self.settings.first_row == "bottom":
                 x = x.flip(2)
                 points = (SIZE - 1 - points // SIZE) * SIZE + points % SIZE

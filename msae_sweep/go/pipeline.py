@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import ray
-from jaxtyping import Int64
+from jaxtyping import Bool, Int8, Int16, Int64
 from ray.data import DataContext
 
 from msae_sweep.errors import DataError, MsaeSweepError
@@ -42,6 +42,22 @@ class Picked(NamedTuple):
     def plies(self, _: Sampling) -> Iterator[tuple[Game, Int64[np.ndarray, " plies"]]]:
         """The positions, game by game."""
         yield from self.picks
+
+
+class Boards(NamedTuple):
+    """A chunk's positions, as the network's planes are made of them."""
+
+    number: int
+    """The chunk's."""
+    seconds: float
+    """Of CPU that they took."""
+    boards: Int8[np.ndarray, "positions 8 361"]
+    black_to_move: Bool[np.ndarray, " positions"]
+    points: Int16[np.ndarray, "positions points"]
+    """Of the board, that are asked for."""
+    ply: Int64[np.ndarray, " positions"]
+    game_id: Int64[np.ndarray, " positions"]
+    position_id: Int64[np.ndarray, " positions"]
 
 
 class Games(NamedTuple):
@@ -170,8 +186,11 @@ def run(
     n_gpus = int(ray.cluster_resources().get("GPU", 0))
     n_cpus = int(ray.cluster_resources()["CPU"])
     # Of three chunks in a GPU's actor one is computed, one queued behind it, and one written.
-    gpu = {"num_gpus": 1, "num_cpus": 1, "max_concurrency": 3}
-    resources = gpu if n_gpus else {"num_cpus": max(0.5, n_cpus - 0.5)}
+    threads = 3 if n_gpus else 1
+    resources = {"num_gpus": 1, "num_cpus": 1} if n_gpus else {"num_cpus": max(0.5, n_cpus - 0.5)}
+    pool = ray.data.ActorPoolStrategy(
+        size=max(1, n_gpus), max_concurrent_calls_per_actor=threads, enable_true_multi_threading=True
+    )
     _be_quiet()
     try:
         positions = ray.data.from_items(
@@ -180,12 +199,10 @@ def run(
         results = positions.map_batches(
             actor,
             fn_constructor_args=arguments,
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=max(1, n_gpus), enable_true_multi_threading=True),
+            batch_size=1,  # a chunk: Ray wants a number where there are GPUs
+            compute=pool,
             **resources,
         )
-        # A chunk's boards stay one block; 2048 positions are 6 MB.
-        results.context.target_max_block_size = 1 << 30
         yield from results.iter_rows()
     except ray.exceptions.RayTaskError as error:
         # Ours are raised as they were in the worker, whose trace would only hide them.
@@ -194,14 +211,17 @@ def run(
         raise
 
 
-def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, np.ndarray]:
-    """A chunk → boards of all its positions, and what stands in the index beside them."""
+def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, list[bytes]]:
+    """A chunk → a row with the boards of all its positions, and what stands in the index beside them; see `unpacked`.
+
+    2048 positions are 6 MB.
+    """
     started = time.perf_counter()
     chunk: Chunk | Picked = pickle.loads(batch["chunk"][0])
     columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for game, plies in chunk.plies(sampling):
         seen = replay(game, plies)
-        columns["boards"].append(seen.boards.reshape(len(plies), -1))
+        columns["boards"].append(seen.boards)
         columns["black_to_move"].append(seen.black_to_move)
         columns["points"].append(points_of(game, plies, sampling))
         columns["ply"].append(plies)
@@ -209,7 +229,14 @@ def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, np.nda
     found = {name: np.concatenate(parts) for name, parts in columns.items()}
     n = len(found["ply"])
     assert n == chunk.n_positions, f"chunk {chunk.number}: {n} positions, planned {chunk.n_positions}"
-    found["number"] = np.full(n, chunk.number)
-    found["position_id"] = np.arange(chunk.first_position, chunk.first_position + n)
-    found["seconds"] = np.full(n, time.perf_counter() - started)
-    return found
+    position_id = np.arange(chunk.first_position, chunk.first_position + n)
+    seconds = time.perf_counter() - started
+    return {"boards": [pickle.dumps(Boards(chunk.number, seconds, **found, position_id=position_id))]}
+
+
+def unpacked(batch: dict[str, np.ndarray]) -> Boards:
+    """What `boards` packed into a row."""
+    (packed,) = batch["boards"]
+    boards = pickle.loads(packed)
+    assert isinstance(boards, Boards)
+    return boards

@@ -49,18 +49,22 @@ def write(
     for name, block in blocks.items():
         if (best := best_entry(block)) is None:
             continue
-        model = modelfile.load(folder.model_file(best["trial_id"]))
+        file = folder.fetch(folder.model_file(best["trial_id"]))
+        assert file is not None, f"{best['trial_id']} ended without a model"
+        model = modelfile.load(file)
         if config.data.path == "planted":
             dictionary = planted.true_dictionary(config.data.planted, int(name.removeprefix("block")))
             block["dictionary_recovery"] = planted.recovery(model.model.W_dec.detach().numpy(), model.std, dictionary)
         histories[name] = {**model.history, "best_epoch": best["best_epoch"]}
         target = folder.path / "models" / f"msae_{name}.pt"
-        folder.write(target, partial(shutil.copyfile, folder.model_file(best["trial_id"])))
+        folder.write(target, partial(shutil.copyfile, file))
         modelfile.save_safetensors(model, target.with_suffix(".safetensors"))
+        folder.written(target.with_suffix(".safetensors"), target.with_suffix(".json"))
     if histories:
         figure = folder.path / "figures" / "msae_training.png"
         figure.parent.mkdir(exist_ok=True)
         training_figure(histories, figure)
+        folder.written(figure)
     folder.write_text(folder.path / "results" / "reconstruction.json", json.dumps(reconstruction(summary), indent=2))
     folder.write_text(folder.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
     return summary

@@ -37,16 +37,14 @@ class FusedEngine:
         self.step = steps.get(shape, state.samples_since_fired.device)
         self._set_hyperparameters(shape)
         self._take_state()
+        self._longest_silent = int(state.samples_since_fired.max())
 
     def train_epoch(self, train: Batches, epoch: int, learning_rates: Sequence[float]) -> EpochResult:
         """See `Engine`."""
         step, state = self.step, self.state
         schedule = _schedule(learning_rates, state.step, self.config)
-        # Anew every epoch, so that one that follows a saved state begins as one that follows another.
-        step.copy_weights()
         step.hyper.totals.zero_()
         step.fired.zero_()
-        longest_silent = int(state.samples_since_fired.max())
         done = 0
         for rows, order in train.windows(epoch, state.seed):
             step.set_window(rows, order)
@@ -54,15 +52,21 @@ class FusedEngine:
                 if done % SCHEDULE_STEPS == 0:
                     step.set_schedule(schedule[done : done + SCHEDULE_STEPS])
                 # Nobody can be dead before the latent that has been silent longest is; then the device decides.
-                step.train(dead_possible=longest_silent + done * self.batch_size >= self.dead_after_samples)
+                step.train(dead_possible=self._longest_silent + done * self.batch_size >= self.dead_after_samples)
                 done += 1
         step.forget_window()
         assert done == len(learning_rates), f"{done} batches, {len(learning_rates)} expected"
         state.step += done
         self._hand_back()
+        # Anew every epoch, so that one that follows a saved state begins as one that follows another.
+        step.copy_weights()
         hidden_dim = state.model.hidden_dim
-        fired = step.fired[:hidden_dim].sum().double().reshape(1)
-        main, aux, n_fired = torch.cat([step.hyper.totals, fired]).tolist()
+        counts = torch.stack([step.fired[:hidden_dim].sum(), state.samples_since_fired.max()])
+        if epoch < self.config.epochs:
+            # Before the host waits for the device: after that the device would wait for the host.
+            train.expect(epoch + 1, state.seed)
+        main, aux, n_fired, longest_silent = torch.cat([step.hyper.totals, counts.double()]).tolist()
+        self._longest_silent = int(longest_silent)
         return EpochResult(
             train_loss=(main + self.config.aux_coefficient * aux) / done,
             aux_loss=aux / done,
@@ -109,6 +113,7 @@ class FusedEngine:
                 _inner(moments.square, parameter).copy_(saved["exp_avg_sq"])
         step.samples_since_fired.zero_()
         step.samples_since_fired[: state.model.hidden_dim].copy_(state.samples_since_fired)
+        step.copy_weights()
 
     @torch.no_grad()
     def _hand_back(self) -> None:

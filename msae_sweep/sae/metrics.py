@@ -22,7 +22,7 @@ class SplitMetrics:
     def __init__(self, k_levels: Sequence[int], input_dim: int, total_variance: float, device: torch.device) -> None:
         """`total_variance` is the denominator, Σ‖x − x̄‖²."""
         self.k_levels, self.input_dim, self.total_variance = tuple(k_levels), input_dim, total_variance
-        self._dtype = _sum_dtype(device)
+        self._dtype = sum_dtype(device)
         self._n_rows = 0
         self._squared_error = torch.zeros(len(self.k_levels), dtype=self._dtype, device=device)
         self._active = torch.zeros(len(self.k_levels), dtype=torch.int64, device=device)
@@ -64,7 +64,7 @@ def total_variance(batches: Iterable[Float[Tensor, "batch input_dim"]]) -> float
     for x in batches:
         if not n_rows:
             origin = x[:1].clone()
-            sums, squares = (torch.zeros(x.shape[1], dtype=_sum_dtype(x.device), device=x.device) for _ in range(2))
+            sums, squares = (torch.zeros(x.shape[1], dtype=sum_dtype(x.device), device=x.device) for _ in range(2))
         shifted = (x - origin).to(sums.dtype)
         n_rows += len(x)
         sums += shifted.sum(dim=0)
@@ -72,7 +72,8 @@ def total_variance(batches: Iterable[Float[Tensor, "batch input_dim"]]) -> float
     return (squares - sums.square() / n_rows).sum().item()
 
 
-def _sum_dtype(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The type of sums over many rows: float64, but MPS has none."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

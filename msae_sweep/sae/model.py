@@ -126,6 +126,10 @@ class StandardisedMSAE(nn.Module):
         x_hat: Tensor = self.sae((activations - self.mean) / self.std)
         return x_hat * self.std + self.mean
 
+    def decode(self, latents: Float[Tensor, "batch hidden_dim"]) -> Float[Tensor, "batch input_dim"]:
+        """Raw activations from latents."""
+        return self.sae.decode(latents) * self.std + self.mean
+
 
 @torch.no_grad()
 def geometric_median(

@@ -1,6 +1,8 @@
 """Model files: the notebook's `msae_block{B}.pt`, and the same as safetensors with JSON beside it."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ class ModelFile(NamedTuple):
     model: MSAE
     mean: Float32[np.ndarray, " input_dim"]
     std: Float32[np.ndarray, " input_dim"]
+    """Never 0: a channel that was constant in training data has 1, whoever wrote the file."""
     history: dict[str, Any]
 
     def standardised(self) -> StandardisedMSAE:
@@ -42,6 +45,9 @@ def save(file: ModelFile, path: str | Path) -> None:
 def load(path: str | Path) -> ModelFile:
     """Read the notebook's format without running any code from it (`weights_only`).
 
+    Its tensors may have other names and orientations than ours: they are told by their shapes, and the encoder from the
+    decoder by `enc` or `dec` in its name.
+
     Raises:
         DataError: not such a file, or it holds anything but tensors, arrays, numbers and text.
     """
@@ -52,24 +58,28 @@ def load(path: str | Path) -> ModelFile:
         raise DataError(f"{path}: no such model file") from None
     except Exception as error:
         # torch raises a different type for each way in which a file can be foreign.
-        raise DataError(f"{path}: not a model file that can be read safely: {str(error).splitlines()[0]}") from None
+        # Its first line advises to switch the safety off.
+        unknown, told = re.search(r"GLOBAL (\S+)", str(error)), re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        reason = f"it holds {unknown[1]}" if unknown else (told[1] if told else str(error).splitlines()[0])
+        raise DataError(f"{path}: not a model file that can be read safely: {reason}") from None
     try:
         model = MSAE(**raw["config"])
-        model.load_state_dict(raw["model_state_dict"])
+        model.load_state_dict(_our_tensors(raw["model_state_dict"], model))
         normalization = raw["normalization"]
-        return ModelFile(model, normalization["mean"], normalization["std"], raw["history"])
+        mean, std = (_statistics(normalization[name], model.input_dim) for name in ("mean", "std"))
+        return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), _plain(raw["history"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: not an MSAE model file: {str(error).splitlines()[0]}") from None
 
 
 def save_safetensors(file: ModelFile, path: str | Path) -> None:
     """Write tensors with mean and std as safetensors, and config with history as `.json` beside it."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save as serialise
 
     path = Path(path)
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in file.model.state_dict().items()}
     tensors |= {"normalization.mean": np.asarray(file.mean), "normalization.std": np.asarray(file.std)}
-    save_file(tensors, path)
+    path.write_bytes(serialise(tensors))
     beside = {"config": file.model.config, "history": file.history}
     path.with_suffix(".json").write_text(json.dumps(beside, indent=2), encoding="utf-8")
 
@@ -88,16 +98,68 @@ def load_safetensors(path: str | Path) -> ModelFile:
         tensors = load_file(path)
         beside = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         model = MSAE(**beside["config"])
-        mean, std = tensors.pop("normalization.mean"), tensors.pop("normalization.std")
+        mean, std = (_statistics(tensors.pop(f"normalization.{n}"), model.input_dim) for n in ("mean", "std"))
         model.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path}: not a safetensors model with its .json: {str(error).splitlines()[0]}") from None
-    return ModelFile(model, mean, std, beside["history"])
+    return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), beside["history"])
+
+
+def _statistics(values: Any, input_dim: int) -> Float32[np.ndarray, " input_dim"]:
+    array = np.asarray(values, dtype=np.float32).reshape(-1)
+    if array.shape != (input_dim,) or not np.isfinite(array).all():
+        raise ValueError(f"normalization of shape {array.shape}; must be {input_dim} finite numbers")
+    return array
+
+
+def _our_tensors(tensors: Any, model: MSAE) -> dict[str, torch.Tensor]:
+    """The model's parameters among the tensors of another class with the same arithmetic.
+
+    Raises:
+        ValueError: there is not one encoder, one decoder and one bias of input_dim, or a bias on latents.
+    """
+    own = model.state_dict()
+    if set(tensors) == set(own):
+        return dict(tensors)
+    hidden_dim, input_dim = own["W_enc"].shape
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in own}
+    for name, tensor in tensors.items():
+        shape, word = tuple(tensor.shape), name.lower()
+        if sorted(shape) == sorted((hidden_dim, input_dim)) and hidden_dim != input_dim:
+            part = "W_dec" if "dec" in word else "W_enc" if "enc" in word else name
+            found.setdefault(part, []).append(tensor if shape == (hidden_dim, input_dim) else tensor.T.contiguous())
+        elif shape == (input_dim,):
+            found["pre_bias"].append(tensor)
+        elif shape == (hidden_dim,) and ("bias" in word or word.startswith("b_")) and tensor.any():
+            raise ValueError(f"{name} is a bias on latents, which an MSAE has not")
+        # Anything else counts or caches something in training.
+    if set(found) != set(own) or any(len(candidates) != 1 for candidates in found.values()):
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"cannot tell encoder, decoder and pre_bias among {shapes}")
+    return {name: candidates[0] for name, candidates in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, lists and dicts of Python's own, which JSON takes."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value
 
 
 def _numpy_globals() -> list[Any]:
-    reconstruct = np.zeros(1).__reduce__()[0]
+    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     # Files written under numpy 1 and numpy 2 name the same function by two paths.
-    names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+    paths = ("numpy.core.multiarray", "numpy._core.multiarray")
+    functions = [
+        (f, f"{path}.{name}") for f, name in ((reconstruct, "_reconstruct"), (scalar, "scalar")) for path in paths
+    ]
     dtypes = [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int64)]
-    return [*((reconstruct, name) for name in names), np.ndarray, np.dtype, *dtypes]
+    # A history that was collected in a defaultdict(list) becomes a dict: torch fills no other kind.
+    collected = [(_empty_dict, "collections.defaultdict"), (list, "builtins.list")]
+    return [*functions, np.ndarray, np.dtype, *dtypes, *collected]
+
+
+def _empty_dict(*_: Any) -> dict[Any, Any]:
+    return {}

@@ -23,6 +23,9 @@ class Batches(Protocol):
     def windows(self, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch's rows [n, input_dim] and their order [m], m a multiple of batch_size; window after window."""
 
+    def expect(self, epoch: int, seed: int) -> None:
+        """Draw now what `windows(epoch, seed)` will need, where that can be done ahead."""
+
     def epoch(self, epoch: int, seed: int) -> Iterator[Tensor]:
         """The same as full batches [batch_size, input_dim]."""
 

@@ -117,9 +117,9 @@ class Monitor(tune.Callback):  # type: ignore[misc]
 
     def _write_end(self, record: TrialRecord, tags: dict[str, str]) -> None:
         """In the scribe's thread. What is said last is what a resumed sweep goes by, so all else comes before it."""
-        model = self._folder.model_file(record.trial_id)
-        has_model = model.exists() and record.status in ("completed", "stopped_early")
-        if has_model:
+        ended_well = record.status in ("completed", "stopped_early")
+        model = self._folder.fetch(self._folder.model_file(record.trial_id)) if ended_well else None
+        if model is not None:
             self._folder.make_durable(model)
         # The journal before the record: a trial whose record says that it ended is never spoken of again, while saying
         # twice that it ended changes nothing.
@@ -128,12 +128,12 @@ class Monitor(tune.Callback):  # type: ignore[misc]
             status=record.status,
             reason=record.reason,
             best=record.best,
-            model_file=model if has_model else None,
+            model_file=model,
             tags=tags,
         )
         self._folder.save_record(record)
         if record.status != "failed":  # a failed trial is tried again by a resumed sweep, from where it was
-            self._folder.state_file(record.trial_id).unlink(missing_ok=True)
+            self._folder.remove(self._folder.state_file(record.trial_id))
         self._display.trial_ended(record)
 
 

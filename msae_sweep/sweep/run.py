@@ -15,6 +15,7 @@ from rich.console import Console
 import msae_sweep
 from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data import shards
+from msae_sweep.data.source import BlockInfo
 from msae_sweep.errors import ConfigError, DeviceError, SweepError
 from msae_sweep.results import finish
 from msae_sweep.results.folder import SweepFolder
@@ -62,9 +63,17 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     connect()
     gpus = _gpus_per_trial(config)
     folder.create()
+    with folder.driven():
+        return _drive(config, folder, infos, gpus, command, console)
+
+
+def _drive(
+    config: SweepConfig, folder: SweepFolder, infos: list[BlockInfo], gpus: float, command: str, console: Console
+) -> SweepResult:
+    """From a folder that can be written to a finished comparison."""
     identity = _identity(folder, config, command)
     # Connecting to MLflow takes seconds; the preparation gives it time.
-    tracker = Tracker.start(folder.path, config.tracking, sweep_id=identity["sweep_id"])
+    tracker = Tracker.start(folder.path, config.tracking, sweep_id=identity["sweep_id"], shared=folder)
     if not folder.exists():
         folder.clear_trials()
     preparation = Preparation(config, infos, lambda line: console.print(line, highlight=False))
@@ -107,6 +116,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     )
     if (pending := tracker.status.pending) > 1:
         console.print(f"sending the last {pending} events to MLflow", highlight=False)
+    folder.flush()
     return SweepResult(folder, summary, tracker.close(timeout_seconds=FLUSH_SECONDS), interrupted)
 
 
@@ -117,20 +127,24 @@ def load_config(sweep: str | Path, tracking_uri: str | None = None) -> SweepConf
         SweepError: no sweep there.
         ConfigError: its tracking URI had a password, which is not kept, and none is given.
     """
-    folder = SweepFolder(sweep)
+    return config_of(SweepFolder.at(sweep), tracking_uri)
+
+
+def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConfig:
+    """`load_config` of a folder that is there already."""
     if not folder.exists():
-        raise SweepError(f"{sweep}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
-    config = parse(folder.config_file.read_text(encoding="utf-8"), source=str(folder.config_file))
+        raise SweepError(f"{folder}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
+    config = parse(folder.config_file.read_text(encoding="utf-8"), source=f"{folder}/sweep.yaml")
     uri = tracking_uri or config.tracking.uri
     if uri and uri != tracking_uri and "***" in uri:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             raise ConfigError(
-                f"tracking.uri: the password of {config.tracking.uri} is not kept in {folder.config_file}; "
+                f"tracking.uri: the password of {config.tracking.uri} is not kept in {folder}/sweep.yaml; "
                 "give --tracking-uri or MLFLOW_TRACKING_URI"
             )
     # The folder may have been moved, or mounted elsewhere, since.
-    moved = {"storage": str(folder.path.parent), "name": folder.path.name}
+    moved = {"storage": folder.storage, "name": folder.name}
     return config.model_copy(update={**moved, "tracking": config.tracking.model_copy(update={"uri": uri})})
 
 
@@ -166,7 +180,7 @@ def _with_whole_paths(config: SweepConfig) -> SweepConfig:
 
 def _check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
     """A resumed sweep must ask what it asked before; where it runs and who tracks it may change."""
-    before = load_config(folder.path)
+    before = config_of(folder)
     for section in ("data", "space", "training", "search", "asha"):
         old, new = (_flatten({section: c.model_dump(mode="json")[section]}) for c in (before, config))
         for key in sorted(old.keys() | new.keys()):

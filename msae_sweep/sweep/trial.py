@@ -16,6 +16,7 @@ meanwhile stands: the records keep it, and the scheduler judges by the first wor
 """
 
 import contextlib
+import io
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -183,13 +184,13 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         train, validation = self._load_data(device)
         input_dim = self._prepared[self._block].input_dim
         assert self._training.seed is not None, "the driver gives every trial its seed"
-        saved = self._folder.state_file(self._trial_id)
-        fresh = not saved.exists()
+        saved = self._folder.read(self._folder.state_file(self._trial_id))
+        fresh = saved is None
         self._state = TrainState.create(
             self._training, input_dim, seed=self._training.seed, device=device, train=train if fresh else None
         )
-        if not fresh:
-            raw = torch.load(saved, map_location="cpu", weights_only=True)
+        if saved is not None:
+            raw = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
             self._seconds = raw["seconds"]
             self._state.load_state_dict(raw["train_state"])
         self._progress = fit(self._state, train, validation, self._training, self._steps)

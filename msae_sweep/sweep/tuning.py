@@ -124,7 +124,7 @@ class Tuning:
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(self._folder.path),
+                **self._folder.tune_storage,
                 # A finished trial's model lies in the sweep folder; Tune would ask the worker for one more checkpoint.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=resources.max_failures),

@@ -6,16 +6,20 @@ when it is loaded, and only works where this package is installed.
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from msae_sweep.errors import MsaeSweepError, TrackingError
+from msae_sweep.sae import modelfile
 from msae_sweep.sae.modelfile import ModelFile
-from msae_sweep.track.connection import is_code
+from msae_sweep.track.connection import connect, is_code, one_line
+from msae_sweep.track.uri import redact, resolve_uri
 
 NAME = "model"
 """Name of a trial's logged model: `runs:/{run_id}/model`."""
@@ -93,13 +97,9 @@ def save_model(file: ModelFile, path: Path, *, model_id: str | None = None, run_
     description.save(str(path / "MLmodel"))
 
 
-def register_champion(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> None:
-    """Make `model` a version of `msae-block{B}` and move the alias `champion` to it; a run gets one version only.
-
-    The alias goes to the sweep that finished last, not to the best of all sweeps: R² of other data, splits or levels
-    cannot be compared. Older winners stay as versions, with their sweep and R² as tags.
-    """
-    name = f"msae-block{block}"
+def register(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> str:
+    """Make `model` a version of `msae-block{B}` and return its number; a run gets one version only."""
+    name = registered_name(block)
     try:
         client.create_registered_model(name)
     except Exception as error:
@@ -108,19 +108,102 @@ def register_champion(client: Any, model: Any, block: int, tags: Mapping[str, st
     run_id = model.source_run_id
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if versions:
-        number = versions[0].version
-    else:
-        number = client.create_model_version(
-            name,
-            # Not `models:/…`: MLflow would look that up at its global tracking URI, which is not ours to set.
-            model.artifact_location,
-            run_id,
-            tags=dict(tags),
-            await_creation_for=0,
-            model_id=model.model_id,
-        ).version
-        # By this tag the model's page shows where it is registered.
-        client.set_logged_model_tags(
-            model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": number}])}
-        )
-    client.set_registered_model_alias(name, CHAMPION, number)
+        return str(versions[0].version)
+    number = client.create_model_version(
+        name,
+        # Not `models:/…`: MLflow would look that up at its global tracking URI, which is not ours to set.
+        model.artifact_location,
+        run_id,
+        tags=dict(tags),
+        await_creation_for=0,
+        model_id=model.model_id,
+    ).version
+    # By this tag the model's page shows where it is registered.
+    client.set_logged_model_tags(
+        model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": number}])}
+    )
+    return str(number)
+
+
+def register_champion(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> None:
+    """`register`, and move the alias `champion` there.
+
+    The alias goes to the sweep that finished last, not to the best of all sweeps: R² of other data, splits or levels
+    cannot be compared. Older winners stay as versions, with their sweep and R² as tags.
+    """
+    number = register(client, model, block, tags)
+    client.set_registered_model_alias(registered_name(block), CHAMPION, number)
+
+
+def registered_name(block: int) -> str:
+    """Name of a block's registered model."""
+    return f"msae-block{block}"
+
+
+class Fetched(NamedTuple):
+    """A model that MLflow holds."""
+
+    file: ModelFile
+    block: int
+    run_id: str
+
+
+def fetch(model_uri: str, tracking_uri: str | None = None) -> Fetched:
+    """The model that a `models:/…` or `runs:/…` URI names, with its normalisation and history.
+
+    It is read from the notebook's file that lies with the run that made it: an exported graph may hold pickles, and
+    torch runs them when it loads one.
+
+    Args:
+        tracking_uri: as in `resolve_uri`.
+
+    Raises:
+        TrackingError: no store there, no answer from it, or no such model.
+        ConfigError: a tracking URI that MLflow cannot use.
+        DataError: the file is not an MSAE's.
+    """
+    uri = resolve_uri(tracking_uri)
+    require_store(uri)
+    try:
+        client = connect(uri)
+        run_id = _source_run(client, model_uri)
+        files = {int(m[1]): f.path for f in client.list_artifacts(run_id) if (m := _MODEL_FILE.fullmatch(f.path))}
+        if not files:
+            raise TrackingError(f"{model_uri}: run {run_id} has no msae_block….pt; give the run of a finished trial")
+        block, name = files.popitem()
+        with tempfile.TemporaryDirectory() as folder:
+            return Fetched(modelfile.load(client.download_artifacts(run_id, name, folder)), block, run_id)
+    except MsaeSweepError:
+        raise
+    except Exception as error:
+        # Each kind of store has its own errors for a model that is not there and a server that does not answer.
+        raise TrackingError(f"{model_uri}: not to be had from {redact(uri)}: {one_line(error)}") from None
+
+
+_MODEL_FILE = re.compile(r"msae_block(\d+)\.pt")
+
+
+def require_store(uri: str) -> None:
+    """Whether reading from a resolved tracking URI can make sense; connecting would make an empty SQLite file.
+
+    Raises:
+        TrackingError: a SQLite file that is not there.
+    """
+    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if uri.startswith("sqlite:///") and not database.is_file():
+        raise TrackingError(f"{database}: no such MLflow database; give --tracking-uri or MLFLOW_TRACKING_URI")
+
+
+def _source_run(client: Any, model_uri: str) -> str:
+    """The run that made a model."""
+    if match := re.fullmatch(r"runs:/([^/]+)(/.*)?", model_uri):
+        return str(client.get_run(match[1]).info.run_id)
+    if match := re.fullmatch(r"models:/(m-[^/@]+)", model_uri):
+        return str(client.get_logged_model(match[1]).source_run_id)
+    if match := re.fullmatch(r"models:/([^/@]+)@([^/@]+)", model_uri):
+        return str(client.get_model_version_by_alias(match[1], match[2]).run_id)
+    if match := re.fullmatch(r"models:/([^/@]+)/(\d+)", model_uri):
+        return str(client.get_model_version(match[1], match[2]).run_id)
+    raise TrackingError(
+        f"{model_uri}: must be models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-MODEL_ID or runs:/RUN_ID"
+    )

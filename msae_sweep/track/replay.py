@@ -29,7 +29,13 @@ class Replay:
     """Applies events, each as often as may be; the cursor learns which runs there are and which epochs they have."""
 
     def __init__(
-        self, client: Any, runs: Runs, cursor: Cursor, sweep_folder: Path, refused: Callable[[Entry, str, str], None]
+        self,
+        client: Any,
+        runs: Runs,
+        cursor: Cursor,
+        sweep_folder: Path,
+        refused: Callable[[Entry, str, str], None],
+        fetch: Callable[[Path], Path | None],
     ) -> None:
         """Find the runs that the sweep has already.
 
@@ -37,7 +43,7 @@ class Replay:
             refused: told of every part of an event (event, part, reason) that MLflow will never take.
         """
         self._client, self._runs, self._cursor = client, runs, cursor
-        self._folder, self._refused = sweep_folder, refused
+        self._folder, self._refused, self._fetch = sweep_folder, refused, fetch
         if cursor.sweep_id:
             self._find_runs()
 
@@ -122,7 +128,11 @@ class Replay:
         if event["model_file"] is not None:
             with self._part(entry, "model"):
                 on_model = _metrics(scores, time_ms=time_ms, step=step)
-                self._log_model(trial, self._folder / event["model_file"], on_model, step)
+                self._log_model(trial, self._file(event["model_file"]), on_model, step)
+
+    def _file(self, name: str) -> Path:
+        path = self._folder / name
+        return self._fetch(path) or path
 
     def _log_model(self, trial: SentTrial, path: Path, metrics: Sequence[Any], step: int) -> None:
         file = modelfile.load(path)
@@ -142,7 +152,7 @@ class Replay:
         for name in event["artifacts"]:
             folder = Path(name).parent.as_posix()
             with self._part(entry, name):
-                self._client.log_artifact(run_id, str(self._folder / name), None if folder == "." else folder)
+                self._client.log_artifact(run_id, str(self._file(name)), None if folder == "." else folder)
         if register_models:
             for block, trial_id in event["champions"].items():
                 with self._part(entry, f"champion of block {block}"):

@@ -42,12 +42,21 @@ class TrackingStatus(NamedTuple):
 class Sender:
     """Reads the journal behind the cursor and replays it; one at a time for a sweep."""
 
-    def __init__(self, sweep_folder: Path, uri: str, tracking: TrackingConfig, n_events: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        sweep_folder: Path,
+        uri: str,
+        tracking: TrackingConfig,
+        n_events: Callable[[], int],
+        fetch: Callable[[Path], Path | None] = lambda path: path,
+    ) -> None:
         """Connect to nothing yet.
 
         Args:
-            n_events: how many events the journal has.
+            n_events: how many events the journal has that may be sent.
+            fetch: makes a file of the sweep folder be there that may lie elsewhere so far.
         """
+        self._fetch = fetch
         self._folder, self._uri, self._tracking, self._n_events = sweep_folder, uri, tracking, n_events
         self._destination = f"{redact(uri)} {tracking.experiment}"
         self._cursor = self._load_cursor()
@@ -118,7 +127,7 @@ class Sender:
         if self._cursor.run_id and not runs.is_alive(self._cursor.run_id):
             # The database was replaced or the sweep's run deleted: everything has to be sent anew.
             self._cursor = Cursor(self._destination)
-        return Replay(client, runs, self._cursor, self._folder, self._refused)
+        return Replay(client, runs, self._cursor, self._folder, self._refused, self._fetch)
 
     def _load_cursor(self) -> Cursor:
         """The saved cursor, if it is of this destination and of this journal."""
@@ -129,7 +138,10 @@ class Sender:
     def _groups(self) -> Iterator[list[Entry]]:
         """Consecutive events of metrics together, every other event alone."""
         group: list[Entry] = []
+        last = self._n_events()
         for entry in journal.read(self._folder, self._cursor.position, self._cursor.seq):
+            if entry.seq > last:
+                break
             if group and (entry.kind != "metrics" or len(group) >= _MOST_TOGETHER):
                 yield group
                 group = []

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from msae_sweep.config import TrackingConfig
 from msae_sweep.track import journal
@@ -38,6 +38,19 @@ class SyncReport(NamedTuple):
         return f"{line}, {self.refused} refused: see journal/refused.jsonl" if self.refused else line
 
 
+class Shared(Protocol):
+    """A sweep folder that is a copy of one in an object store."""
+
+    def n_events(self, written: int) -> int:
+        """How many of the journal's `written` events the store has."""
+
+    def on_events(self, call: Callable[[], None]) -> None:
+        """Have `call` called when it has more."""
+
+    def fetch(self, path: Path) -> Path | None:
+        """Make a file of the folder be there; None where there is none."""
+
+
 class Tracker:
     """Writes a sweep's journal and has it sent. `start` makes one; it is for one thread, and `close` ends it."""
 
@@ -50,7 +63,9 @@ class Tracker:
         )
 
     @classmethod
-    def start(cls, sweep_folder: Path, tracking: TrackingConfig, *, sweep_id: str) -> "Tracker":
+    def start(
+        cls, sweep_folder: Path, tracking: TrackingConfig, *, sweep_id: str, shared: Shared | None = None
+    ) -> "Tracker":
         """Begin to track a sweep, or go on with one: then with the same folder and `sweep_id`.
 
         Raises:
@@ -60,7 +75,19 @@ class Tracker:
         uri = resolve_uri(tracking.uri)
         sweep_folder = Path(sweep_folder).absolute()
         written = Journal(sweep_folder)
-        tracker = cls(sweep_folder, sweep_id, written, Sender(sweep_folder, uri, tracking, lambda: written.seq))
+        if shared is None:
+            return cls._started(
+                sweep_folder, sweep_id, written, Sender(sweep_folder, uri, tracking, lambda: written.seq)
+            )
+        # What MLflow was told must never be lost, or a resumed sweep would tell it differently.
+        sender = Sender(sweep_folder, uri, tracking, lambda: shared.n_events(written.seq), shared.fetch)
+        tracker = cls._started(sweep_folder, sweep_id, written, sender)
+        shared.on_events(tracker._wake.set)
+        return tracker
+
+    @classmethod
+    def _started(cls, sweep_folder: Path, sweep_id: str, written: Journal, sender: Sender) -> "Tracker":
+        tracker = cls(sweep_folder, sweep_id, written, sender)
         tracker._thread.start()
         return tracker
 
@@ -187,12 +214,14 @@ def sync(
     uri: str | None = None,
     tracking: TrackingConfig | None = None,
     *,
+    fetch: Callable[[Path], Path | None] = lambda path: path,
     on_progress: Callable[[TrackingStatus], None] = lambda status: None,
 ) -> SyncReport:
     """Send what a sweep's journal holds and MLflow has not; may be repeated, also after a driver was killed.
 
     Args:
         uri: where to; as in `resolve_uri`. Another place than before gets the whole sweep.
+        fetch: makes a file of the sweep folder be there that may lie elsewhere so far.
         on_progress: called after every step.
 
     Raises:
@@ -202,7 +231,7 @@ def sync(
     n_events = sum(1 for _ in journal.read(sweep_folder))
     if not n_events:
         return SyncReport(0, 0, 0, "")
-    sender = Sender(sweep_folder, resolve_uri(uri), tracking or TrackingConfig(), lambda: n_events)
+    sender = Sender(sweep_folder, resolve_uri(uri), tracking or TrackingConfig(), lambda: n_events, fetch)
     finish = threading.Event()
     finish.set()
     sender.run(finish, threading.Event(), on_progress)

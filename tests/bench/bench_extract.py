@@ -95,11 +95,11 @@ def stages(games: Path, sampling: Sampling, blocks: tuple[int, ...], filters: in
     per_game = sum(chunk.n_positions for chunk in cut(found, sampling)) / len(found)
     planned = time.perf_counter()
     for chunk in chunks:
-        boards = feeding.boards({"chunk": [pickle.dumps(chunk)]}, sampling)
+        boards = feeding.unpacked(feeding.boards({"chunk": [pickle.dumps(chunk)]}, sampling))
     replayed = time.perf_counter()
     output = OutputFolder(folder / "stages", blocks, ("npy",))
     output.begin({})
-    rows = np.random.default_rng(0).standard_normal((boards["points"].size, filters), np.float32).astype(np.float16)
+    rows = np.random.default_rng(0).standard_normal((boards.points.size, filters), np.float32).astype(np.float16)
     index = {name: np.zeros(len(rows), np.int64) for name in INDEX}
     sums = {block: np.zeros((2, filters)) for block in blocks}
     writing = time.perf_counter()
@@ -107,7 +107,7 @@ def stages(games: Path, sampling: Sampling, blocks: tuple[int, ...], filters: in
         output.write_chunk(chunk.number, dict.fromkeys(blocks, rows), sums, index)
     written = time.perf_counter()
     read, parse = len(records) / (unpacked - started), len(records) / (parsed - unpacked)
-    replay, write = n_positions / (replayed - planned), len(boards["ply"]) * len(chunks) / (written - writing)
+    replay, write = n_positions / (replayed - planned), len(boards.ply) * len(chunks) / (written - writing)
     yield (
         f"one core       reads {read:,.0f} games/s and parses {parse:,.0f}; with {per_game:.0f} positions a game, "
         f"positions/s: read {read * per_game:,.0f}, parsed {parse * per_game:,.0f}, replayed {replay:,.0f}, "

@@ -289,9 +289,22 @@ def test_a_path_may_begin_at_home(tmp_path, rows, monkeypatch):
     assert open_source(DataConfig(path="~/activations")).infos()[5].n_rows == len(rows)
 
 
-def test_a_uri_is_refused(tmp_path):
-    with pytest.raises(DataError, match="s3://bucket/activations is a URI; give a path"):
-        check(DataConfig(path="s3://bucket/activations"), batch_size=10)
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        (
+            "s3://key:hidden@bucket/activations",
+            r"s3://bucket/activations: a URI must not hold credentials; put them into",
+        ),
+        ("s3://bucket/a?access_key=k&secret_key=hidden", "must not hold credentials"),
+        ("ftp://host/activations", "ftp://host: "),
+    ],
+)
+def test_a_uri_with_a_password_or_of_no_store_is_refused_in_one_line_without_the_password(uri, says):
+    with pytest.raises(DataError, match=says) as caught:
+        check(DataConfig(path=uri), batch_size=10)
+    assert "hidden" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_pickled_games_are_never_loaded(tmp_path, rows):

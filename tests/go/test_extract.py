@@ -363,6 +363,32 @@ def test_a_disk_that_fills_up_is_one_line_and_with_room_the_same_command_goes_on
         assert np.array_equal(kept.read(mine).x, whole.read(theirs).x)
 
 
+WITH_A_GPU = """
+import sys
+import ray
+from msae_sweep import cli
+
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+sys.argv[0] = "msae-sweep"
+cli.main()
+"""
+"""Runs a command where Ray knows of a GPU; the network itself runs where torch can."""
+
+
+def test_where_ray_has_gpus_the_same_rows_are_written(extracted, network, records, tmp_path):
+    chosen, _ = extracted
+    command = [
+        sys.executable, "-c", WITH_A_GPU, "extract", "--weights", str(network), "--games", str(records),
+        "--blocks", "1,3", "--out", str(tmp_path / "out"), "--positions-per-game", "5", "--skip-first", "2",
+        "--points", "3", "--dtype", "float32",
+    ]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "Deprecat" not in ran.stderr
+    for name, values in contents(chosen.out, 3).items():
+        np.testing.assert_allclose(values, contents(tmp_path / "out", 3)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_an_output_that_is_a_file_is_refused(network, records, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ConfigError, match="holds no extraction; give another folder"):

@@ -12,6 +12,7 @@ import triton.language as tl
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
+from msae_sweep.sae.kernels.launch import launch
 from msae_sweep.sae.kernels.topk import _bit_number, _count_bits
 from msae_sweep.sae.kernels.words import code_value, high_half, low_half, split_codes
 
@@ -58,12 +59,14 @@ def collect(
 ) -> None:
     """Fill `entries` from what `top_codes` left, clear `holders`, and count who fired."""
     hidden_dim, batch_words = holders.shape
-    _collect[(hidden_dim,)](
+    launch(
+        _collect, (hidden_dim,),
         holders, *entries, samples_since_fired, fired, len(codes), batch_words,
         WORDS=triton.next_power_of_2(batch_words), PART=part,
         num_warps=max(1, min(8, triton.next_power_of_2(batch_words) // 64)),
     )  # fmt: skip
-    _describe[(triton.cdiv(len(entries.packed), 1024),)](
+    launch(
+        _describe, (triton.cdiv(len(entries.packed), 1024),),
         codes, ranks, level_of_rank, entries.packed, entries.cursors, ranks.shape[1], n_levels,
         K_PADDED=codes.shape[1], BLOCK=1024, num_warps=4,
     )  # fmt: skip
@@ -81,7 +84,8 @@ def backward(
     hidden_dim, half = W_dec.shape
     wide = G.numel() >= 2**31
     unroll = max(8, min(32, 1024 // half))
-    _backward[(hidden_dim + len(entries.parts),)](
+    launch(
+        _backward, (hidden_dim + len(entries.parts),),
         *entries, *gradients, G, W_dec, grad_pre, grad_pre.shape[1], hidden_dim,
         HALF=half, N_LEVELS=G.shape[1], PART=part, UNROLL=unroll, WIDE=wide,
         num_warps=max(1, min(16, half * unroll // 1024)),

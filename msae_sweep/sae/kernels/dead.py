@@ -18,6 +18,7 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from msae_sweep.sae.kernels.by_latent import Gradients
+from msae_sweep.sae.kernels.launch import launch
 from msae_sweep.sae.kernels.words import high_half, low_half, pack
 
 TILE = 64
@@ -50,8 +51,16 @@ class AuxHyper(NamedTuple):
 
 def find_dead(samples_since_fired: Int[Tensor, " hidden_dim"], aux: AuxHyper, dead: Dead, hidden_dim: int) -> None:
     """List the dead among the first `hidden_dim` latents."""
-    _find_dead[(1,)](
-        samples_since_fired, aux.dead_after, dead.latents, dead.n_dead, hidden_dim, BLOCK=4096, num_warps=8
+    launch(
+        _find_dead,
+        (1,),
+        samples_since_fired,
+        aux.dead_after,
+        dead.latents,
+        dead.n_dead,
+        hidden_dim,
+        BLOCK=4096,
+        num_warps=8,
     )
 
 
@@ -59,7 +68,8 @@ def select(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: Dead, aux_k: int
     """Codes of the dead latents: the `aux_k` largest positive pre_acts of each row, lowest latent first on ties."""
     batch, hidden_dim = dead.acts.shape
     block = min(1024, hidden_dim)
-    _select[(batch,)](
+    launch(
+        _select, (batch,),
         pre_acts.view(torch.int16), dead.latents, dead.n_dead, dead.acts.view(torch.int16), aux_k,
         HIDDEN_DIM=hidden_dim, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -76,10 +86,11 @@ def residual_gradient(
     """Reconstruct the residual from the dead latents: the loss, and its gradient times the coefficient."""
     batch, n_levels, half = G.shape
     columns = min(64, half)
-    _residual_gradient[(triton.cdiv(batch, TILE), half // columns)](
+    launch(
+        _residual_gradient, (triton.cdiv(batch, TILE), half // columns),
         G, level_scales, last_error, W_dec, aux.coefficient, dead.latents, dead.n_dead, dead.acts, dead.G, dead.losses,
         batch, n_levels, dead.acts.shape[1],
-        HALF=half, ROWS=TILE, COLUMNS=columns, DEPTH=32, PRODUCT=_product_type(W_dec.device), num_warps=4,
+        HALF=half, ROWS=TILE, COLUMNS=columns, DEPTH=64, PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
 
 
@@ -94,15 +105,17 @@ def add_gradients(
     batch = len(dead.G)
     row_tiles = triton.cdiv(batch, TILE)
     columns = min(64, half)
-    _add_pre_gradients[(hidden_dim // TILE, row_tiles)](
+    launch(
+        _add_pre_gradients, (hidden_dim // TILE, row_tiles),
         W_dec, dead.latents, dead.n_dead, dead.acts, dead.G, dead.pre_sums, grad_pre, grad_pre.shape[1],
         batch, hidden_dim,
         HALF=half, ROWS=TILE, LATENTS=TILE, DEPTH=min(64, half), PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
-    _add_decoder_gradients[(hidden_dim // 32, half // columns)](
+    launch(
+        _add_decoder_gradients, (hidden_dim // 32, half // columns),
         dead.latents, dead.n_dead, dead.acts, dead.G, dead.pre_sums, gradients.W_dec, gradients.pre_sum,
         batch, hidden_dim, row_tiles,
-        HALF=half, LATENTS=32, COLUMNS=columns, DEPTH=TILE, PRODUCT=_product_type(W_dec.device), num_warps=4,
+        HALF=half, LATENTS=32, COLUMNS=columns, DEPTH=2 * TILE, PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
 
 

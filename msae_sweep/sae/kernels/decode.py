@@ -3,9 +3,9 @@
 With e_l = x̂_l − x and the weights c_l = 2 α_l / (batch · input_dim), the loss is Σ_l c_l/2 · Σ e_l², and the gradient
 that a latent of group l sees is G_l = Σ_{j≥l} c_j e_j, because it stands in every reconstruction from level l on.
 
-`decode_few` keeps the error of every level in registers, which is right for a handful of levels. `decode_many` knows
-only the last one, and `back_many` walks the ranks back from there: e before rank i is e after it less v_i w_i. Its
-second gather of the decoder costs less than writing and reading the errors of up to 512 levels.
+`decode_few` keeps the error of every level in registers, which is right for a handful of levels. `decode_many` goes to
+the last level and walks the ranks back from there: e before rank i is e after it less v_i w_i. Its second gather of the
+decoder costs less than writing and reading the errors of up to 512 levels.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import triton.language as tl
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
+from msae_sweep.sae.kernels.launch import launch
 from msae_sweep.sae.kernels.words import code_latent, code_value, high_half, low_half, pack, split_codes
 
 FEW_LEVELS = 8
@@ -38,7 +39,8 @@ def decode_few(
     """
     half = W_dec.shape[1]
     n_programs, share = _zeroing(grad_pre, len(codes))
-    _decode_few[(n_programs,)](
+    launch(
+        _decode_few, (n_programs,),
         start, codes, W_dec, level_scales, G, row_loss, last_error, grad_pre.view(torch.int32), grad_pre.numel() // 2,
         len(codes), share,
         HALF=half, K_PADDED=codes.shape[1], LEVELS=tuple(k_levels), UNROLL=16, num_warps=_warps(half),
@@ -50,39 +52,23 @@ def decode_many(
     codes: Int[Tensor, "batch k_padded"],
     W_dec: Int[Tensor, "hidden_dim half"],
     rank_scales: Float[Tensor, " k"],
-    error: Float[Tensor, "batch width"],
+    level_of_rank: Int[Tensor, " k"],
+    G: Int[Tensor, "batch levels half"],
     row_loss: Float[Tensor, " batch"],
     last_error: Float[Tensor, " batch"],
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
-    k: int,
 ) -> None:
-    """The last level's error of every row, the row's loss and Σ e² at the last level; and zero `grad_pre`.
+    """What `decode_few` gives, for any number of levels.
 
     `rank_scales[i]` is c_l where i is the last rank of level l, and 0 elsewhere.
     """
     half = W_dec.shape[1]
     n_programs, share = _zeroing(grad_pre, len(codes))
-    _decode_many[(n_programs,)](
-        start, codes, W_dec, rank_scales, error, row_loss, last_error, grad_pre.view(torch.int32),
-        grad_pre.numel() // 2, len(codes), share,
-        HALF=half, K_PADDED=codes.shape[1], K=k, num_warps=_warps(half),
-    )  # fmt: skip
-
-
-def back_many(
-    error: Float[Tensor, "batch width"],
-    codes: Int[Tensor, "batch k_padded"],
-    W_dec: Int[Tensor, "hidden_dim half"],
-    rank_scales: Float[Tensor, " k"],
-    level_of_rank: Int[Tensor, " k"],
-    G: Int[Tensor, "batch levels half"],
-    k: int,
-) -> None:
-    """G_l of every row as pair words, from the last level's error back."""
-    half = W_dec.shape[1]
-    _back_many[(len(codes),)](
-        error, codes, W_dec, rank_scales, level_of_rank, G, G.shape[1],
-        HALF=half, K_PADDED=codes.shape[1], K=k, num_warps=_warps(half),
+    launch(
+        _decode_many, (n_programs,),
+        start, codes, W_dec, rank_scales, level_of_rank, G, G.shape[1], row_loss, last_error,
+        grad_pre.view(torch.int32), grad_pre.numel() // 2, len(codes), share,
+        HALF=half, K_PADDED=codes.shape[1], K=len(rank_scales), UNROLL=16, num_warps=_warps(half),
     )  # fmt: skip
 
 
@@ -96,7 +82,8 @@ def decode_errors(
 ) -> None:
     """Σ e² of every row at every level, and how many latents are active there: for validation."""
     half = W_dec.shape[1]
-    _decode_errors[(len(codes),)](
+    launch(
+        _decode_errors, (len(codes),),
         start, codes, W_dec, errors, active,
         HALF=half, K_PADDED=codes.shape[1], LEVELS=tuple(k_levels), UNROLL=16, num_warps=_warps(half),
     )  # fmt: skip
@@ -227,7 +214,9 @@ def _decode_many(
     codes,
     W_dec,
     rank_scales,
-    error,
+    level_of_rank,
+    G,
+    n_levels,
     row_loss,
     last_error,
     zero_words,
@@ -237,6 +226,7 @@ def _decode_many(
     HALF: tl.constexpr,
     K_PADDED: tl.constexpr,
     K: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0)
     j = tl.arange(0, HALF)
@@ -245,49 +235,75 @@ def _decode_many(
     low = tl.load(start + far * (2 * HALF) + j)
     high = tl.load(start + far * (2 * HALF) + HALF + j)
     row_codes = codes + far * K_PADDED
-    loss = tl.zeros((HALF,), tl.float32)
-    for i in tl.range(0, K, loop_unroll_factor=8):
-        low, high = _add_one(row_codes, i, W_dec, j, low, high, HALF)
-        loss += tl.load(rank_scales + i) * (low * low + high * high)
-    tl.store(error + far * (2 * HALF) + j, low)
-    tl.store(error + far * (2 * HALF) + HALF + j, high)
-    tl.store(row_loss + row, tl.sum(loss) * 0.5)
+    low, high = _add_ranks(row_codes, W_dec, j, low, high, 0, K, UNROLL, HALF)
     tl.store(last_error + row, tl.sum(low * low + high * high))
+    row_G = G + far * n_levels * HALF
+    loss = tl.zeros((HALF,), tl.float32)
+    g_low = tl.zeros((HALF,), tl.float32)
+    g_high = tl.zeros((HALF,), tl.float32)
+    # What the next four ranks need is asked for before these four are stored: a load behind a store waits for it.
+    value0, word0 = _rank(row_codes, K - 1, W_dec, j, HALF)
+    value1, word1 = _rank(row_codes, K - 2, W_dec, j, HALF)
+    value2, word2 = _rank(row_codes, K - 3, W_dec, j, HALF)
+    value3, word3 = _rank(row_codes, K - 4, W_dec, j, HALF)
+    for i in range(0, K, 4):
+        rank = K - 1 - i
+        next_value0, next_word0 = _rank(row_codes, rank - 4, W_dec, j, HALF)
+        next_value1, next_word1 = _rank(row_codes, rank - 5, W_dec, j, HALF)
+        next_value2, next_word2 = _rank(row_codes, rank - 6, W_dec, j, HALF)
+        next_value3, next_word3 = _rank(row_codes, rank - 7, W_dec, j, HALF)
+        scale = _scale_of(rank, rank_scales)
+        loss += scale * (low * low + high * high)
+        g_low += scale * low
+        g_high += scale * high
+        _store_level(rank, scale, level_of_rank, row_G, j, g_low, g_high, HALF)
+        low -= value0 * low_half(word0)
+        high -= value0 * high_half(word0)
+        scale = _scale_of(rank - 1, rank_scales)
+        loss += scale * (low * low + high * high)
+        g_low += scale * low
+        g_high += scale * high
+        _store_level(rank - 1, scale, level_of_rank, row_G, j, g_low, g_high, HALF)
+        low -= value1 * low_half(word1)
+        high -= value1 * high_half(word1)
+        scale = _scale_of(rank - 2, rank_scales)
+        loss += scale * (low * low + high * high)
+        g_low += scale * low
+        g_high += scale * high
+        _store_level(rank - 2, scale, level_of_rank, row_G, j, g_low, g_high, HALF)
+        low -= value2 * low_half(word2)
+        high -= value2 * high_half(word2)
+        scale = _scale_of(rank - 3, rank_scales)
+        loss += scale * (low * low + high * high)
+        g_low += scale * low
+        g_high += scale * high
+        _store_level(rank - 3, scale, level_of_rank, row_G, j, g_low, g_high, HALF)
+        low -= value3 * low_half(word3)
+        high -= value3 * high_half(word3)
+        value0, word0 = next_value0, next_word0
+        value1, word1 = next_value1, next_word1
+        value2, word2 = next_value2, next_word2
+        value3, word3 = next_value3, next_word3
+    tl.store(row_loss + row, tl.sum(loss) * 0.5)
 
 
 @triton.jit
-def _back_many(
-    error,
-    codes,
-    W_dec,
-    rank_scales,
-    level_of_rank,
-    G,
-    n_levels,
-    HALF: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    K: tl.constexpr,
-):
-    row = tl.program_id(0)
-    j = tl.arange(0, HALF)
-    far = row.to(tl.int64)
-    low = tl.load(error + far * (2 * HALF) + j)
-    high = tl.load(error + far * (2 * HALF) + HALF + j)
-    row_codes = codes + far * K_PADDED
-    row_G = G + far * n_levels * HALF
-    g_low = tl.zeros((HALF,), tl.float32)
-    g_high = tl.zeros((HALF,), tl.float32)
-    for i in tl.range(0, K, loop_unroll_factor=8):
-        rank = K - 1 - i
-        scale = tl.load(rank_scales + rank)
-        g_low += scale * low
-        g_high += scale * high
-        if scale > 0:
-            tl.store(row_G + tl.load(level_of_rank + rank) * HALF + j, pack(g_low, g_high))
-        code = tl.load(row_codes + rank)
-        word = tl.load(W_dec + code_latent(code) * HALF + j)
-        low -= code_value(code) * low_half(word)
-        high -= code_value(code) * high_half(word)
+def _rank(row_codes, rank, W_dec, j, HALF: tl.constexpr):
+    """Value and decoder row of a rank; of one below 0, of which nothing is made, those of rank 0."""
+    code = tl.load(row_codes + tl.maximum(rank, 0))
+    return code_value(code), tl.load(W_dec + code_latent(code) * HALF + j)
+
+
+@triton.jit
+def _scale_of(rank, rank_scales):
+    return tl.load(rank_scales + rank, mask=rank >= 0, other=0.0)
+
+
+@triton.jit
+def _store_level(rank, scale, level_of_rank, row_G, j, g_low, g_high, HALF: tl.constexpr):
+    """Store G where a level ends."""
+    if scale > 0:
+        tl.store(row_G + tl.load(level_of_rank + rank) * HALF + j, pack(g_low, g_high))
 
 
 @triton.jit

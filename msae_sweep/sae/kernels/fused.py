@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from msae_sweep.sae.kernels import by_latent, dead, decode, rows, topk, update
+from msae_sweep.sae.kernels.launch import compiling
 
 # From 3.10 on Triton fuses a product with a sum only if asked; without, steps are slower and have other bits.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -94,7 +95,6 @@ class FusedStep:
             cursors=zeros(2, dtype=int32),
         )
         self.G = zeros(batch, n_levels, half, dtype=int32)
-        self.error = zeros(batch, width) if self.many else self.start
         self.row_loss, self.last_error = zeros(batch), zeros(batch)
         self.gradients = by_latent.Gradients(zeros(hidden, width), zeros(n_parts, width), zeros(hidden), zeros(n_parts))
         self.grad_W_enc = zeros(hidden, width)
@@ -162,6 +162,10 @@ class FusedStep:
         """Compile and capture everything now, on a row of zeros; what the weights were is lost."""
         if self.device.type != "cuda":
             return
+        with compiling(self.device):
+            self._train(None)
+            self._train(self.dead)
+            self._evaluate()
         row = torch.zeros(1, self.shape.input_dim, device=self.device)
         for run in (lambda: self.train(dead_possible=False), lambda: self.train(dead_possible=True), self.evaluate):
             self.set_window(row, None)
@@ -215,12 +219,10 @@ class FusedStep:
             self.fired, len(shape.loss_levels), self.part,
         )  # fmt: skip
         if self.many:
-            k = shape.loss_levels[-1]
             decode.decode_many(
-                self.start, self.codes, self.decoder_copy, self.rank_scales, self.error, self.row_loss,
-                self.last_error, self.grad_pre, k,
+                self.start, self.codes, self.decoder_copy, self.rank_scales, self.level_of_rank, self.G, self.row_loss,
+                self.last_error, self.grad_pre,
             )  # fmt: skip
-            decode.back_many(self.error, self.codes, self.decoder_copy, self.rank_scales, self.level_of_rank, self.G, k)
         else:
             decode.decode_few(
                 self.start, self.codes, self.decoder_copy, self.level_scales, self.G, self.row_loss, self.last_error,

@@ -10,6 +10,8 @@ import triton.language as tl
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
+from msae_sweep.sae.kernels.launch import launch
+
 
 def fetch_rows(
     window: Int[Tensor, " 3"],
@@ -27,8 +29,20 @@ def fetch_rows(
     """
     width = start.shape[1]
     rows = max(1, 2048 // width)
-    _fetch_rows[(triton.cdiv(batch, rows),)](
-        window, counter, pre_bias, centred, start, cursors, batch, input_dim, WIDTH=width, ROWS=rows, num_warps=4
+    launch(
+        _fetch_rows,
+        (triton.cdiv(batch, rows),),
+        window,
+        counter,
+        pre_bias,
+        centred,
+        start,
+        cursors,
+        batch,
+        input_dim,
+        WIDTH=width,
+        ROWS=rows,
+        num_warps=4,
     )
 
 
@@ -42,7 +56,8 @@ def add_errors(
 ) -> None:
     """Add a batch's errors (in float64) and counts to the sums, rows beyond the window's end left out; move on."""
     batch, n_levels = errors.shape
-    _add_errors[(1,)](
+    launch(
+        _add_errors, (1,),
         window, counter, errors, active, error_sums, active_sums, batch,
         N_LEVELS=n_levels, LEVELS=triton.next_power_of_2(n_levels), ROWS=256, num_warps=8,
     )  # fmt: skip

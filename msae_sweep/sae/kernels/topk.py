@@ -11,6 +11,8 @@ import triton.language as tl
 from jaxtyping import BFloat16, Int
 from torch import Tensor
 
+from msae_sweep.sae.kernels.launch import launch
+
 
 def top_codes(
     pre_acts: BFloat16[Tensor, "rows hidden_dim"],
@@ -31,7 +33,9 @@ def top_codes(
     hidden_dim = pre_acts.shape[1]
     n_words = hidden_dim // 2
     group_words = min(triton.next_power_of_2(2 * k), triton.next_power_of_2(n_words))
-    _top_codes[(batch,)](
+    launch(
+        _top_codes,
+        (batch,),
         pre_acts.view(torch.int32),
         pre_acts.view(torch.int16),
         scratch,

@@ -8,6 +8,7 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from msae_sweep.sae.kernels.by_latent import Entries, Gradients
+from msae_sweep.sae.kernels.launch import launch
 from msae_sweep.sae.kernels.words import high_half, low_half, pack
 
 N_SUMS = 64
@@ -53,7 +54,8 @@ def sum_bias_gradient(
     """
     batch, n_levels, half = G.shape
     rows = max(1, min(16, 2048 // half))
-    _sum_bias_gradient[(2 * N_SUMS,)](
+    launch(
+        _sum_bias_gradient, (2 * N_SUMS,),
         G, W_enc, entries.counts, entries.more_parts, gradients.pre_sum, gradients.pre_sum_parts, sums,
         hyper.schedule, hyper.counters, hyper.now, batch, len(W_enc), n_levels,
         HALF=half, ROWS=rows, PART=part, SHARES=N_SUMS, num_warps=4,
@@ -77,11 +79,13 @@ def clip_gradients(
     The decoder's gradient counts without its component along the rows where that is projected out.
     """
     hidden_dim, width = W_dec.shape
-    _gradient_norms[(len(norms),)](
+    launch(
+        _gradient_norms, (len(norms),),
         grad_W_enc, W_dec, entries.counts, entries.more_parts, gradients.W_dec, gradients.W_dec_parts, norms,
         HALF=width // 2, ROWS=hidden_dim // len(norms), PART=part, NORMALIZE=normalize, num_warps=4,
     )  # fmt: skip
-    _clip_factor[(1,)](
+    launch(
+        _clip_factor, (1,),
         norms, len(norms), sums, width, hyper.betas, hyper.now, SHARES=len(sums), COLUMNS=32, num_warps=8
     )  # fmt: skip
 
@@ -106,7 +110,8 @@ def update_weights(
     """Adam on everything in one launch, the decoder projected before and normalised after; copies; loss totals."""
     hidden_dim, width = W_dec.value.shape
     rows = rows_a_program(hidden_dim, width)
-    _update_weights[(1 + 2 * hidden_dim // rows,)](
+    launch(
+        _update_weights, (1 + 2 * hidden_dim // rows,),
         *W_enc, *W_dec, *pre_bias, grad_W_enc, entries.counts, entries.more_parts, gradients.W_dec,
         gradients.W_dec_parts, sums, row_loss, row_loss if aux_losses is None else aux_losses,
         len(row_loss), 0 if aux_losses is None else len(aux_losses),

@@ -1,0 +1,181 @@
+"""The driver of a large sweep on one machine: what scheduling costs when training costs nothing.
+
+    python tests/bench/bench_scale.py [--trials 1000] [--gpus 64] [--seconds 2] [--tracking-uri URI] [--storage WHERE]
+
+Everything is the product's (plan, scheduler, records, journal, display, MLflow) but the trial: it sleeps its share of
+`--seconds` from rung to rung, reports 30 epochs and writes a small model, in workers that hold a fake GPU each. The
+clock runs from the first report, when the workers are up, to the last; `lost` is what of it exceeds the time in which
+so many GPUs could have slept so much.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+import machine
+import psutil
+import ray
+import torch
+from ray import tune
+from rich.console import Console
+
+from msae_sweep.config import parse
+from msae_sweep.results.folder import SweepFolder
+from msae_sweep.sae import modelfile
+from msae_sweep.sae.model import MSAE
+from msae_sweep.sweep import run as sweep
+from msae_sweep.sweep import tuning
+from msae_sweep.sweep.monitor import Monitor
+
+EPOCHS = 30
+
+
+class SleepingTrial(tune.Trainable):  # type: ignore[misc]
+    """What the driver sees of a trial; runs in a worker without torch."""
+
+    def setup(self, config: dict[str, Any], *, seconds: float, folder: SweepFolder, model: bytes) -> None:
+        """Once a process."""
+        self._seconds, self._folder, self._model = seconds, folder, model
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial."""
+        spec = new_config["trial"]
+        self._id, self._rungs, self._epoch = spec["trial_id"], spec["rungs"], 0
+        rng = random.Random(self._id)
+        self._best, self._pace = rng.random(), 1 + rng.random()
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Sleep to the next rung."""
+        first, until = self._epoch, min([r for r in self._rungs if r > self._epoch], default=EPOCHS)
+        time.sleep(self._seconds * (until - first) / EPOCHS)
+        self._epoch = until
+        write = lambda part: part.write_bytes(self._model)  # noqa: E731
+        self._folder.write(self._folder.model_file(self._id), write, durable=False)
+        return {
+            "points": [self._point(epoch) for epoch in range(first + 1, until + 1)],
+            "rungs": [[rung, self._point(rung)["objective"]] for rung in self._rungs if rung <= until],
+            "epoch": until,
+            "seconds": self._seconds * until / EPOCHS,
+            "status": "completed" if until == EPOCHS else "running",
+            "reason": "epochs" if until == EPOCHS else "",
+            "done": until == EPOCHS,
+            "heard_from": time.time(),
+        }
+
+    def _point(self, epoch: int) -> dict[str, float]:
+        r2 = self._best * (1 - 0.5 ** (self._pace * epoch / 5))
+        levels = {f"r2_k{k}": r2 for k in (16, 32, 64, 128)} | {f"l0_k{k}": float(k) for k in (16, 32, 64, 128)}
+        rest = {"r2_mean": r2, "objective": r2, "dead_ratio": 0.0, "train_loss": 1 - r2, "val_loss": 1 - r2}
+        return {**levels, **rest, "aux_loss": 0.0, "learning_rate": 1e-3, "epoch": float(epoch)}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Where a paused trial stands."""
+        return {"epoch": self._epoch}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Go on from there."""
+        self._epoch = checkpoint["epoch"] if checkpoint else 0
+
+
+def main() -> None:
+    """Run one sweep and print what it cost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--gpus", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a trial that is not stopped early")
+    parser.add_argument("--tracking-uri", help="default: SQLite in the temporary folder")
+    parser.add_argument("--storage", help="default: the temporary folder")
+    parser.add_argument("--save", type=Path, help="append the rows to this file")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        machine.report(measured(args, Path(name)), args.save)
+
+
+def measured(args: argparse.Namespace, folder: Path) -> list[str]:
+    """The rows."""
+    space = f"""
+        name: scale
+        data: {{path: planted, blocks: [5, 20], planted: {{rows: 3000, input_dim: 16}}}}
+        space: {{learning_rate: {{loguniform: [2.0e-4, 4.0e-3]}}, weighting: {{choice: [uniform, reverse]}}}}
+        training: {{epochs: {EPOCHS}, batch_size: 128, expansion_factor: 16}}
+        search: {{trials_per_block: {args.trials // 2}}}
+        asha: {{grace_epochs: 3, reduction_factor: 3}}
+        resources: {{gpu: 1}}
+        storage: {args.storage or folder / "sweeps"}
+        tracking: {{uri: "{args.tracking_uri or f"sqlite:///{folder}/mlflow.db"}"}}
+    """
+    ray.init(num_cpus=args.gpus + 2, num_gpus=args.gpus, include_dashboard=False, log_to_driver=False)
+    of_epoch = dict.fromkeys(("train_loss", "val_loss", "dead_ratio"), [0.0] * EPOCHS)
+    history = {**of_epoch, "val_r2": {f"r2_k{k}": [0.0] * EPOCHS for k in (16, 32, 64, 128)}}
+    sae = MSAE(16, 256, [16, 32, 64, 128])
+    file = modelfile.ModelFile(sae, torch.zeros(16).numpy(), torch.ones(16).numpy(), history)
+    modelfile.save(file, folder / "model.pt")
+    model = (folder / "model.pt").read_bytes()
+    with_parameters = tune.with_parameters
+
+    def sleeping(trainable: type, **parameters: Any) -> Any:
+        """In the place of the trial that trains."""
+        return with_parameters(SleepingTrial, seconds=args.seconds, folder=parameters["folder"], model=model)
+
+    tuning.tune.with_parameters = sleeping
+    heard: list[tuple[float, float, float]] = []
+    on_trial_result = Monitor.on_trial_result
+
+    def listening(
+        monitor: Monitor, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        heard.append((time.time(), time.time() - result["heard_from"], monitor._scribe.posted))
+        on_trial_result(monitor, iteration, trials, trial, result, **info)
+
+    Monitor.on_trial_result = listening  # type: ignore[method-assign]
+    trackers: list[Any] = []
+    start = sweep.Tracker.start
+    sweep.Tracker.start = lambda *a, **k: trackers.append(start(*a, **k)) or trackers[-1]  # type: ignore[method-assign]
+    behind: list[int] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            behind.extend(tracker.status.pending for tracker in trackers)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before, cpu_before = psutil.Process().memory_info().rss, sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    with open(folder / "log", "w", encoding="utf-8") as log:
+        outcome = sweep.run(parse(space, []), command="bench", console=Console(file=log, width=160))
+    ended.set()
+    trials = [trial for block in outcome.summary["blocks"].values() for trial in block["trials"]]
+    slept = sum(trial["epochs"] for trial in trials) * args.seconds / EPOCHS
+    wall, ideal = heard[-1][0] - heard[0][0], slept / args.gpus
+    events = len((outcome.folder.path / "journal" / "events.jsonl").read_bytes().splitlines())
+    cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu_before
+    latency = [seconds for _, seconds, _ in heard]
+    stopped = sum(trial["status"] == "stopped_early" for trial in trials)
+    return [
+        f"{machine.described(torch.device('cpu'))}; load {os.getloadavg()[0]:.1f}; {len(trials)} trials of "
+        f"{args.seconds:g} s ({stopped} stopped early), {args.gpus} fake GPUs, "
+        f"MLflow by {args.tracking_uri or 'SQLite'}",
+        f"from first to last report {wall:8.1f} s, asleep {ideal:.1f} s a GPU: lost {1 - ideal / wall:.0%}",
+        f"results              {len(heard) / wall:8.1f} a second, heard after a median of "
+        f"{1e3 * statistics.median(latency):.0f} ms (90%: {1e3 * statistics.quantiles(latency, n=10)[-1]:.0f} ms)",
+        f"driver's CPU         {1e3 * cpu / len(trials):8.1f} ms a trial, MLflow's client in it; "
+        f"memory + {(psutil.Process().memory_info().rss - before) / 2**10 / len(trials):.0f} KiB a trial",
+        f"journal              {events / wall:8.1f} events a second, {max(behind, default=0):,} at most not sent yet; "
+        f"most writes waiting {max(posted for _, _, posted in heard)}",
+        f"MLflow at the end    {json.dumps(str(outcome.tracking))}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
