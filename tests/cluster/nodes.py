@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+from servers import wait_for
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sysconfig.get_path("scripts")) / "ray"
@@ -55,15 +56,6 @@ def why_not() -> str | None:
         return f"clusters of several nodes need {', '.join(missing)} (iproute2, util-linux)"
     probe = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
     return None if probe.returncode == 0 else f"no namespaces here: {probe.stderr.strip()}"
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of `condition`."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.1)
-    return value
 
 
 class Node:
@@ -386,7 +378,7 @@ def _run(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    # A cluster to play with: python tests/cluster/nodes.py FOLDER [WORKERS]
+    # A cluster to play with: PYTHONPATH=tests python tests/cluster/nodes.py FOLDER [WORKERS]
     if reason := why_not():
         sys.exit(reason)
     with Cluster(Path(sys.argv[1]).absolute()) as cluster:
