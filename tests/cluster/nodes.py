@@ -101,6 +101,12 @@ class Node:
         """Until the node has gone by itself."""
         self._outer.wait(seconds)
 
+    def run(self, *command: str, **environment: str) -> None:
+        """Run a command on the node, as `kubectl exec` does."""
+        (first,) = psutil.Process(self._outer.pid).children()
+        enter = ["nsenter", "--net", "--mount", "--pid", "--target", str(first.pid)]
+        _run(*enter, *command, env={**self._cluster.environment, **environment})
+
     def fill_disk(self) -> None:
         """Leave no byte on its disk, which must be one of a size."""
         (first,) = psutil.Process(self._outer.pid).children()
@@ -372,8 +378,8 @@ class Job:
         return driver
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(*command: str, env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
 
 

@@ -12,6 +12,7 @@ from small_sweep import CONFIG_YAML, INPUT_DIM, Store, assert_whole, manifest, p
 from msae_sweep.places import Place
 from msae_sweep.sae import modelfile
 
+pytestmark = pytest.mark.slow
 if reason := Postgres.why_not() or S3.why_not():
     pytest.skip(reason, allow_module_level=True)
 
