@@ -54,7 +54,7 @@ class Process:
             return ready()
 
         try:
-            wait_for(is_up, 90, log.name)
+            wait_for(is_up, 240, str(log))
         except BaseException:
             self.kill()
             raise

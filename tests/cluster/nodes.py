@@ -233,7 +233,7 @@ class Cluster:
                 assert node.running or node.address not in running, f"{node.address} ended\n{node.log[-3000:]}"
             return self.alive() == running
 
-        wait_for(settled, 120, f"a cluster of {', '.join(sorted(running))}")
+        wait_for(settled, 240, f"a cluster of {', '.join(sorted(running))}")
 
     def alive(self) -> set[str]:
         """Addresses of the nodes that the cluster takes to be alive."""
@@ -333,7 +333,7 @@ class Cluster:
             assert node.running, f"{what}: the node ended\n{node.log[-3000:]}"
             return condition()
 
-        wait_for(met, 120, what)
+        wait_for(met, 240, what)
 
     def _get(self, path: str) -> Any:
         """An answer of the dashboard; None while there is none."""

@@ -264,6 +264,36 @@ def assert_succeeds(job: Job, seconds: float = 300) -> None:
     print(f"{job.id} took {job.seconds:.0f} s")
 
 
+# The two that always run: as short as a cluster can be.
+
+
+def test_a_submitted_sweep_runs_on_the_worker_and_its_log_can_be_read(nodes, submit, sweep):
+    mend(nodes, workers=1)
+    (worker,) = nodes.workers
+    job = submit(sweep.command("resources.gpu=1", "data.blocks=[5]", "search.trials_per_block=2", "training.epochs=4"))
+    during(job, lambda: worker.processes(f"{TRIAL}.train"))
+    assert_succeeds(job)
+    assert {trial["status"] for trial in sweep.summary["blocks"]["block5"]["trials"]} <= {"completed", "stopped_early"}
+    assert_tracked(sweep)
+    log = nodes.job("logs", job.id, cwd=sweep.folder).stdout
+    assert "Best trial of each block" in log
+    assert f"results: {sweep.folder}" in log
+
+
+def test_a_sweep_that_cannot_be_run_fails_its_job_in_one_line(nodes, submit, sweep):
+    job = submit(sweep.command("training.epochz=5"))
+    # Ray's own code of a job that failed, whatever the driver's was; `ray job status` has that.
+    assert job.wait() == 1
+    assert nodes.status(job.id) == "FAILED"
+    assert "exit code 2" in nodes.job("status", job.id, cwd=sweep.folder.parent).stdout
+    assert "msae-sweep: search_spaces/quickstart.yaml: training.epochz" in job.output
+    assert "Traceback" not in job.output
+
+
+# The others take minutes.
+
+
+@pytest.mark.slow
 def test_a_submitted_sweep_comes_out_as_on_one_machine_and_its_log_can_be_read(cluster, submit, sweep, reference):
     job = submit(sweep.command())
     assert_succeeds(job)
@@ -271,16 +301,6 @@ def test_a_submitted_sweep_comes_out_as_on_one_machine_and_its_log_can_be_read(c
     log = cluster.job("logs", job.id, cwd=sweep.folder).stdout
     assert "Best trial of each block" in log
     assert f"results: {sweep.folder}" in log
-
-
-def test_a_sweep_that_cannot_be_run_fails_its_job_in_one_line(cluster, submit, sweep):
-    job = submit(sweep.command("training.epochz=5"))
-    # Ray's own code of a job that failed, whatever the driver's was; `ray job status` has that.
-    assert job.wait() == 1
-    assert cluster.status(job.id) == "FAILED"
-    assert "exit code 2" in cluster.job("status", job.id, cwd=sweep.folder.parent).stdout
-    assert "msae-sweep: search_spaces/quickstart.yaml: training.epochz" in job.output
-    assert "Traceback" not in job.output
 
 
 @pytest.mark.slow
