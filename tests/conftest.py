@@ -1,19 +1,13 @@
 """Fixtures that several rooms share: one local Ray, and the real activations where they lie beside the checkout."""
 
-import contextlib
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from servers import S3, in_environment
 
 if not torch.cuda.is_available():
     # Set before triton is imported anywhere: without a GPU its kernels run in its interpreter.
@@ -48,38 +42,10 @@ class ObjectStore(NamedTuple):
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory) -> Iterator[ObjectStore]:
     """An S3 server, and the environment that leads to it; before Ray, whose workers inherit the environment."""
-    server = shutil.which("moto_server", path=str(Path(sys.executable).parent)) or shutil.which("moto_server")
-    if server is None:
-        pytest.skip("no moto_server; pip install 'moto[server]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    secrets = ("AKIAOBVIOUSLYATEST", "thesecretofthesecrets")
-    endpoint = f"http://127.0.0.1:{port}"
-    environment = {
-        "AWS_ACCESS_KEY_ID": secrets[0],
-        "AWS_SECRET_ACCESS_KEY": secrets[1],
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_REGION": "us-east-1",
-    }
-    process = subprocess.Popen(
-        [server, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(200):
-            with contextlib.suppress(OSError):
-                request = urllib.request.Request(f"{endpoint}/bucket", method="PUT")
-                urllib.request.urlopen(request).close()
-                break
-            time.sleep(0.1)
-        before = {key: os.environ.get(key) for key in environment}
-        os.environ.update(environment)
-        yield ObjectStore("s3://bucket", environment, secrets)
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
-    finally:
-        process.kill()
-        process.wait()
+    if reason := S3.why_not():
+        pytest.skip(reason)
+    with S3(tmp_path_factory.mktemp("s3")) as s3, in_environment(s3.environment()):
+        yield ObjectStore(s3.bucket, s3.environment(), (s3.key, s3.secret))
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +56,13 @@ def ray_session() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory) -> Path:
+    """A SQLite file with MLflow's tables, which take seconds to make."""
+    from msae_sweep.track.connection import connect
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{path}").search_experiments()
+    return path

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -91,10 +92,13 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         assert verdict == "stop", f"{spec['trial_id']} was stopped by nobody"
         self._end(self._record(trial), "stopped_early", f"{STOPPED_AT}{rung}")
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Its worker or node was lost, or it failed; Tune starts it again."""
+        self._display.say(f"{self._record(trial).trial_id} starts again from its last state: {_what_failed(trial)}")
+
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """It failed, and was not to be started again; Tune calls this only after `max_failures`."""
-        lines = str(trial.get_pickled_error() or "the worker was lost").strip().splitlines()
-        self._end(self._record(trial), "failed", lines[-1][:300])
+        self._end(self._record(trial), "failed", _what_failed(trial))
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Once a turn of Tune's loop."""
@@ -132,3 +136,10 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         if record.status != "failed":  # a failed trial is tried again by a resumed sweep, from where it was
             self._folder.remove(self._folder.state_file(record.trial_id))
         self._display.trial_ended(record)
+
+
+def _what_failed(trial: Trial) -> str:
+    """The last error that Tune noted of a trial, in one line."""
+    # The driver's own file: Tune's `get_pickled_error` looks in the storage, where the file comes to lie later.
+    lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines() if trial.error_file else []
+    return (lines[-1] if lines else "the worker was lost")[:300]

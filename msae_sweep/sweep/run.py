@@ -20,10 +20,11 @@ import msae_sweep
 from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data import shards
 from msae_sweep.data.source import BlockInfo
-from msae_sweep.errors import ConfigError, DeviceError, SweepError
+from msae_sweep.errors import ConfigError, SweepError
 from msae_sweep.results import finish
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.sweep.preparation import Preparation, leaves_cores
+from msae_sweep.sweep.resources import gpus_per_trial
 from msae_sweep.sweep.tuning import Tuning
 from msae_sweep.track.tracker import SyncReport, Tracker
 from msae_sweep.track.uri import redact, resolve_uri
@@ -67,7 +68,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
         config.check_width(info.input_dim, info.block)
 
     connect()
-    gpus = _gpus_per_trial(config)
+    gpus = gpus_per_trial(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
     folder.create()
     with folder.driven():
         return _drive(config, folder, infos, gpus, command, console)
@@ -165,6 +166,8 @@ def connect() -> None:
     # Tune prints its own table and writes its own logs unless told not to; neither is ours.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # What a trial failed of is said in one line by the monitor, and kept in full in its folder under tune/.
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     # Nothing is read back from Tune's snapshots of itself.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
@@ -197,27 +200,6 @@ def _check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
                     f"{key}: is {new.get(key)!r} but sweep {config.name} was started with {old.get(key)!r}; "
                     "resume with the same file, or give another --name"
                 )
-
-
-def _gpus_per_trial(config: SweepConfig) -> float:
-    """`resources.gpu`, with `auto` resolved against the cluster.
-
-    Raises:
-        DeviceError: the cluster has not what one trial asks for.
-    """
-    have, resources = ray.cluster_resources(), config.resources
-    if resources.cpu > have.get("CPU", 0):
-        raise DeviceError(
-            f"resources.cpu: {resources.cpu:g} a trial, but the cluster has {have.get('CPU', 0):g}; write that or less"
-        )
-    gpus = min(1.0, have.get("GPU", 0.0)) if resources.gpu == "auto" else resources.gpu
-    if gpus > have.get("GPU", 0):
-        raise DeviceError(
-            f"resources.gpu: {gpus:g} a trial, but the cluster has {have.get('GPU', 0):g}; write 0 or auto"
-        )
-    if config.training.device == "cuda" and not gpus:
-        raise DeviceError("training.device: cuda, but no GPU for a trial; write resources.gpu: 1 where there is one")
-    return float(gpus)
 
 
 def _write_report(folder: SweepFolder, console: Console) -> str | None:

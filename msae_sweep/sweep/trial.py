@@ -9,6 +9,7 @@ What is written when:
 - the best model at every rung and at the end, because the trial may end there, and then nothing else of it is needed;
 - the state when the trial has to wait for others, as another worker may go on with it, and otherwise every
   `checkpoint_seconds`. A trial that passes a rung or ends writes none: at 256 × 4096 it is 34 MB.
+- the state every second once the node was told to go: until it goes, the trial trains on.
 
 So a lost worker or driver costs a trial at most `checkpoint_seconds` of work, which it does again. What it reported
 meanwhile stands: the records keep it, and the scheduler judges by the first word (`schedule.py`).
@@ -32,6 +33,10 @@ from msae_sweep.results.folder import SweepFolder
 from msae_sweep.sae import kernels, modelfile
 from msae_sweep.sae.step_cache import StepCache
 from msae_sweep.sae.train import Progress, TrainState, choose_device, fit
+from msae_sweep.sweep.notice import Notice
+
+LEAVING_SECONDS = 1.0
+"""Between two states of a trial whose node is about to go, where `checkpoint_seconds` is not less."""
 
 REPORT_SECONDS = 5.0
 """A trial reports at every rung and, between rungs, after these seconds, so that the live display moves."""
@@ -67,7 +72,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             rehearsals: training settings to be tried while the block of the first trial is not ready.
         """
         torch.set_num_threads(max(1, int(cpus)))
-        self._prepared, self._folder = prepared, folder
+        self._prepared, self._folder, self._notice = prepared, folder, Notice()
         self._holds_gpu, self._checkpoint_seconds = gpus > 0, checkpoint_seconds
         # Trials that share a device or a machine share its memory.
         self._device_share = min(1.0, gpus) if gpus else min(1.0, cpus / (os.cpu_count() or 1))
@@ -152,7 +157,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             ended = progress.stop_reason is not None
             if ended or self._at_rung():
                 self._save_model()
-            if not ended and time.monotonic() - self._saved_at >= self._checkpoint_seconds:
+            if not ended and time.monotonic() - self._saved_at >= self._seconds_between_states():
                 self._save_state()
             if ended:
                 return True, progress.stop_reason or ""
@@ -218,6 +223,9 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         if self._budget is None:
             self._budget = default_budget(device, self._device_share)
         return self._budget
+
+    def _seconds_between_states(self) -> float:
+        return min(self._checkpoint_seconds, LEAVING_SECONDS) if self._notice.given else self._checkpoint_seconds
 
     def _at_rung(self) -> bool:
         return self._state is not None and self._state.epoch in self._rungs

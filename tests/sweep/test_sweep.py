@@ -359,6 +359,18 @@ def test_a_diverged_and_an_oversized_trial_end_alone(tmp_path):
     assert "Infinity" not in text
 
 
+def test_a_trial_that_fails_says_of_what(tmp_path):
+    changes = ["data.blocks=[5]", "search.trials_per_block=1", "training.epochs=1"]
+    trial = sweep(tmp_path, *changes).folder.trial("block5-000")
+    (trial / "trial.json").unlink()
+    (trial / "state.pt").write_bytes(b"rubbish")
+    again = sweep(tmp_path, *changes, "resources.max_failures=1", resume=True)
+    (entry,) = again.summary["blocks"]["block5"]["trials"]
+    assert entry["status"] == "failed"
+    assert "UnpicklingError" in entry["reason"]
+    assert "block5-000 starts again from its last state: " in (tmp_path / "log").read_text()
+
+
 def test_optuna_proposes_within_the_space_and_resumes(tmp_path):
     first = sweep(tmp_path, "search.algorithm=optuna", "data.blocks=[5]")
     trials = first.summary["blocks"]["block5"]["trials"]
@@ -432,8 +444,11 @@ def test_a_lost_worker_costs_no_trial(undisturbed, tmp_path):
     process = launch(tmp_path, "run", "space.yaml", *LONGER)
     wait_until(lambda: list((tmp_path / "sweeps/small/trials").glob("*/state.pt")), process)
     killed = kill_workers(process.pid)
-    assert process.wait(timeout=240) == 0, (tmp_path / "out").read_text()[-3000:]
+    out = (tmp_path / "out").read_text
+    assert process.wait(timeout=240) == 0, out()[-3000:]
     assert killed
+    assert re.search(r"^block\d+-\d+ starts again from its last state: The actor", out(), re.MULTILINE)
+    assert "Traceback" not in out()
     summary = json.loads((tmp_path / "sweeps" / "small" / "summary.json").read_text())
     assert results(summary) == results(undisturbed)
 

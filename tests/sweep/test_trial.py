@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray import tune
 
@@ -148,6 +149,23 @@ def test_a_long_trial_saves_its_state_every_checkpoint_seconds(workers):
     assert saved["train_state"]["points"] == report["points"]
     # Lost here, it reports where it stands before it goes on.
     assert workers.worker(spec).train()["points"] == report["points"]
+
+
+def test_a_trial_on_a_node_that_was_told_to_go_saves_its_state_whatever_its_settings(workers, monkeypatch):
+    from msae_sweep.sweep import notice, trial
+
+    monkeypatch.setattr(trial, "LEAVING_SECONDS", 0)
+    monkeypatch.setattr(notice, "POLL_SECONDS", 0)
+    spec = workers.specs()[0]
+    worker = workers.worker(spec, checkpoint_seconds=600)
+    draining = {"another node": 0}
+    monkeypatch.setattr(notice.cluster_state, "get_draining_nodes", lambda: draining)
+    worker.train()
+    assert not workers.state_file(spec).exists()
+    draining[ray.get_runtime_context().get_node_id()] = 0
+    report = worker.train()
+    saved = torch.load(workers.state_file(spec), weights_only=True)
+    assert saved["train_state"]["points"][-1] == report["points"][-1]
 
 
 class StillComing(dict):

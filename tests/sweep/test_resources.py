@@ -1,0 +1,89 @@
+"""What a trial holds, where nodes may join and where they may not."""
+
+import pytest
+import ray
+
+from msae_sweep.config import SweepConfig, parse
+from msae_sweep.errors import DeviceError
+from msae_sweep.sweep import resources
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def config(*changes: str) -> SweepConfig:
+    return parse("name: small\ndata: {path: planted}\n", changes)
+
+
+@pytest.fixture
+def in_a_cluster(monkeypatch):
+    """As in a Ray job: nodes may join."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setattr(resources, "POLL_SECONDS", 0.01)
+
+
+@pytest.fixture
+def with_nodes(monkeypatch):
+    """Makes Ray tell of other nodes: at each question those of the next list, and then always those of the last."""
+
+    def tell(*answers: list[dict[str, float]]) -> None:
+        rest = list(answers)
+
+        def nodes():
+            found = rest.pop(0) if len(rest) > 1 else rest[0]
+            return [{"Alive": True, "Resources": has} for has in found]
+
+        monkeypatch.setattr(ray, "nodes", nodes)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": sum(n.get("GPU", 0) for n in answers[-1])})
+
+    return tell
+
+
+def test_a_cluster_without_the_gpu_asked_for_is_waited_for_and_asked(in_a_cluster, with_nodes, monkeypatch):
+    demands: list[object] = []
+    place, remove = resources.placement_group, resources.remove_placement_group
+    monkeypatch.setattr(resources, "placement_group", lambda need: demands.append(need) or place(need))
+    monkeypatch.setattr(resources, "remove_placement_group", lambda demand: demands.append("removed") or remove(demand))
+    cpu_only, with_gpu = {"CPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}
+    with_nodes([cpu_only], [cpu_only], [cpu_only], [cpu_only, with_gpu])
+    said: list[str] = []
+    assert resources.gpus_per_trial(config("resources.gpu=1"), said.append) == 1
+    assert demands == [[{"CPU": 1, "GPU": 1}], "removed"]
+    assert said == [
+        "resources.gpu: 1 a trial, but no node has that yet; waiting up to 30 minutes for one with 1 CPU and 1 GPU"
+    ]
+
+
+def test_a_trial_has_to_fit_on_one_node(in_a_cluster, with_nodes, monkeypatch):
+    monkeypatch.setattr(resources, "JOIN_SECONDS", 0.1)
+    with_nodes([{"CPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}])
+    with pytest.raises(DeviceError, match=r"resources\.gpu: 1 a trial, but no node with 2 CPU and 1 GPU joined within"):
+        resources.gpus_per_trial(config("resources.gpu=1", "resources.cpu=2"), lambda line: None)
+
+
+def test_auto_waits_for_a_node_that_can_run_a_trial_and_takes_its_gpu(in_a_cluster, with_nodes):
+    with_nodes([{"CPU": 0.0}], [{"CPU": 0.0}], [{"CPU": 0.0}, {"CPU": 4.0, "GPU": 2.0}])
+    said: list[str] = []
+    assert resources.gpus_per_trial(config(), said.append) == 1
+    assert len(said) == 1
+    assert "waiting" in said[0]
+
+
+def test_auto_in_a_cluster_says_that_it_found_no_gpu(in_a_cluster, with_nodes):
+    with_nodes([{"CPU": 4.0}])
+    said: list[str] = []
+    assert resources.gpus_per_trial(config(), said.append) == 0
+    assert len(said) == 1
+    assert "resources.gpu: auto, and the cluster has no GPU now: all trials train on CPUs" in said[0]
+    # Who asked for the CPU is told nothing.
+    assert resources.gpus_per_trial(config("training.device=cpu"), said.append) == 0
+    assert len(said) == 1
+
+
+def test_on_one_machine_nothing_is_waited_for(with_nodes, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with_nodes([{"CPU": 4.0}])
+    said: list[str] = []
+    with pytest.raises(DeviceError, match=r"resources\.gpu: 1 a trial, but the cluster has 0; write 0 or auto"):
+        resources.gpus_per_trial(config("resources.gpu=1"), said.append)
+    assert resources.gpus_per_trial(config(), said.append) == 0
+    assert not said
