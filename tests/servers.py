@@ -229,7 +229,8 @@ class Mlflow(Server):
         """
         super().__init__(folder, address)
         self._backend, self._artifacts, self._workers = backend, artifacts or str(folder / "artifacts"), workers
-        self._environment = {**os.environ, **(environment or {})}
+        # What runs jobs in the server is half a dozen processes that nobody needs here.
+        self._environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **(environment or {})}
 
     @property
     def uri(self) -> str:

@@ -309,7 +309,7 @@ def test_a_stopped_job_saves_its_trials_and_leaves_a_sweep_that_goes_on(cluster,
     job = submit(sweep.command("resources.checkpoint_seconds=600"))
     during(job, lambda: sweep.ended() and sweep.running())
     job.stop()
-    job.wait()
+    assert job.wait() == 0  # Ray's own, as for one that succeeded
     assert cluster.status(job.id) == "STOPPED"
     assert "interrupted; go on with: msae-sweep resume" in job.output
     assert "Traceback" not in job.output
