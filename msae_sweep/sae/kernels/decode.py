@@ -241,69 +241,19 @@ def _decode_many(
     loss = tl.zeros((HALF,), tl.float32)
     g_low = tl.zeros((HALF,), tl.float32)
     g_high = tl.zeros((HALF,), tl.float32)
-    # What the next four ranks need is asked for before these four are stored: a load behind a store waits for it.
-    value0, word0 = _rank(row_codes, K - 1, W_dec, j, HALF)
-    value1, word1 = _rank(row_codes, K - 2, W_dec, j, HALF)
-    value2, word2 = _rank(row_codes, K - 3, W_dec, j, HALF)
-    value3, word3 = _rank(row_codes, K - 4, W_dec, j, HALF)
-    for i in range(0, K, 4):
+    for i in tl.range(0, K, loop_unroll_factor=8):
         rank = K - 1 - i
-        next_value0, next_word0 = _rank(row_codes, rank - 4, W_dec, j, HALF)
-        next_value1, next_word1 = _rank(row_codes, rank - 5, W_dec, j, HALF)
-        next_value2, next_word2 = _rank(row_codes, rank - 6, W_dec, j, HALF)
-        next_value3, next_word3 = _rank(row_codes, rank - 7, W_dec, j, HALF)
-        scale = _scale_of(rank, rank_scales)
+        scale = tl.load(rank_scales + rank)
         loss += scale * (low * low + high * high)
         g_low += scale * low
         g_high += scale * high
-        _store_level(rank, scale, level_of_rank, row_G, j, g_low, g_high, HALF)
-        low -= value0 * low_half(word0)
-        high -= value0 * high_half(word0)
-        scale = _scale_of(rank - 1, rank_scales)
-        loss += scale * (low * low + high * high)
-        g_low += scale * low
-        g_high += scale * high
-        _store_level(rank - 1, scale, level_of_rank, row_G, j, g_low, g_high, HALF)
-        low -= value1 * low_half(word1)
-        high -= value1 * high_half(word1)
-        scale = _scale_of(rank - 2, rank_scales)
-        loss += scale * (low * low + high * high)
-        g_low += scale * low
-        g_high += scale * high
-        _store_level(rank - 2, scale, level_of_rank, row_G, j, g_low, g_high, HALF)
-        low -= value2 * low_half(word2)
-        high -= value2 * high_half(word2)
-        scale = _scale_of(rank - 3, rank_scales)
-        loss += scale * (low * low + high * high)
-        g_low += scale * low
-        g_high += scale * high
-        _store_level(rank - 3, scale, level_of_rank, row_G, j, g_low, g_high, HALF)
-        low -= value3 * low_half(word3)
-        high -= value3 * high_half(word3)
-        value0, word0 = next_value0, next_word0
-        value1, word1 = next_value1, next_word1
-        value2, word2 = next_value2, next_word2
-        value3, word3 = next_value3, next_word3
+        if scale > 0:
+            tl.store(row_G + tl.load(level_of_rank + rank) * HALF + j, pack(g_low, g_high))
+        code = tl.load(row_codes + rank)
+        word = tl.load(W_dec + code_latent(code) * HALF + j)
+        low -= code_value(code) * low_half(word)
+        high -= code_value(code) * high_half(word)
     tl.store(row_loss + row, tl.sum(loss) * 0.5)
-
-
-@triton.jit
-def _rank(row_codes, rank, W_dec, j, HALF: tl.constexpr):
-    """Value and decoder row of a rank; of one below 0, of which nothing is made, those of rank 0."""
-    code = tl.load(row_codes + tl.maximum(rank, 0))
-    return code_value(code), tl.load(W_dec + code_latent(code) * HALF + j)
-
-
-@triton.jit
-def _scale_of(rank, rank_scales):
-    return tl.load(rank_scales + rank, mask=rank >= 0, other=0.0)
-
-
-@triton.jit
-def _store_level(rank, scale, level_of_rank, row_G, j, g_low, g_high, HALF: tl.constexpr):
-    """Store G where a level ends."""
-    if scale > 0:
-        tl.store(row_G + tl.load(level_of_rank + rank) * HALF + j, pack(g_low, g_high))
 
 
 @triton.jit
