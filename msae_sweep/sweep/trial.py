@@ -190,7 +190,11 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             self._training, input_dim, seed=self._training.seed, device=device, train=train if fresh else None
         )
         if saved is not None:
-            raw = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+            try:
+                raw = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+            except Exception as error:  # of many kinds, none of which names the file
+                file = self._folder.state_file(self._trial_id)
+                raise RuntimeError(f"{file} holds no saved state; delete it to begin the trial anew") from error
             self._seconds = raw["seconds"]
             self._state.load_state_dict(raw["train_state"])
         self._progress = fit(self._state, train, validation, self._training, self._steps)
