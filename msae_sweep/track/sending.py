@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -215,6 +216,8 @@ class _Driver:
 
 def _main() -> None:
     """What the child does."""
+    # Ray interrupts every process of a job that is stopped, groups or not; the driver still has something to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no message
     driver = _Driver(sys.stdin, out)
