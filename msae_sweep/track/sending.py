@@ -24,6 +24,16 @@ from typing import IO, Any, Protocol
 from msae_sweep.config import TrackingConfig
 from msae_sweep.track.sender import LAST_TRIES, LONGEST_PAUSE_SECONDS, Fetch, Sender, TrackingStatus
 
+_CHILD = """
+import signal
+# Before anything that takes time: whoever stops a sweep means its driver, which still has something to say. Ray's job
+# server signals each process that the driver started.
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+from msae_sweep.track.sending import main
+main()
+"""
+
 
 class Sending(Protocol):
     """A sender at work."""
@@ -115,12 +125,12 @@ class SenderProcess:
         # The same modules as here, also where the package lies in a folder that only this process was told of.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
-            process_group=0,  # whoever interrupts a sweep means its driver, which still has something to say
+            process_group=0,  # what a terminal interrupts
         )
         self._tell(process, self._task | {"events": self._n_events()})
         return process
@@ -214,7 +224,7 @@ class _Driver:
         return None if answer["fetched"] is None else Path(answer["fetched"])
 
 
-def _main() -> None:
+def main() -> None:
     """What the child does."""
     # Ray interrupts every process of a job that is stopped, groups or not; the driver still has something to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -234,7 +244,3 @@ def _main() -> None:
     threading.Thread(target=driver.hear, daemon=True).start()
     sender.run(driver.closing, driver.wake, driver.say)
     driver.say(sender.status)
-
-
-if __name__ == "__main__":
-    _main()

@@ -169,7 +169,7 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
         f"from first to last report {wall:8.1f} s, asleep {ideal:.1f} s a GPU: lost {1 - ideal / wall:.0%}",
         f"results              {len(heard) / wall:8.1f} a second, heard after a median of "
         f"{1e3 * statistics.median(latency):.0f} ms (90%: {1e3 * statistics.quantiles(latency, n=10)[-1]:.0f} ms)",
-        f"driver's CPU         {1e3 * cpu / len(trials):8.1f} ms a trial, MLflow's client in it; "
+        f"driver's CPU         {1e3 * cpu / len(trials):8.1f} ms a trial, MLflow's client not in it; "
         f"memory + {(psutil.Process().memory_info().rss - before) / 2**10 / len(trials):.0f} KiB a trial",
         f"journal              {events / wall:8.1f} events a second, {max(behind, default=0):,} at most not sent yet; "
         f"most writes waiting {max(posted for _, _, posted in heard)}",

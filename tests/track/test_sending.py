@@ -19,7 +19,9 @@ HERE = Path(__file__).parent
 def senders(parent: int | None = None) -> list[psutil.Process]:
     """Sender processes of a driver that are alive."""
     found = psutil.Process(parent).children() if parent else psutil.process_iter()
-    return [p for p in found if "msae_sweep.track.sending" in _command(p) and p.status() != psutil.STATUS_ZOMBIE]
+    return [
+        p for p in found if "msae_sweep.track.sending" in " ".join(_command(p)) and p.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -45,6 +47,10 @@ def test_what_is_told_reaches_mlflow(uri, tmp_path):
     (process,) = senders(os.getpid())
     assert os.getpgid(process.pid) != os.getpgid(0), "an interrupt from the terminal would reach it"
     tell(tracker, tmp_path / "sweep")
+    wait_until(lambda: tracker.status.sent)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray's job server finds it nevertheless
+        process.send_signal(number)
+    assert senders(os.getpid()) == [process]
     report = tracker.close(timeout_seconds=60)
     assert (report.pending, report.refused) == (0, 0), report
     assert_whole(Store(uri))
