@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -226,8 +225,6 @@ class _Driver:
 
 def main() -> None:
     """What the child does."""
-    # Ray interrupts every process of a job that is stopped, groups or not; the driver still has something to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no message
     driver = _Driver(sys.stdin, out)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
-from small_sweep import STATUSES, SWEEP_ID, Store, assert_whole, start, tell, tell_end, tell_start, tell_trial, tracking
+from small_sweep import SWEEP_ID, Store, assert_whole, start, tell, tell_end, tell_start, tell_trial, tracking
 
 from msae_sweep.track.sending import SenderProcess
 from msae_sweep.track.tracker import Tracker, sync
@@ -70,23 +70,6 @@ def test_a_sender_that_is_killed_is_started_again_and_nothing_is_lost_or_doubled
     report = tracker.close(timeout_seconds=60)
     assert (report.pending, report.refused) == (0, 0), report
     assert_whole(Store(uri))
-
-
-def test_a_sender_that_is_interrupted_with_its_driver_sends_what_the_driver_still_says(uri, tmp_path, capfd):
-    folder = tmp_path / "sweep"
-    tracker = begin(folder, uri)
-    tell_start(tracker)
-    wait_until(lambda: tracker.status.sent == 1)
-    (process,) = senders(os.getpid())
-    process.send_signal(signal.SIGINT)
-    for trial_id in STATUSES:
-        tell_trial(tracker, folder, trial_id)
-    wait_until(lambda: tracker.status.pending == 0)
-    assert senders(os.getpid()) == [process]
-    tell_end(tracker, folder)
-    assert tracker.close(timeout_seconds=60).pending == 0
-    assert_whole(Store(uri))
-    assert "Traceback" not in capfd.readouterr().err
 
 
 DRIVER = """
