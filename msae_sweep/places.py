@@ -27,6 +27,10 @@ TRIES = 4
 """Of one request to a store that answers with an error, a second apart and then longer; pyarrow tries again itself."""
 
 
+REQUEST_SECONDS = 30.0
+"""How long a store may be silent in the middle of a request. AWS' own 3 s end every call to a slow store."""
+
+
 def is_uri(text: str) -> bool:
     """Whether `text` names a place in an object store."""
     return "://" in text
@@ -274,6 +278,11 @@ def _filesystem(scheme: str, bucket: str, query: str) -> "FileSystem":
             options.setdefault("region", region or "us-east-1")
     try:
         found, _ = fs.FileSystem.from_uri(f"{scheme}://{bucket}/" + (f"?{urlencode(options)}" if options else ""))
-    except (OSError, ValueError, NotImplementedError) as error:
+        if scheme == "s3":
+            # A URI cannot say how patient it is to be; but it is checked, and the bucket's region is known now.
+            plain = {key: value == "true" if value in ("true", "false") else value for key, value in options.items()}
+            patience = {"request_timeout": REQUEST_SECONDS, "connect_timeout": REQUEST_SECONDS}
+            found = fs.S3FileSystem(**plain | {"region": found.region} | patience)
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise SweepError(f"{scheme}://{bucket}: {_reason(error)}") from None
     return found

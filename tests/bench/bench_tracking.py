@@ -149,7 +149,7 @@ def measured(args: argparse.Namespace, folder: Path, uri: str) -> list[str]:
         f"99.9%: {1e3 * quantiles[998]:.2f}, most {1e3 * max(calls):.0f})",
         f"not sent yet         {at_end:8,} events at the last trial's end; at most {third} in each third of the time",
         f"sent after           {drained:8.1f} s more; the whole at {args.trials / (seconds + drained):.2f} trials/s",
-        f"CPU of the process   {1e3 * cpu / args.trials:8.1f} ms a trial, MLflow's client in it",
+        f"CPU of the driver    {1e3 * cpu / args.trials:8.1f} ms a trial; the sender is a process of its own",
     ]
 
 

@@ -389,14 +389,17 @@ def test_a_node_whose_disk_is_full_before_it_gets_a_trial_costs_no_trial(cluster
 
 
 @pytest.mark.slow
-def test_a_node_that_joins_gets_trials(cluster, submit, sweep, reference):
+def test_a_node_that_joins_gets_trials(cluster, submit, sweep, tmp_path, empty_database):
     mend(cluster, workers=1)
-    job = submit(sweep.command())
-    during(job, lambda: sweep.states() & sweep.running())
+    # Long enough for a node to start and join.
+    job = submit(sweep.command("training.epochs=120"))
+    during(job, sweep.running)
     joined = cluster.start_worker()
     during(job, lambda: joined.processes(f"{TRIAL}.train"))
     assert_succeeds(job)
-    assert_same(sweep, reference)
+    alone = Sweep.with_sqlite(tmp_path / "alone", empty_database)
+    alone.run_here("training.epochs=120")
+    assert_same(sweep, alone)
 
 
 def terminate(cluster: Cluster, worker: Node) -> None:

@@ -1,8 +1,10 @@
 import pickle
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from activation_files import WRITERS, write_npy
+from servers import SlowProxy
 
 from msae_sweep.config import DataConfig
 from msae_sweep.data.catalog import open_source
@@ -30,6 +32,16 @@ def test_a_place_in_a_store_is_used_as_a_folder_is(object_store, tmp_path):
         pickle.loads(pickle.dumps(root / "a")).delete()
         (root / "never there").delete()
         assert [place.name for place in root.children()] == ["c.txt"]
+
+
+def test_a_store_that_takes_its_time_is_waited_for(object_store):
+    host, port = urlsplit(object_store.environment["AWS_ENDPOINT_URL"]).netloc.split(":")
+    proxy = SlowProxy(host, int(port))
+    proxy.delay_seconds = 4.0  # AWS' own patience is 3 s
+    place = Place(f"{object_store.bucket}/slow?endpoint_override={urlsplit(proxy.endpoint).netloc}&scheme=http")
+    place.check()
+    proxy.close()
+    assert proxy.n_answers == 1, "it was asked again"
 
 
 def test_what_no_store_answers_is_said_in_one_line(object_store):
