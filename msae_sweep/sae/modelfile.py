@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from jaxtyping import Float32
 
 from msae_sweep.errors import DataError
 from msae_sweep.sae.model import MSAE, StandardisedMSAE
+
+_ALLOWING = threading.Lock()
+"""What torch may read is one list for the whole process: a thread that ends its reading takes another one's off it."""
 
 
 class ModelFile(NamedTuple):
@@ -52,7 +56,7 @@ def load(path: str | Path) -> ModelFile:
         DataError: not such a file, or it holds anything but tensors, arrays, numbers and text.
     """
     try:
-        with torch.serialization.safe_globals(_numpy_globals()):
+        with _ALLOWING, torch.serialization.safe_globals(_numpy_globals()):
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such model file") from None

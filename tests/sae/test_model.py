@@ -1,4 +1,5 @@
 import collections
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -155,6 +156,13 @@ def test_a_latent_bias_of_zeros_is_no_bias(tmp_path):
 class Evil:
     def __reduce__(self):
         return (print, ("code from a model file ran",))
+
+
+def test_threads_read_model_files_side_by_side(tmp_path):
+    modelfile.save(random_file(), tmp_path / "model.pt")
+    with ThreadPoolExecutor(4) as threads:
+        files = list(threads.map(modelfile.load, [tmp_path / "model.pt"] * 200))
+    assert all(torch.equal(file.model.W_dec, files[0].model.W_dec) for file in files)
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
