@@ -117,6 +117,7 @@ def uploaded(object_store, activations) -> str:
     return there.uri
 
 
+@pytest.mark.slow
 def test_a_sweep_in_a_store_killed_and_resumed_elsewhere_ends_as_the_undisturbed_one_on_a_disk(
     object_store, uploaded, on_disk, tmp_path
 ):
