@@ -1,7 +1,7 @@
 """One trial as it is known to the driver, and as it lies in the sweep folder."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from msae_sweep.config import TrainingConfig
@@ -57,7 +57,7 @@ class TrialRecord:
 
     def to_json(self) -> str:
         """For `trials/{trial_id}/trial.json`."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(vars(self))
 
     @classmethod
     def from_json(cls, text: str) -> "TrialRecord":

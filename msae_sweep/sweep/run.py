@@ -161,9 +161,7 @@ def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConf
 
 def connect() -> None:
     """Connect to the cluster that RAY_ADDRESS names or that runs on this node, else start Ray on this machine."""
-    if ray.is_initialized():
-        return
-    # Tune prints its own table and writes its own logs unless told not to; neither is ours.
+    # Tune prints its own table and writes its own logs unless told not to; neither is ours, whoever has started Ray.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # What a trial failed of is said in one line by the monitor, and kept in full in its folder under tune/.
@@ -171,7 +169,10 @@ def connect() -> None:
     # Nothing is read back from Tune's snapshots of itself.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # Of every trial that it has no log of, it says so at the end.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
 def _with_whole_paths(config: SweepConfig) -> SweepConfig:

@@ -160,11 +160,14 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
         """The first in order that can run; called on every turn, so verdicts on waiting trials are carried out here.
 
         Always taking the first keeps the wait short and free of deadlock: the first unfinished trial waits for nobody.
+        A trial whose own worker is starting is as good as running. To choose it would have Tune give it the next worker
+        that is free and kill the other: where starting takes longer than a trial, only the first few ever came up.
         """
-        ready = []
-        for trial in list(tune_controller.get_trials()):
+        ready, starting = [], _starting(tune_controller)
+        for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.PENDING:
-                ready.append(trial)
+                if trial not in starting:
+                    ready.append(trial)
             elif trial.status == Trial.PAUSED:
                 spec = trial.config["trial"]
                 verdict, _ = self.verdict(spec["group"], spec["trial_id"])
@@ -191,3 +194,12 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
     def _entrant(self, trial: Trial) -> Entrant:
         spec = trial.config["trial"]
         return self._groups[spec["group"]].entrants[spec["trial_id"]]
+
+
+def _starting(tune_controller: Any) -> set[Trial]:
+    """Trials whose worker has its resources and is starting. Tune does not tell; what it knows is read here only."""
+    controller = getattr(tune_controller, "_tune_controller", None)
+    if controller is None:
+        return set()
+    on_their_way = set(controller._actor_manager.live_actors) - controller._started_actors
+    return {controller._actor_to_trial[actor] for actor in on_their_way if actor in controller._actor_to_trial}

@@ -1,10 +1,11 @@
 """Ray Tune's part of a sweep: which trials are left, and running them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.sample import Domain
 from rich.console import Console
 
 from msae_sweep.config import SweepConfig
@@ -79,7 +80,7 @@ class Tuning:
         else:
             specs = [self._spec(record) for record in known if not record.finished]
             search = BasicVariantGenerator(max_concurrent=config.resources.max_concurrent or 0)
-            param_space, samples, left = {"trial": tune.grid_search(specs)}, 1, len(specs)
+            param_space, samples, left = {"trial": _InOrder(specs)}, len(specs), len(specs)
         with scribe:
             scribe.post(begin)
             if left:
@@ -185,6 +186,23 @@ class Tuning:
     def _tracking_note(self) -> str:
         status = self._tracker.status
         return f"MLflow unreachable, {status.pending} events kept on disk" if status.last_error else ""
+
+
+class _InOrder(Domain):  # type: ignore[misc]
+    """Settings of all trials, one after the other.
+
+    A grid of them would do, but Tune copies its whole search space for every trial: of 1,000 trials, 37 ms a trial.
+    """
+
+    def __init__(self, specs: list[dict[str, Any]]) -> None:
+        self._left = iter(specs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def sample(self, config: Any = None, size: int = 1, random_state: Any = None) -> dict[str, Any]:
+        """The next trial's."""
+        return next(self._left)
 
 
 class _Failure(tune.Stopper):  # type: ignore[misc]

@@ -1,11 +1,12 @@
 """The driver of a large sweep on one machine: what scheduling costs when training costs nothing.
 
-    python tests/bench/bench_scale.py [--trials 1000] [--gpus 64] [--seconds 2] [--tracking-uri URI] [--storage WHERE]
+    python tests/bench/bench_scale.py [--trials 1000] [--gpus 40] [--seconds 8] [--tracking-uri URI] [--storage WHERE]
 
 Everything is the product's (plan, scheduler, records, journal, display, MLflow) but the trial: it sleeps its share of
-`--seconds` from rung to rung, reports 30 epochs and writes a small model, in workers that hold a fake GPU each. The
-clock runs from the first report, when the workers are up, to the last; `lost` is what of it exceeds the time in which
-so many GPUs could have slept so much.
+`--seconds` from rung to rung, reports 30 epochs and writes a small model, in workers that hold a fake GPU each; with
+what ASHA stops, a trial takes a quarter of that. The workers' processes are started before, as a cluster's nodes do
+side by side. `lost` is the share of the GPUs' time in which none slept, from when all have reported until no trial is
+left to start. Ray's idle processes take 2% of a core each: two cores are too few for 64.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
@@ -59,7 +60,8 @@ class SleepingTrial(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         """Sleep to the next rung."""
         first, until = self._epoch, min([r for r in self._rungs if r > self._epoch], default=EPOCHS)
-        time.sleep(self._seconds * (until - first) / EPOCHS)
+        slept = self._seconds * (until - first) / EPOCHS
+        time.sleep(slept)
         self._epoch = until
         write = lambda part: part.write_bytes(self._model)  # noqa: E731
         self._folder.write(self._folder.model_file(self._id), write, durable=False)
@@ -72,6 +74,8 @@ class SleepingTrial(tune.Trainable):  # type: ignore[misc]
             "reason": "epochs" if until == EPOCHS else "",
             "done": until == EPOCHS,
             "heard_from": time.time(),
+            "slept": slept,
+            "worker": os.getpid(),
         }
 
     def _point(self, epoch: int) -> dict[str, float]:
@@ -89,12 +93,46 @@ class SleepingTrial(tune.Trainable):  # type: ignore[misc]
         self._epoch = checkpoint["epoch"] if checkpoint else 0
 
 
+class Heard(NamedTuple):
+    """A result as the driver heard of it; times in seconds."""
+
+    at: float
+    worker: int
+    trial: str
+    said_at: float
+    slept: float
+    posted: int
+
+
+def start_workers(n_gpus: int) -> None:
+    """Have a process for every GPU that has imported what a trial's needs."""
+
+    @ray.remote(num_cpus=1, num_gpus=1)
+    def up() -> None:
+        import ray.tune  # noqa: F401
+
+        time.sleep(60 if n_gpus > 32 else 20)
+
+    ray.get([up.remote() for _ in range(n_gpus)])
+
+
+def lost(heard: list[Heard], n_gpus: int) -> tuple[float, float]:
+    """Share of the GPUs' time in which none slept, and the seconds looked at."""
+    first_of_worker, first_of_trial = {}, {}
+    for one in heard:
+        first_of_worker.setdefault(one.worker, one.said_at)
+        first_of_trial.setdefault(one.trial, one.said_at - one.slept)
+    begin, end = sorted(first_of_worker.values())[:n_gpus][-1], max(first_of_trial.values())
+    asleep = sum(max(0.0, min(one.said_at, end) - max(one.said_at - one.slept, begin)) for one in heard)
+    return 1 - asleep / (n_gpus * (end - begin)), end - begin
+
+
 def main() -> None:
     """Run one sweep and print what it cost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--gpus", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a trial that is not stopped early")
+    parser.add_argument("--gpus", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of a trial that is not stopped early")
     parser.add_argument("--tracking-uri", help="default: SQLite in the temporary folder")
     parser.add_argument("--storage", help="default: the temporary folder")
     parser.add_argument("--save", type=Path, help="append the rows to this file")
@@ -117,6 +155,7 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
         tracking: {{uri: "{args.tracking_uri or f"sqlite:///{folder}/mlflow.db"}"}}
     """
     ray.init(num_cpus=args.gpus + 2, num_gpus=args.gpus, include_dashboard=False, log_to_driver=False)
+    start_workers(args.gpus)
     of_epoch = dict.fromkeys(("train_loss", "val_loss", "dead_ratio"), [0.0] * EPOCHS)
     history = {**of_epoch, "val_r2": {f"r2_k{k}": [0.0] * EPOCHS for k in (16, 32, 64, 128)}}
     sae = MSAE(16, 256, [16, 32, 64, 128])
@@ -130,13 +169,14 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
         return with_parameters(SleepingTrial, seconds=args.seconds, folder=parameters["folder"], model=model)
 
     tuning.tune.with_parameters = sleeping
-    heard: list[tuple[float, float, float]] = []
+    heard: list[Heard] = []
     on_trial_result = Monitor.on_trial_result
 
     def listening(
         monitor: Monitor, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        heard.append((time.time(), time.time() - result["heard_from"], monitor._scribe.posted))
+        reported = (result["worker"], trial.trial_id, result["heard_from"], result["slept"])
+        heard.append(Heard(time.time(), *reported, monitor._scribe.posted))
         on_trial_result(monitor, iteration, trials, trial, result, **info)
 
     Monitor.on_trial_result = listening  # type: ignore[method-assign]
@@ -156,23 +196,25 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
         outcome = sweep.run(parse(space, []), command="bench", console=Console(file=log, width=160))
     ended.set()
     trials = [trial for block in outcome.summary["blocks"].values() for trial in block["trials"]]
-    slept = sum(trial["epochs"] for trial in trials) * args.seconds / EPOCHS
-    wall, ideal = heard[-1][0] - heard[0][0], slept / args.gpus
+    wall = heard[-1].at - heard[0].at
+    share, seconds = lost(heard, args.gpus)
+    slept = sum(one.slept for one in heard)
     events = len((outcome.folder.path / "journal" / "events.jsonl").read_bytes().splitlines())
     cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu_before
-    latency = [seconds for _, seconds, _ in heard]
+    latency = [one.at - one.said_at for one in heard]
     stopped = sum(trial["status"] == "stopped_early" for trial in trials)
     return [
         f"{machine.described(torch.device('cpu'))}; load {os.getloadavg()[0]:.1f}; {len(trials)} trials of "
-        f"{args.seconds:g} s ({stopped} stopped early), {args.gpus} fake GPUs, "
+        f"{slept / len(trials):.1f} s ({stopped} stopped early), {args.gpus} fake GPUs, "
         f"MLflow by {args.tracking_uri or 'SQLite'}",
-        f"from first to last report {wall:8.1f} s, asleep {ideal:.1f} s a GPU: lost {1 - ideal / wall:.0%}",
+        f"lost                 {share:8.1%} of {args.gpus} GPUs' time in {seconds:.1f} s; from first to last report "
+        f"{wall:.1f} s, asleep {slept / args.gpus:.1f} s a GPU",
         f"results              {len(heard) / wall:8.1f} a second, heard after a median of "
         f"{1e3 * statistics.median(latency):.0f} ms (90%: {1e3 * statistics.quantiles(latency, n=10)[-1]:.0f} ms)",
         f"driver's CPU         {1e3 * cpu / len(trials):8.1f} ms a trial, MLflow's client not in it; "
         f"memory + {(psutil.Process().memory_info().rss - before) / 2**10 / len(trials):.0f} KiB a trial",
         f"journal              {events / wall:8.1f} events a second, {max(behind, default=0):,} at most not sent yet; "
-        f"most writes waiting {max(posted for _, _, posted in heard)}",
+        f"most writes waiting {max(one.posted for one in heard)}",
         f"MLflow at the end    {json.dumps(str(outcome.tracking))}",
     ]
 

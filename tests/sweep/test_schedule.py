@@ -1,11 +1,16 @@
 import itertools
+import os
 import random
+import time
 from types import SimpleNamespace
 
 import pytest
+import ray
+from ray import tune
 
 from msae_sweep.config import AshaConfig
 from msae_sweep.results.ladder import rungs
+from msae_sweep.sweep.run import connect
 from msae_sweep.sweep.schedule import BlockAsha, Entrant, judge
 
 ASHA = AshaConfig(grace_epochs=1, reduction_factor=3)
@@ -64,7 +69,7 @@ class Controller:
         for trial in self.trials:
             scheduler.on_trial_add(self, trial)
 
-    def get_trials(self):
+    def get_live_trials(self):
         return self.trials
 
     def stop_trial(self, trial):
@@ -189,3 +194,40 @@ def test_most_trials_are_stopped_at_the_first_rungs():
 def test_without_asha_nothing_is_stopped():
     outcome = Controller(BlockAsha(None), curves(0), 3, random.Random(0)).run()
     assert {kind for kind, _ in outcome.values()} == {"completed"}
+
+
+def test_a_worker_that_is_starting_is_not_killed_for_one_that_is_free(tmp_path):
+    class SlowToStart(tune.Trainable):
+        """Of trials that take a tenth of a second; every worker but the first takes seconds to come up."""
+
+        def setup(self, config, *, folder):
+            self.folder = folder
+            try:
+                (folder / "first").touch(exist_ok=False)
+            except FileExistsError:
+                time.sleep(4)
+
+        def reset_config(self, new_config):
+            return True
+
+        def step(self):
+            time.sleep(0.1)
+            (self.folder / f"worker-{os.getpid()}").touch()
+            return {"done": True}
+
+        def save_checkpoint(self, checkpoint_dir):
+            return {}
+
+        def load_checkpoint(self, checkpoint):
+            pass
+
+    connect()
+    share = ray.cluster_resources()["CPU"] / 2
+    trials = [{"trial_id": f"t{i}", "group": "t", "index": i, "block": 0} for i in range(100)]
+    tune.Tuner(
+        tune.with_resources(tune.with_parameters(SlowToStart, folder=tmp_path), {"cpu": share}),
+        param_space={"trial": tune.grid_search(trials)},
+        tune_config=tune.TuneConfig(scheduler=BlockAsha(None), reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0),
+    ).fit()
+    assert len(list(tmp_path.glob("worker-*"))) == 2
