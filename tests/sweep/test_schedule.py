@@ -5,7 +5,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import ray
 from ray import tune
 
 from msae_sweep.config import AshaConfig
@@ -196,7 +195,7 @@ def test_without_asha_nothing_is_stopped():
     assert {kind for kind, _ in outcome.values()} == {"completed"}
 
 
-def test_a_worker_that_is_starting_is_not_killed_for_one_that_is_free(tmp_path):
+def test_a_worker_that_is_starting_is_not_killed_for_one_that_is_free(ray_session, tmp_path):
     class SlowToStart(tune.Trainable):
         """Of trials that take a tenth of a second; every worker but the first takes seconds to come up."""
 
@@ -221,11 +220,10 @@ def test_a_worker_that_is_starting_is_not_killed_for_one_that_is_free(tmp_path):
         def load_checkpoint(self, checkpoint):
             pass
 
-    connect()
-    share = ray.cluster_resources()["CPU"] / 2
+    connect()  # is there already; keeps Tune quiet
     trials = [{"trial_id": f"t{i}", "group": "t", "index": i, "block": 0} for i in range(100)]
     tune.Tuner(
-        tune.with_resources(tune.with_parameters(SlowToStart, folder=tmp_path), {"cpu": share}),
+        tune.with_resources(tune.with_parameters(SlowToStart, folder=tmp_path), {"cpu": 1}),
         param_space={"trial": tune.grid_search(trials)},
         tune_config=tune.TuneConfig(scheduler=BlockAsha(None), reuse_actors=True),
         run_config=tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0),
