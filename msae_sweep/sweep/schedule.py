@@ -166,7 +166,7 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
         ready, starting = [], _starting(tune_controller)
         for trial in list(tune_controller.get_live_trials()):
             if trial.status == Trial.PENDING:
-                if trial not in starting:
+                if trial.config["trial"]["trial_id"] not in starting:
                     ready.append(trial)
             elif trial.status == Trial.PAUSED:
                 spec = trial.config["trial"]
@@ -196,10 +196,11 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
         return self._groups[spec["group"]].entrants[spec["trial_id"]]
 
 
-def _starting(tune_controller: Any) -> set[Trial]:
+def _starting(tune_controller: Any) -> set[str]:
     """Trials whose worker has its resources and is starting. Tune does not tell; what it knows is read here only."""
     controller = getattr(tune_controller, "_tune_controller", None)
     if controller is None:
         return set()
     on_their_way = set(controller._actor_manager.live_actors) - controller._started_actors
-    return {controller._actor_to_trial[actor] for actor in on_their_way if actor in controller._actor_to_trial}
+    trials = [controller._actor_to_trial[actor] for actor in on_their_way if actor in controller._actor_to_trial]
+    return {trial.config["trial"]["trial_id"] for trial in trials}
