@@ -88,7 +88,9 @@ class SweepFolder:
         """Where Ray Tune keeps what it wants to keep, as the arguments of its RunConfig."""
         if self._shared is None:
             return {"storage_path": str(self.path)}
-        return {"storage_path": self._shared.inside, "storage_filesystem": self._shared.filesystem}
+        from msae_sweep.results.tune_store import for_tune
+
+        return {"storage_path": self._shared.inside, "storage_filesystem": for_tune(self._shared.filesystem)}
 
     @property
     def config_file(self) -> Path:
