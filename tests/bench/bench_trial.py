@@ -91,7 +91,7 @@ def quality(args: argparse.Namespace, device: torch.device) -> list[str]:
     for weighting in ("uniform", "reverse"):
         base = TrainingConfig.model_validate(
             {"batch_size": args.batch, "epochs": args.quality_epochs, "early_stopping_patience": None, "seed": 0,
-             "weighting": weighting}
+             "weighting": weighting, "k_levels": args.k_levels}
         )  # fmt: skip
         points = {}
         for name, settings in (
@@ -107,7 +107,8 @@ def quality(args: argparse.Namespace, device: torch.device) -> list[str]:
         dead = abs(a["dead_ratio"] - b["dead_ratio"])
         lines.append(f"  {weighting:8} apart by at most {off:.4f} in R², {dead:.4f} in dead_ratio")
     n_steps = args.quality_epochs * (len(train.x) // args.batch)
-    return [f"quality, {len(train.x):,} rows, {n_steps:,} steps, {'real' if args.data else 'random'} rows:", *lines]
+    rows = "real" if args.data else "random"
+    return [f"quality, k levels {args.k_levels}, {len(train.x):,} {rows} rows, {n_steps:,} steps:", *lines]
 
 
 def main() -> None:
@@ -123,11 +124,15 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10 if on_gpu else 2)
     parser.add_argument("--quality-rows", type=int, default=40_000 if on_gpu else 4_000)
     parser.add_argument("--quality-epochs", type=int, default=360 if on_gpu else 2)
+    parser.add_argument("--k-levels", default=[16, 32, 64, 128], help="of the quality part; all:128 for every k")
+    parser.add_argument("--skip-timing", action="store_true", help="quality alone")
     parser.add_argument("--save", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     device = torch.device("cuda" if on_gpu else "cpu")
     lines = [f"{machine.described(device)}; batch {args.batch}, {args.input_dim} -> 16x, k 16/32/64/128"]
-    machine.report(lines + timing(args, device) + quality(args, device), args.save)
+    if not args.skip_timing:
+        lines += timing(args, device)
+    machine.report(lines + quality(args, device), args.save)
 
 
 if __name__ == "__main__":

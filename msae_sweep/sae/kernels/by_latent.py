@@ -14,7 +14,15 @@ from torch import Tensor
 
 from msae_sweep.sae.kernels.launch import launch
 from msae_sweep.sae.kernels.topk import _bit_number, _count_bits
-from msae_sweep.sae.kernels.words import code_value, high_half, low_half, split_codes
+from msae_sweep.sae.kernels.words import (
+    RAISED_BY,
+    Quads,
+    code_value,
+    high_half,
+    low_half,
+    raised,
+    split_codes,
+)
 
 
 class Entries(NamedTuple):
@@ -73,7 +81,7 @@ def collect(
 
 
 def backward(
-    G: Int[Tensor, "batch levels half"],
+    G: Quads,
     W_dec: Int[Tensor, "hidden_dim half"],
     entries: Entries,
     gradients: Gradients,
@@ -82,13 +90,16 @@ def backward(
 ) -> None:
     """The decoder's gradient Σ v G, and the pre_acts' gradient G · w scattered into `grad_pre`, zero before."""
     hidden_dim, half = W_dec.shape
-    wide = G.numel() >= 2**31
-    unroll = max(8, min(32, 1024 // half))
+    wide = G.words.numel() >= 2**31
+    warps = max(1, min(16, half // 128))
+    chunks = min(2, half // 8)
+    # A lane reads four words of one row at a time.
+    rows = max(1, 32 * warps * 4 * chunks * 2 // half)
     launch(
         _backward, (hidden_dim + len(entries.parts),),
-        *entries, *gradients, G, W_dec, grad_pre, grad_pre.shape[1], hidden_dim,
-        HALF=half, N_LEVELS=G.shape[1], PART=part, UNROLL=unroll, WIDE=wide,
-        num_warps=max(1, min(16, half * unroll // 1024)),
+        *entries, *gradients, *G, W_dec, grad_pre, grad_pre.shape[1], hidden_dim,
+        CHUNK=half // 2 // chunks, N_CHUNKS=chunks, ROWS=rows, TILES=2, N_LEVELS=G.words.shape[1], PART=part,
+        WIDE=wide, NATIVE=W_dec.is_cuda, num_warps=warps, maxnreg=128,
     )  # fmt: skip
 
 
@@ -191,62 +202,112 @@ def _backward(
     pre_sum,
     pre_sum_parts,
     G,
+    G_scales,
     W_dec,
     grad_pre,
     grad_pre_stride,
     hidden_dim,
-    HALF: tl.constexpr,
+    CHUNK: tl.constexpr,
+    N_CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     N_LEVELS: tl.constexpr,
     PART: tl.constexpr,
-    UNROLL: tl.constexpr,
     WIDE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
+    """A part of a latent's entries, ROWS · TILES at a time, the next ones' gradients being fetched meanwhile.
+
+    A row is cut into chunks of a few lanes each, so that a warp holds several rows side by side: sums over a row's
+    elements cross few lanes, and sums over rows none until the end.
+    """
+    QUARTER: tl.constexpr = CHUNK * N_CHUNKS
+    HALF: tl.constexpr = 2 * QUARTER
     item = tl.program_id(0)
-    j = tl.arange(0, HALF)
-    lane = tl.arange(0, UNROLL)
+    j = tl.arange(0, CHUNK)
+    lane = tl.arange(0, ROWS)
     is_first = item < hidden_dim
     more = item - hidden_dim
     live = is_first | (more < tl.load(cursors + 1))
     latent = tl.where(is_first, item, tl.load(parts + more, mask=live & (item >= hidden_dim), other=0))
     number = tl.load(part_numbers + more, mask=live & (item >= hidden_dim), other=0)
     if live:
-        n_entries = tl.load(count + latent)
-        begin = number * PART
-        end = tl.minimum(n_entries, begin + PART)
-        low = tl.zeros((HALF,), tl.float32)
-        high = tl.zeros((HALF,), tl.float32)
-        sums = tl.zeros((UNROLL,), tl.float32)
-        if begin < end:
-            first = tl.load(start + latent)
-            packed += first
-            grad_row = grad_pre + latent.to(tl.int64) * grad_pre_stride
-            word = tl.load(W_dec + latent * HALF + j)
-            w_low = low_half(word)
-            w_high = high_half(word)
-            entry = tl.load(packed + begin + lane, mask=begin + lane < end, other=0)
-            for i in range(begin, end, UNROLL):
-                inside = i + lane < end
-                value = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-                row_level = entry.to(tl.int32)
-                if WIDE:
-                    g = tl.load(G + row_level.to(tl.int64)[:, None] * HALF + j[None, :])
-                else:
-                    g = tl.load(G + row_level[:, None] * HALF + j[None, :])
-                g_low = low_half(g)
-                g_high = high_half(g)
-                low += tl.sum(value[:, None] * g_low, 0)
-                high += tl.sum(value[:, None] * g_high, 0)
-                row = row_level // N_LEVELS
-                grad = tl.sum(g_low * w_low[None, :] + g_high * w_high[None, :], 1)
-                tl.store(grad_row + row, grad.to(tl.bfloat16), mask=inside)
-                sums += tl.where(inside, grad, 0.0)
-                entry = tl.load(packed + i + UNROLL + lane, mask=i + UNROLL + lane < end, other=0)
-        total = tl.sum(sums)
+        first = tl.load(start + latent)
+        begin = first + number * PART
+        end = tl.minimum(first + tl.load(count + latent), begin + PART)
+        entries = _load_entries(packed, begin, end, lane, TILES)
+        words, scales = _gather(G, G_scales, entries, j, CHUNK, N_CHUNKS, TILES, WIDE)
+        nexts = _load_entries(packed, begin + TILES * ROWS, end, lane, TILES)
+        w = ()
+        w_sum = tl.zeros((1, CHUNK), tl.float32)
+        sums = ()
+        for c in tl.static_range(N_CHUNKS):
+            even = tl.load(W_dec + latent * HALF + 2 * (c * CHUNK + j))[None, :]
+            odd = tl.load(W_dec + latent * HALF + 2 * (c * CHUNK + j) + 1)[None, :]
+            w = w + (low_half(even), low_half(odd), high_half(even), high_half(odd))  # type: ignore[assignment]  # noqa: RUF005
+            w_sum += (low_half(even) + low_half(odd)) + (high_half(even) + high_half(odd))
+            zeros = tl.zeros((ROWS, CHUNK), tl.float32)
+            sums = sums + (zeros, zeros, zeros, zeros)  # type: ignore[assignment]  # noqa: RUF005
+        above = RAISED_BY * tl.sum(w_sum)
+        pre_sums = tl.zeros((ROWS,), tl.float32)
+        value_sums = tl.zeros((ROWS,), tl.float32)
+        grad_row = grad_pre + latent.to(tl.int64) * grad_pre_stride
+        for i in range(begin, end, ROWS * TILES):
+            next_words, next_scales = _gather(G, G_scales, nexts, j, CHUNK, N_CHUNKS, TILES, WIDE)
+            after = _load_entries(packed, i + 2 * TILES * ROWS, end, lane, TILES)
+            for u in tl.static_range(TILES):
+                value = (entries[u] >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scales[u]
+                value_sums = tl.fma(value, tl.full((ROWS,), RAISED_BY, tl.float32), value_sums)
+                products = tl.zeros((ROWS, CHUNK), tl.float32)
+                more_sums = ()
+                for c in tl.static_range(N_CHUNKS):
+                    for byte in tl.static_range(4):
+                        g = raised(words[u * N_CHUNKS + c], byte, NATIVE)
+                        products += g * w[4 * c + byte]
+                        more_sums = more_sums + (tl.fma(value[:, None] + tl.zeros_like(g), g, sums[4 * c + byte]),)  # type: ignore[assignment]  # noqa: RUF005
+                sums = more_sums
+                grad = (tl.sum(products, 1) - above) * scales[u]
+                inside = i + u * ROWS + lane < end
+                tl.store(grad_row + entries[u].to(tl.int32) // N_LEVELS, grad.to(tl.bfloat16), mask=inside)
+                pre_sums += tl.where(inside, grad, 0.0)
+            entries = nexts
+            words = next_words
+            scales = next_scales
+            nexts = after
         if is_first:
-            tl.store(grad_W_dec + latent.to(tl.int64) * (2 * HALF) + j, low)
-            tl.store(grad_W_dec + latent.to(tl.int64) * (2 * HALF) + HALF + j, high)
-            tl.store(pre_sum + latent, total)
+            target = grad_W_dec + latent.to(tl.int64) * (2 * HALF)
+            tl.store(pre_sum + latent, tl.sum(pre_sums))
         else:
-            tl.store(grad_W_dec_parts + more.to(tl.int64) * (2 * HALF) + j, low)
-            tl.store(grad_W_dec_parts + more.to(tl.int64) * (2 * HALF) + HALF + j, high)
-            tl.store(pre_sum_parts + more, total)
+            target = grad_W_dec_parts + more.to(tl.int64) * (2 * HALF)
+            tl.store(pre_sum_parts + more, tl.sum(pre_sums))
+        for c in tl.static_range(N_CHUNKS):
+            for byte in tl.static_range(4):
+                place = byte // 2 * HALF + 2 * (c * CHUNK + j) + byte % 2
+                tl.store(target + place, tl.sum(sums[4 * c + byte] - value_sums[:, None], 0))
+
+
+@triton.jit
+def _load_entries(packed, first, end, lane, TILES: tl.constexpr):
+    """TILES times as many entries as there are lanes; behind `end`, zeros, which take row 0 for nothing."""
+    entries = ()
+    for u in tl.static_range(TILES):
+        place = first + u * lane.shape[0] + lane
+        entries = entries + (tl.load(packed + place, mask=place < end, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+    return entries
+
+
+@triton.jit
+def _gather(
+    G, G_scales, entries, j, CHUNK: tl.constexpr, N_CHUNKS: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    words = ()
+    scales = ()
+    for u in tl.static_range(TILES):
+        place = entries[u].to(tl.int32)
+        scales = scales + (tl.load(G_scales + place),)  # type: ignore[assignment]  # noqa: RUF005
+        if WIDE:
+            place = place.to(tl.int64)
+        row = G + place[:, None] * (CHUNK * N_CHUNKS) + j[None, :]
+        for c in tl.static_range(N_CHUNKS):
+            words = words + (tl.load(row + c * CHUNK),)  # type: ignore[assignment]  # noqa: RUF005
+    return words, scales

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from msae_sweep.sae.kernels.by_latent import Gradients
 from msae_sweep.sae.kernels.launch import launch
-from msae_sweep.sae.kernels.words import high_half, low_half, pack
+from msae_sweep.sae.kernels.words import Quads, dequantize, high_half, low_half, pack
 
 TILE = 64
 """Rows, and latents, of a tile of the dense products; hidden_dim is padded to a multiple of it."""
@@ -76,7 +76,7 @@ def select(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: Dead, aux_k: int
 
 
 def residual_gradient(
-    G: Int[Tensor, "batch levels half"],
+    G: Quads,
     level_scales: Float[Tensor, " levels"],
     last_error: Float[Tensor, " batch"],
     W_dec: Int[Tensor, "hidden_dim half"],
@@ -84,11 +84,12 @@ def residual_gradient(
     dead: Dead,
 ) -> None:
     """Reconstruct the residual from the dead latents: the loss, and its gradient times the coefficient."""
-    batch, n_levels, half = G.shape
+    batch, n_levels, quarter = G.words.shape
+    half = 2 * quarter
     columns = min(64, half)
     launch(
         _residual_gradient, (triton.cdiv(batch, TILE), half // columns),
-        G, level_scales, last_error, W_dec, aux.coefficient, dead.latents, dead.n_dead, dead.acts, dead.G, dead.losses,
+        *G, level_scales, last_error, W_dec, aux.coefficient, dead.latents, dead.n_dead, dead.acts, dead.G, dead.losses,
         batch, n_levels, dead.acts.shape[1],
         HALF=half, ROWS=TILE, COLUMNS=columns, DEPTH=64, PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
@@ -181,6 +182,7 @@ def _select(pre_acts, latents, n_dead, acts, aux_k, HIDDEN_DIM: tl.constexpr, BL
 @triton.jit
 def _residual_gradient(
     G,
+    G_scales,
     level_scales,
     last_error,
     W_dec,
@@ -226,9 +228,12 @@ def _residual_gradient(
         inverse = tl.where(scale > 0, 1 / tl.maximum(scale, 1.1754943508222875e-38), 0.0)
         # G of the last level is c · (x̂ − x), so the residual is −G / c.
         to_residual = -1 / tl.load(level_scales + n_levels - 1)
-        word = tl.load(G + (far * n_levels + n_levels - 1) * HALF + column[None, :], mask=inside, other=0)
-        low -= low_half(word) * to_residual
-        high -= high_half(word) * to_residual
+        last = far * n_levels + n_levels - 1
+        quarter = (tl.program_id(1) * COLUMNS // 2 + tl.arange(0, COLUMNS // 2))[None, :]
+        quad = tl.load(G + last * (HALF // 2) + quarter, mask=inside, other=0)
+        g_scale = tl.load(G_scales + last, mask=inside, other=0.0) * to_residual
+        low -= g_scale * tl.reshape(tl.join(dequantize(quad, 0), dequantize(quad, 1)), (ROWS, COLUMNS))
+        high -= g_scale * tl.reshape(tl.join(dequantize(quad, 2), dequantize(quad, 3)), (ROWS, COLUMNS))
         tl.store(losses + piece, tl.sum(tl.where(inside, low * low + high * high, 0.0)) * inverse)
         factor = 2 * tl.load(coefficient) * inverse
         tl.store(dead_G + far * HALF + column[None, :], pack(low * factor, high * factor), mask=inside)

@@ -17,7 +17,7 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from msae_sweep.sae.kernels.launch import launch
-from msae_sweep.sae.kernels.words import code_latent, code_value, high_half, low_half, pack, split_codes
+from msae_sweep.sae.kernels.words import Quads, code_latent, code_value, high_half, low_half, quantize, split_codes
 
 FEW_LEVELS = 8
 
@@ -27,13 +27,13 @@ def decode_few(
     codes: Int[Tensor, "batch k_padded"],
     W_dec: Int[Tensor, "hidden_dim half"],
     level_scales: Float[Tensor, " levels"],
-    G: Int[Tensor, "batch levels half"],
+    G: Quads,
     row_loss: Float[Tensor, " batch"],
     last_error: Float[Tensor, " batch"],
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
     k_levels: Sequence[int],
 ) -> None:
-    """G_l of every row as pair words, the row's loss and Σ e² at the last level; and zero `grad_pre` on the way.
+    """G_l of every row, the row's loss and Σ e² at the last level; and zero `grad_pre` on the way.
 
     `start` is pre_bias − x, the error before any latent is added.
     """
@@ -41,7 +41,7 @@ def decode_few(
     n_programs, share = _zeroing(grad_pre, len(codes))
     launch(
         _decode_few, (n_programs,),
-        start, codes, W_dec, level_scales, G, row_loss, last_error, grad_pre.view(torch.int32), grad_pre.numel() // 2,
+        start, codes, W_dec, level_scales, *G, row_loss, last_error, grad_pre.view(torch.int32), grad_pre.numel() // 2,
         len(codes), share,
         HALF=half, K_PADDED=codes.shape[1], LEVELS=tuple(k_levels), UNROLL=16, num_warps=_warps(half),
     )  # fmt: skip
@@ -53,7 +53,7 @@ def decode_many(
     W_dec: Int[Tensor, "hidden_dim half"],
     rank_scales: Float[Tensor, " k"],
     level_of_rank: Int[Tensor, " k"],
-    G: Int[Tensor, "batch levels half"],
+    G: Quads,
     row_loss: Float[Tensor, " batch"],
     last_error: Float[Tensor, " batch"],
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
@@ -66,9 +66,9 @@ def decode_many(
     n_programs, share = _zeroing(grad_pre, len(codes))
     launch(
         _decode_many, (n_programs,),
-        start, codes, W_dec, rank_scales, level_of_rank, G, G.shape[1], row_loss, last_error,
+        start, codes, W_dec, rank_scales, level_of_rank, *G, G.words.shape[1], row_loss, last_error,
         grad_pre.view(torch.int32), grad_pre.numel() // 2, len(codes), share,
-        HALF=half, K_PADDED=codes.shape[1], K=len(rank_scales), UNROLL=16, num_warps=_warps(half),
+        HALF=half, K_PADDED=codes.shape[1], K=len(rank_scales), UNROLL=16, BACK=8, num_warps=_warps(half),
     )  # fmt: skip
 
 
@@ -166,6 +166,7 @@ def _decode_few(
     W_dec,
     level_scales,
     G,
+    G_scales,
     row_loss,
     last_error,
     zero_words,
@@ -179,6 +180,7 @@ def _decode_few(
 ):
     row = tl.program_id(0)
     j = tl.arange(0, HALF)
+    quarter = tl.arange(0, HALF // 2)
     N_LEVELS: tl.constexpr = len(LEVELS)
     _zero_share(zero_words, n_zero_words, share, row)
     far = row.to(tl.int64)
@@ -204,8 +206,59 @@ def _decode_few(
         g_low += scale * lows[level]
         g_high += scale * highs[level]
         loss += scale * (lows[level] * lows[level] + highs[level] * highs[level])
-        tl.store(G + (far * N_LEVELS + level) * HALF + j, pack(g_low, g_high))
+        quad, g_scale = quantize(g_low, g_high, HALF)
+        tl.store(G + (far * N_LEVELS + level) * (HALF // 2) + quarter, quad)
+        tl.store(G_scales + far * N_LEVELS + level, g_scale)
     tl.store(row_loss + row, tl.sum(loss) * 0.5)
+
+
+@triton.jit
+def _go_back(
+    row_codes,
+    W_dec,
+    rank_scales,
+    level_of_rank,
+    G,
+    G_scales,
+    row_place,
+    j,
+    quarter,
+    low,
+    high,
+    g_low,
+    g_high,
+    loss,
+    end,
+    COUNT: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Over the COUNT ranks before `end`, the last one first.
+
+    All loads come before the stores: the compiler may not move a load over a store, and would wait for every one.
+    """
+    values = ()
+    words = ()
+    scales = ()
+    levels = ()
+    for u in tl.static_range(COUNT):
+        rank = end - 1 - u
+        code = tl.load(row_codes + rank)
+        values = values + (code_value(code),)  # type: ignore[assignment]  # noqa: RUF005
+        words = words + (tl.load(W_dec + code_latent(code) * HALF + j),)  # type: ignore[assignment]  # noqa: RUF005
+        scales = scales + (tl.load(rank_scales + rank),)  # type: ignore[assignment]  # noqa: RUF005
+        levels = levels + (tl.load(level_of_rank + rank),)  # type: ignore[assignment]  # noqa: RUF005
+    for u in tl.static_range(COUNT):
+        scale: tl.tensor = scales[u]
+        loss += scale * (low * low + high * high)
+        g_low += scale * low
+        g_high += scale * high
+        quad, g_scale = quantize(g_low, g_high, HALF)
+        place = row_place + levels[u]
+        tl.store(G + place * (HALF // 2) + quarter, quad, mask=tl.zeros_like(quad).to(tl.float32) + scale > 0)
+        tl.store(G_scales + place, g_scale, mask=scale > 0)
+        low -= values[u] * low_half(words[u])
+        high -= values[u] * high_half(words[u])
+    return low, high, g_low, g_high, loss
 
 
 @triton.jit
@@ -216,6 +269,7 @@ def _decode_many(
     rank_scales,
     level_of_rank,
     G,
+    G_scales,
     n_levels,
     row_loss,
     last_error,
@@ -227,6 +281,7 @@ def _decode_many(
     K_PADDED: tl.constexpr,
     K: tl.constexpr,
     UNROLL: tl.constexpr,
+    BACK: tl.constexpr,
 ):
     row = tl.program_id(0)
     j = tl.arange(0, HALF)
@@ -237,22 +292,19 @@ def _decode_many(
     row_codes = codes + far * K_PADDED
     low, high = _add_ranks(row_codes, W_dec, j, low, high, 0, K, UNROLL, HALF)
     tl.store(last_error + row, tl.sum(low * low + high * high))
-    row_G = G + far * n_levels * HALF
+    quarter = tl.arange(0, HALF // 2)
     loss = tl.zeros((HALF,), tl.float32)
     g_low = tl.zeros((HALF,), tl.float32)
     g_high = tl.zeros((HALF,), tl.float32)
-    for i in tl.range(0, K, loop_unroll_factor=8):
-        rank = K - 1 - i
-        scale = tl.load(rank_scales + rank)
-        loss += scale * (low * low + high * high)
-        g_low += scale * low
-        g_high += scale * high
-        if scale > 0:
-            tl.store(row_G + tl.load(level_of_rank + rank) * HALF + j, pack(g_low, g_high))
-        code = tl.load(row_codes + rank)
-        word = tl.load(W_dec + code_latent(code) * HALF + j)
-        low -= code_value(code) * low_half(word)
-        high -= code_value(code) * high_half(word)
+    for i in range(K // BACK):
+        low, high, g_low, g_high, loss = _go_back(
+            row_codes, W_dec, rank_scales, level_of_rank, G, G_scales, far * n_levels, j, quarter, low, high,
+            g_low, g_high, loss, K - i * BACK, BACK, HALF,
+        )  # fmt: skip
+    low, high, g_low, g_high, loss = _go_back(
+        row_codes, W_dec, rank_scales, level_of_rank, G, G_scales, far * n_levels, j, quarter, low, high,
+        g_low, g_high, loss, K % BACK, K % BACK, HALF,
+    )  # fmt: skip
     tl.store(row_loss + row, tl.sum(loss) * 0.5)
 
 

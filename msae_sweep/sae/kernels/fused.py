@@ -1,22 +1,24 @@
 """A whole training step, and a whole validation step, as a fixed sequence of kernels over fixed memory.
 
 The step is `reference.reconstruct`, its backward pass, the auxiliary loss, Adam, and the decoder's unit norm. Products
-are bfloat16 with float32 sums; weights, moments and everything that is summed up are float32. Where a graph can be
-captured it is, once a shape: what differs from trial to trial (weights, learning rate, level weights, where the rows
-are) lies in memory that the kernels read. Rows and latents are padded, with zeros that no kernel ever makes non-zero.
+are bfloat16 with float32 sums; the reconstructions' gradients have eight bits over one scale a row and level; weights,
+moments and everything that is summed up are float32. Where a graph can be captured it is, once a shape: what differs
+from trial to trial (weights, learning rate, level weights, where the rows are) lies in memory that the kernels read.
+Rows and latents are padded, with zeros that no kernel ever makes non-zero.
 
 Every sum is taken in one order, so a step gives the same bits on every run.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from msae_sweep.sae.kernels import by_latent, dead, decode, rows, topk, update
+from msae_sweep.sae.kernels import by_latent, dead, decode, rows, topk, update, words
 from msae_sweep.sae.kernels.launch import compiling
 
 # From 3.10 on Triton fuses a product with a sum only if asked; without, steps are slower and have other bits.
@@ -94,11 +96,11 @@ class FusedStep:
             part_numbers=zeros(n_parts, dtype=int32),
             cursors=zeros(2, dtype=int32),
         )
-        self.G = zeros(batch, n_levels, half, dtype=int32)
+        self.G = words.Quads(zeros(batch, n_levels, half // 2, dtype=int32), zeros(batch, n_levels))
         self.row_loss, self.last_error = zeros(batch), zeros(batch)
         self.gradients = by_latent.Gradients(zeros(hidden, width), zeros(n_parts, width), zeros(hidden), zeros(n_parts))
         self.grad_W_enc = zeros(hidden, width)
-        self.bias_sums = zeros(2 * update.N_SUMS, width)
+        self.bias_sums = zeros(update.N_SUMS, width)
         self.norms = zeros(hidden // update.rows_a_program(hidden, width)) if shape.clips else None
         self.dead: dead.Dead | None = None
         if shape.aux_k:
@@ -228,21 +230,17 @@ class FusedStep:
                 self.start, self.codes, self.decoder_copy, self.level_scales, self.G, self.row_loss, self.last_error,
                 self.grad_pre, shape.loss_levels,
             )  # fmt: skip
+        with self._beside():
+            update.sum_decoding_gradient(self.G, self.bias_sums, self.hyper)
         by_latent.backward(self.G, self.decoder_copy, self.entries, self.gradients, self.grad_pre, self.part)
         if aux is not None:
             dead.residual_gradient(self.G, self.level_scales, self.last_error, self.decoder_copy, self.aux, aux)
             dead.add_gradients(self.decoder_copy, aux, self.grad_pre, self.gradients)
-        if self._side is None:
-            self._sum_bias_gradient()
-            self._encoder_gradient()
-        else:
-            # Small kernels run beside the product.
-            main = torch.cuda.current_stream(self.device)
-            self._side.wait_stream(main)
-            with torch.cuda.stream(self._side):
-                self._sum_bias_gradient()
-            self._encoder_gradient()
-            main.wait_stream(self._side)
+        with self._beside():
+            update.sum_encoding_gradient(self.W_enc.value, self.entries, self.gradients, self.bias_sums, self.part)
+        self._encoder_gradient()
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
         if self.norms is not None:
             update.clip_gradients(
                 self.grad_W_enc, self.W_dec.value, self.entries, self.gradients, self.bias_sums, self.norms, self.hyper,
@@ -272,10 +270,15 @@ class FusedStep:
         used = self._used_columns()
         _product(self.grad_pre, self.centred[:, :used], self.grad_W_enc[:, :used])
 
-    def _sum_bias_gradient(self) -> None:
-        update.sum_bias_gradient(
-            self.G, self.W_enc.value, self.entries, self.gradients, self.bias_sums, self.hyper, self.part
-        )
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Launch, after what has been launched, beside what will be: small kernels whose results are needed late."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
 
     def _evaluate(self) -> None:
         self._encode(collect=False)

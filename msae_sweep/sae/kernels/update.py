@@ -9,10 +9,15 @@ from torch import Tensor
 
 from msae_sweep.sae.kernels.by_latent import Entries, Gradients
 from msae_sweep.sae.kernels.launch import launch
-from msae_sweep.sae.kernels.words import high_half, low_half, pack
+from msae_sweep.sae.kernels.words import Quads, dequantize, pack
 
-N_SUMS = 64
-"""Programs that each add up a share of the rows, and of the latents, for pre_bias's gradient."""
+N_DECODING_SUMS = 64
+"""Programs that each add up a share of the rows for pre_bias's gradient."""
+
+N_ENCODING_SUMS = 128
+"""Programs that each add up a share of the latents for it."""
+
+N_SUMS = N_DECODING_SUMS + N_ENCODING_SUMS
 
 
 class Moments(NamedTuple):
@@ -38,27 +43,39 @@ class Hyper(NamedTuple):
     """Sums over the epoch of the loss and of the auxiliary loss, float64."""
 
 
-def sum_bias_gradient(
-    G: Int[Tensor, "batch levels half"],
+def sum_decoding_gradient(G: Quads, sums: Float[Tensor, "shares width"], hyper: Hyper) -> None:
+    """pre_bias's gradient where it is added after decoding, at every level: Σ_b G_0[b], in N_DECODING_SUMS shares.
+
+    Also writes down this step's line of the schedule and moves the counters on: nothing reads them any more in this
+    step.
+    """
+    batch, n_levels, quarter = G.words.shape
+    launch(
+        _sum_decoding_gradient, (N_DECODING_SUMS,),
+        *G, sums, hyper.schedule, hyper.counters, hyper.now, batch, n_levels,
+        QUARTER=quarter, ROWS=max(1, min(16, 1024 // quarter)), num_warps=4,
+    )  # fmt: skip
+
+
+def sum_encoding_gradient(
     W_enc: Float[Tensor, "hidden_dim width"],
     entries: Entries,
     gradients: Gradients,
     sums: Float[Tensor, "shares width"],
-    hyper: Hyper,
     part: int,
 ) -> None:
-    """pre_bias's gradient in 2 · N_SUMS shares: Σ_b G_0[b] − Σ_n (Σ_b grad_pre[b, n]) W_enc[n].
+    """pre_bias's gradient where it is subtracted before encoding: −Σ_n (Σ_b grad_pre[b, n]) W_enc[n], in shares.
 
-    It is added after decoding at every level, and subtracted before encoding. Also writes down this step's line of the
-    schedule and moves the counters on: nothing reads them any more in this step.
+    They follow those of `sum_decoding_gradient`. The product beside which this runs fills the multiprocessors that it
+    takes, and waits for them, so this is cut finely enough to be over soon.
     """
-    batch, n_levels, half = G.shape
-    rows = max(1, min(16, 2048 // half))
+    hidden_dim, width = W_enc.shape
+    half = width // 2
     launch(
-        _sum_bias_gradient, (2 * N_SUMS,),
-        G, W_enc, entries.counts, entries.more_parts, gradients.pre_sum, gradients.pre_sum_parts, sums,
-        hyper.schedule, hyper.counters, hyper.now, batch, len(W_enc), n_levels,
-        HALF=half, ROWS=rows, PART=part, SHARES=N_SUMS, num_warps=4,
+        _sum_encoding_gradient, (N_ENCODING_SUMS,),
+        W_enc, entries.counts, entries.more_parts, gradients.pre_sum, gradients.pre_sum_parts,
+        sums[N_DECODING_SUMS:], hidden_dim,
+        HALF=half, ROWS=max(1, min(32, 4096 // half)), PART=part, SHARES=N_ENCODING_SUMS, num_warps=8,
     )  # fmt: skip
 
 
@@ -86,7 +103,8 @@ def clip_gradients(
     )  # fmt: skip
     launch(
         _clip_factor, (1,),
-        norms, len(norms), sums, width, hyper.betas, hyper.now, SHARES=len(sums), COLUMNS=32, num_warps=8
+        norms, len(norms), sums, len(sums), width, hyper.betas, hyper.now,
+        SHARES=triton.next_power_of_2(len(sums)), COLUMNS=32, num_warps=8,
     )  # fmt: skip
 
 
@@ -137,24 +155,17 @@ def adam_reference(
 
 
 @triton.jit
-def _sum_bias_gradient(
+def _sum_decoding_gradient(
     G,
-    W_enc,
-    count,
-    more_parts,
-    pre_sum,
-    pre_sum_parts,
+    G_scales,
     sums,
     schedule,
     counters,
     now,
     batch,
-    hidden_dim,
     n_levels,
-    HALF: tl.constexpr,
+    QUARTER: tl.constexpr,
     ROWS: tl.constexpr,
-    PART: tl.constexpr,
-    SHARES: tl.constexpr,
 ):
     program = tl.program_id(0)
     if program == 0:
@@ -165,39 +176,73 @@ def _sum_bias_gradient(
         tl.store(now + 2, 1.0)
         tl.store(counters, in_window + 1)
         tl.store(counters + 1, in_epoch + 1)
+    HALF: tl.constexpr = 2 * QUARTER
+    quarter = tl.arange(0, QUARTER)
+    sum0 = tl.zeros((ROWS, QUARTER), tl.float32)
+    sum1 = tl.zeros((ROWS, QUARTER), tl.float32)
+    sum2 = tl.zeros((ROWS, QUARTER), tl.float32)
+    sum3 = tl.zeros((ROWS, QUARTER), tl.float32)
+    for first in range(program * ROWS, batch, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        place = row.to(tl.int64) * n_levels
+        # A scale of 0 takes out what lies beyond the batch.
+        scale = tl.load(G_scales + place, mask=row < batch, other=0.0)[:, None]
+        inside = (row < batch)[:, None] & (quarter >= 0)[None, :]
+        word = tl.load(G + place[:, None] * QUARTER + quarter[None, :], mask=inside, other=0)
+        sum0 += scale * dequantize(word, 0)
+        sum1 += scale * dequantize(word, 1)
+        sum2 += scale * dequantize(word, 2)
+        sum3 += scale * dequantize(word, 3)
+    target = sums + program * (2 * HALF)
+    tl.store(target + 2 * quarter, tl.sum(sum0, 0))
+    tl.store(target + 2 * quarter + 1, tl.sum(sum1, 0))
+    tl.store(target + HALF + 2 * quarter, tl.sum(sum2, 0))
+    tl.store(target + HALF + 2 * quarter + 1, tl.sum(sum3, 0))
+
+
+@triton.jit
+def _sum_encoding_gradient(
+    W_enc,
+    count,
+    more_parts,
+    pre_sum,
+    pre_sum_parts,
+    sums,
+    hidden_dim,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,
+    SHARES: tl.constexpr,
+):
+    program = tl.program_id(0)
     j = tl.arange(0, HALF)
     low = tl.zeros((ROWS, HALF), tl.float32)
     high = tl.zeros((ROWS, HALF), tl.float32)
-    if program < SHARES:
-        for first in range(program * ROWS, batch, SHARES * ROWS):
-            row = first + tl.arange(0, ROWS)
-            place = row.to(tl.int64)[:, None] * n_levels * HALF + j[None, :]
-            word = tl.load(G + place, mask=(row < batch)[:, None] & (j >= 0)[None, :], other=0)
-            low += low_half(word)
-            high += high_half(word)
-    else:
-        for first in range((program - SHARES) * ROWS, hidden_dim, SHARES * ROWS):
-            latent = first + tl.arange(0, ROWS)
-            inside = latent < hidden_dim
-            total = tl.load(pre_sum + latent, mask=inside, other=0.0)
-            n_more = tl.maximum(tl.load(count + latent, mask=inside, other=0) - 1, 0) // PART
-            first_more = tl.load(more_parts + latent, mask=inside, other=0)
-            number = tl.arange(0, 16)[None, :]
-            for i in range(0, tl.max(n_more), 16):
-                more = tl.load(
-                    pre_sum_parts + first_more[:, None] + i + number, mask=i + number < n_more[:, None], other=0.0
-                )
-                total += tl.sum(more, 1)
-            place = latent.to(tl.int64)[:, None] * (2 * HALF) + j[None, :]
-            both = inside[:, None] & (j >= 0)[None, :]
-            low -= total[:, None] * tl.load(W_enc + place, mask=both, other=0.0)
-            high -= total[:, None] * tl.load(W_enc + place + HALF, mask=both, other=0.0)
+    for first in range(program * ROWS, hidden_dim, SHARES * ROWS):
+        latent = first + tl.arange(0, ROWS)
+        inside = latent < hidden_dim
+        place = latent.to(tl.int64)[:, None] * (2 * HALF) + j[None, :]
+        both = inside[:, None] & (j >= 0)[None, :]
+        # What waits for nothing is asked for first.
+        W_low = tl.load(W_enc + place, mask=both, other=0.0)
+        W_high = tl.load(W_enc + place + HALF, mask=both, other=0.0)
+        total = tl.load(pre_sum + latent, mask=inside, other=0.0)
+        n_more = tl.maximum(tl.load(count + latent, mask=inside, other=0) - 1, 0) // PART
+        first_more = tl.load(more_parts + latent, mask=inside, other=0)
+        number = tl.arange(0, 16)[None, :]
+        for i in range(0, tl.max(n_more), 16):
+            more = tl.load(
+                pre_sum_parts + first_more[:, None] + i + number, mask=i + number < n_more[:, None], other=0.0
+            )
+            total += tl.sum(more, 1)
+        low -= total[:, None] * W_low
+        high -= total[:, None] * W_high
     tl.store(sums + program * (2 * HALF) + j, tl.sum(low, 0))
     tl.store(sums + program * (2 * HALF) + HALF + j, tl.sum(high, 0))
 
 
 @triton.jit
-def _clip_factor(norms, n_norms, sums, width, betas, now, SHARES: tl.constexpr, COLUMNS: tl.constexpr):
+def _clip_factor(norms, n_norms, sums, n_sums, width, betas, now, SHARES: tl.constexpr, COLUMNS: tl.constexpr):
     lane = tl.arange(0, 1024)
     share = tl.arange(0, SHARES)
     squares = tl.zeros((1024,), tl.float32)
@@ -206,7 +251,8 @@ def _clip_factor(norms, n_norms, sums, width, betas, now, SHARES: tl.constexpr, 
     total = tl.sum(squares)
     for first in range(0, width, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
-        g = tl.sum(tl.load(sums + share[:, None] * width + j[None, :]), 0)
+        inside = (share < n_sums)[:, None] & (j < width)[None, :]
+        g = tl.sum(tl.load(sums + share[:, None] * width + j[None, :], mask=inside, other=0.0), 0)
         total += tl.sum(g * g)
     tl.store(now + 2, tl.minimum(1.0, tl.load(betas + 3) / (tl.sqrt(total) + 1e-6)))
 
@@ -287,12 +333,16 @@ def _update_bias(
     pre_bias, mean, square, sums, row_loss, aux_losses, batch, n_aux, betas, now, totals, HALF: tl.constexpr,
     SHARES: tl.constexpr,
 ):  # fmt: skip
+    ROWS: tl.constexpr = min(32, max(1, 4096 // HALF))
     j = tl.arange(0, HALF)
-    low = tl.zeros((HALF,), tl.float32)
-    high = tl.zeros((HALF,), tl.float32)
-    for share in tl.range(0, SHARES, loop_unroll_factor=8):
-        low += tl.load(sums + share * (2 * HALF) + j)
-        high += tl.load(sums + share * (2 * HALF) + HALF + j)
+    place = tl.arange(0, ROWS)[:, None] * (2 * HALF) + j[None, :]
+    low = tl.zeros((ROWS, HALF), tl.float32)
+    high = tl.zeros((ROWS, HALF), tl.float32)
+    for first in tl.static_range(0, SHARES, ROWS):
+        low += tl.load(sums + first * (2 * HALF) + place)
+        high += tl.load(sums + first * (2 * HALF) + HALF + place)
+    low = tl.sum(low, 0)
+    high = tl.sum(high, 0)
     tl.store(pre_bias + j, _adam(j, tl.load(pre_bias + j), mean, square, low, betas, now))
     j += HALF
     tl.store(pre_bias + j, _adam(j, tl.load(pre_bias + j), mean, square, high, betas, now))
