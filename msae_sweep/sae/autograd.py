@@ -10,7 +10,7 @@ from torch import Tensor
 from msae_sweep.config import TrainingConfig
 from msae_sweep.sae import kernels, loss
 from msae_sweep.sae.metrics import SplitMetrics
-from msae_sweep.sae.state import Batches, TrainState
+from msae_sweep.sae.state import Batches, Moments, TrainState
 
 
 class EpochResult(NamedTuple):
@@ -43,6 +43,7 @@ class AutogradEngine:
         self.device = state.samples_since_fired.device
         self.weights = loss.level_weights(len(config.loss_levels), config.weighting).to(self.device)
         self.dead_after_samples = dead_after_samples
+        self._optimizer = self._adam()
 
     def train_epoch(self, train: Batches, epoch: int, learning_rates: Sequence[float]) -> EpochResult:
         """See `Engine`."""
@@ -55,6 +56,11 @@ class AutogradEngine:
                 train_loss, aux, fired_now = self.step(x, learning_rate)
                 sums += torch.stack([train_loss, aux])
                 fired |= fired_now
+        state.moments = {
+            name: Moments(adam["exp_avg"], adam["exp_avg_sq"])
+            for name, parameter in state.model.named_parameters()
+            if (adam := self._optimizer.state.get(parameter))
+        }
         train_loss_mean, aux_mean = (sums / len(learning_rates)).tolist()
         return EpochResult(train_loss_mean, aux_mean, 1 - fired.sum().item() / state.model.hidden_dim)
 
@@ -79,15 +85,15 @@ class AutogradEngine:
             dead = state.samples_since_fired >= self.dead_after_samples
             aux = loss.aux_loss(x, x_hats[-1], dead, model.W_enc, model.W_dec, model.pre_bias, config.aux_k)
             total = total + config.aux_coefficient * aux
-        state.optimizer.zero_grad()
+        self._optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
         if config.normalize_decoder:
             model.project_decoder_gradient_()
         if config.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-        for group in state.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        state.optimizer.step()
+        self._optimizer.step()
         if config.normalize_decoder:
             model.normalize_decoder_()
         # Counting with integers, because it gives the same result in any order.
@@ -97,6 +103,25 @@ class AutogradEngine:
         state.samples_since_fired = torch.where(fired, 0, state.samples_since_fired + len(x))
         state.step += 1
         return total.detach(), aux.detach(), fired
+
+    def _adam(self) -> torch.optim.Adam:
+        """Adam as it stood at the state's last epoch."""
+        state, config = self.state, self.config
+        # Fused Adam is one pass over the parameters on CPU and CUDA; MPS takes torch's default.
+        fused = self.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.Adam(
+            state.model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            fused=fused,
+        )
+        for name, parameter in state.model.named_parameters():
+            if name in state.moments:
+                mean, square = state.moments[name]
+                step = torch.tensor(float(state.step), device=self.device if fused else "cpu")
+                optimizer.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        return optimizer
 
 
 @contextlib.contextmanager

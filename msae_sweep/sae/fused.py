@@ -9,10 +9,10 @@ from torch import Tensor
 from msae_sweep.config import TrainingConfig
 from msae_sweep.sae import loss
 from msae_sweep.sae.autograd import EpochResult
+from msae_sweep.sae.kernels import update
 from msae_sweep.sae.kernels.fused import SCHEDULE_STEPS, Shape, rank_scales
-from msae_sweep.sae.kernels.update import Moments
 from msae_sweep.sae.metrics import SplitMetrics
-from msae_sweep.sae.state import Batches, TrainState
+from msae_sweep.sae.state import Batches, Moments, TrainState
 from msae_sweep.sae.step_cache import StepCache
 
 
@@ -103,14 +103,14 @@ class FusedEngine:
 
     def _take_state(self) -> None:
         step, state = self.step, self.state
-        for moments, parameter in self._pairs():
-            for tensor in moments:
+        for name, parameter in state.model.named_parameters():
+            padded = self._padded(name)
+            for tensor in padded:
                 tensor.zero_()
-            _inner(moments.value, parameter).copy_(parameter.detach())
-            saved = state.optimizer.state.get(parameter)
-            if saved:
-                _inner(moments.mean, parameter).copy_(saved["exp_avg"])
-                _inner(moments.square, parameter).copy_(saved["exp_avg_sq"])
+            _inner(padded.value, parameter).copy_(parameter.detach())
+            if name in state.moments:
+                _inner(padded.mean, parameter).copy_(state.moments[name].mean)
+                _inner(padded.square, parameter).copy_(state.moments[name].square)
         step.samples_since_fired.zero_()
         step.samples_since_fired[: state.model.hidden_dim].copy_(state.samples_since_fired)
         step.copy_weights()
@@ -118,18 +118,18 @@ class FusedEngine:
     @torch.no_grad()
     def _hand_back(self) -> None:
         step, state = self.step, self.state
-        for moments, parameter in self._pairs():
-            parameter.copy_(_inner(moments.value, parameter))
-            state.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step), device=parameter.device),
-                "exp_avg": _inner(moments.mean, parameter).clone(),
-                "exp_avg_sq": _inner(moments.square, parameter).clone(),
-            }
+        for name, parameter in state.model.named_parameters():
+            padded = self._padded(name)
+            parameter.copy_(_inner(padded.value, parameter))
+            state.moments[name] = Moments(
+                _inner(padded.mean, parameter).clone(), _inner(padded.square, parameter).clone()
+            )
         state.samples_since_fired = step.samples_since_fired[: state.model.hidden_dim].clone()
 
-    def _pairs(self) -> list[tuple[Moments, Tensor]]:
-        step, model = self.step, self.state.model
-        return [(step.W_enc, model.W_enc), (step.W_dec, model.W_dec), (step.pre_bias, model.pre_bias)]
+    def _padded(self, name: str) -> update.Moments:
+        """A parameter's padded memory."""
+        padded: update.Moments = getattr(self.step, name)
+        return padded
 
 
 def _inner(padded: Tensor, parameter: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,16 +36,25 @@ class Batches(Protocol):
         """The same in batches; the last one may be smaller."""
 
 
+class Moments(NamedTuple):
+    """Adam's two moments of a parameter, float32 of its shape."""
+
+    mean: Tensor
+    square: Tensor
+
+
 @dataclass
 class TrainState:
     """Everything that training changes; `fit` mutates it, the caller owns it and may save it between epochs."""
 
     model: MSAE
-    optimizer: torch.optim.Adam
     seed: int
     """Decides the order of rows; initialisation has used it already."""
     samples_since_fired: Tensor
     """int64 [hidden_dim]: training rows since each latent last fired (value > 0 among the largest k)."""
+    moments: dict[str, Moments] = field(default_factory=dict)
+    """Of every parameter by name, as of the last finished epoch; empty before the first. An engine's own while it
+    trains: `torch.optim.Adam` takes a second or more to import what it needs, which the fused step does not."""
     step: int = 0
     points: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every finished epoch."""
@@ -74,16 +83,8 @@ class TrainState:
             if config.encoder_init == "scaled":
                 model.W_enc.data *= encoder_scale(model, first_batch, config)
         model.to(device)
-        # Fused Adam is one pass over the parameters on CPU and CUDA; MPS takes torch's default.
-        optimizer = torch.optim.Adam(
-            model.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            fused=device.type in ("cpu", "cuda"),
-        )
         silent = torch.zeros(model.hidden_dim, dtype=torch.int64, device=device)
-        return cls(model, optimizer, seed, silent)
+        return cls(model, seed, silent)
 
     @property
     def epoch(self) -> int:
@@ -99,7 +100,7 @@ class TrainState:
         """Tensors, numbers and text only, so that `torch.load(weights_only=True)` reads it back."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "moments": {name: moments._asdict() for name, moments in self.moments.items()},
             "seed": self.seed,
             "samples_since_fired": self.samples_since_fired,
             "step": self.step,
@@ -113,7 +114,10 @@ class TrainState:
         """Continue from what `state_dict` gave, on this state's own device."""
         device = self.samples_since_fired.device
         self.model.load_state_dict(raw["model"])
-        self.optimizer.load_state_dict(raw["optimizer"])
+        self.moments = {
+            name: Moments(**{key: tensor.to(device) for key, tensor in moments.items()})
+            for name, moments in raw["moments"].items()
+        }
         self.seed, self.step, self.points = raw["seed"], raw["step"], list(raw["points"])
         self.samples_since_fired = raw["samples_since_fired"].to(device)
         self.best_weights = {name: tensor.to(device) for name, tensor in raw["best_weights"].items()}
