@@ -28,6 +28,9 @@ from pydantic import (
 from msae_sweep.errors import ConfigError
 from msae_sweep.places import Place
 
+DEAD_RATIO_ALLOWED = 0.30
+"""Share of dead latents above which the objective falls; the notebook's success criterion."""
+
 Weighting = Literal["uniform", "reverse"]
 # A union that is told apart before it is checked, so that one of its kinds reports what is wrong, not both. Tags in
 # brackets are no part of a key; messages leave them out.

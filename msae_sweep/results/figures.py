@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from msae_sweep.sae.metrics import DEAD_RATIO_ALLOWED
+from msae_sweep.config import DEAD_RATIO_ALLOWED
 
 
 def training_figure(histories: Mapping[str, Mapping[str, Any]], path: Path) -> None:

@@ -14,8 +14,10 @@ from msae_sweep.results.record import TrialRecord
 from msae_sweep.results.summary import best_entry, block_entry, reconstruction
 from msae_sweep.sae import modelfile
 
-ARTIFACTS = ("summary.json", "results/reconstruction.json", "figures/msae_training.png", "report/report.html")
+ARTIFACTS = ("summary.json", "results/reconstruction.json", "figures/msae_training.png")
 """What goes with the sweep's MLflow run, relative to the sweep folder."""
+REPORT = "report/report.html"
+"""The same, once it is written."""
 
 
 def write(

@@ -6,10 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from msae_sweep.config import DEAD_RATIO_ALLOWED
 from msae_sweep.sae.kernels import Reconstruction
-
-DEAD_RATIO_ALLOWED = 0.30
-"""Share of dead latents above which the objective falls; the notebook's success criterion."""
 
 
 class SplitMetrics:

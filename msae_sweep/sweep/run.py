@@ -118,13 +118,16 @@ def _drive(
     summary = finish.write(config, folder, records, {b: p.manifest for b, p in prepared.items()}, seconds=seconds)
     identity["runs"][-1]["seconds"] = round(seconds, 1)
     folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
-    report = _write_report(folder, console) if any(record.finished for record in records) else None
+    # Told before the report is written, so that MLflow is brought up to date meanwhile.
     tracker.sweep_ended(
         status="interrupted" if interrupted else "completed",
         artifacts=[folder.path / name for name in finish.ARTIFACTS if (folder.path / name).exists()],
         champions={} if interrupted else finish.champions(summary),
         metrics=finish.block_metrics(summary) | {"wall_seconds": seconds},
     )
+    report = _write_report(folder, console) if any(record.finished for record in records) else None
+    if report is not None:
+        tracker.artifacts([folder.path / finish.REPORT])
     if (pending := tracker.status.pending) > 1:
         console.print(f"sending the last {pending} events to MLflow", highlight=False)
     folder.flush()
@@ -207,8 +210,9 @@ def _write_report(folder: SweepFolder, console: Console) -> str | None:
     """The report of what there is, its page; what goes wrong with it is said, and takes nothing from the sweep."""
     try:
         from msae_sweep.results import report
+        from msae_sweep.sweep.drawing import side_by_side
 
-        return report.write_at_the_end(folder).page
+        return report.write_at_the_end(folder, side_by_side).page
     except Exception as error:
         logging.getLogger(__name__).debug("the report failed", exc_info=True)
         console.print(

@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`sweep_started`, `trial_started`, `metrics`, `trial_ended` or `sweep_ended`."""
+        """`sweep_started`, `trial_started`, `metrics`, `trial_ended`, `sweep_ended` or `artifacts`."""
         return str(self.event["event"])
 
 

@@ -63,6 +63,8 @@ class Replay:
                         self._trial_ended(entry)
                     case "sweep_ended":
                         self._sweep_ended(entry, register_models)
+                    case "artifacts":
+                        self._log_files(entry, self._sweep_run(), entry.event["files"])
                     case kind:
                         raise Refused(f"no such kind of event: {kind}")
         except Refused as error:
@@ -149,15 +151,18 @@ class Replay:
         metrics = _metrics(event["metrics"], time_ms=int(event["time_ms"]), step=0)
         self._runs.log(run_id, self._refuse(entry), metrics=metrics)
         self._end(entry, run_id)
-        for name in event["artifacts"]:
-            folder = Path(name).parent.as_posix()
-            with self._part(entry, name):
-                self._client.log_artifact(run_id, str(self._file(name)), None if folder == "." else folder)
+        self._log_files(entry, run_id, event["artifacts"])
         if register_models:
             for block, trial_id in event["champions"].items():
                 with self._part(entry, f"champion of block {block}"):
                     self._register(int(block), trial_id, event["metrics"])
         self._find_runs()
+
+    def _log_files(self, entry: Entry, run_id: str, names: Iterable[str]) -> None:
+        for name in names:
+            folder = Path(name).parent.as_posix()
+            with self._part(entry, name):
+                self._client.log_artifact(run_id, str(self._file(name)), None if folder == "." else folder)
 
     def _register(self, block: int, trial_id: str, metrics: Mapping[str, float]) -> None:
         trial = self._cursor.trials.get(trial_id)

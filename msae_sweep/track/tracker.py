@@ -188,6 +188,10 @@ class Tracker:
             tags={f"champion.block{block}": trial_id for block, trial_id in champions.items()},
         )
 
+    def artifacts(self, files: Iterable[Path]) -> None:
+        """More files of the sweep folder to go with its run, also after its end, at the same relative paths."""
+        self._append("artifacts", files=[self._relative(path) for path in files])
+
     def close(self, *, timeout_seconds: float) -> SyncReport:
         """Wait until everything is sent, at most so long, and less where MLflow keeps failing; then let go.
 

@@ -129,7 +129,7 @@ def test_what_a_report_needs_to_tell_how_to_run_it_again_is_written(finished):
 def test_a_report_that_fails_costs_the_sweep_nothing(tmp_path, monkeypatch):
     from msae_sweep.results import report
 
-    def fail(path):
+    def fail(path, draw):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr(report, "write_at_the_end", fail)
@@ -137,6 +137,39 @@ def test_a_report_that_fails_costs_the_sweep_nothing(tmp_path, monkeypatch):
     assert result.summary["blocks"]["block5"]["best"] == "block5-000"
     assert not result.tracking.pending
     assert "no report: RuntimeError: no fonts; try msae-sweep report" in (tmp_path / "log").read_text()
+
+
+def test_figures_drawn_side_by_side_are_those_drawn_here(finished, monkeypatch):
+    from msae_sweep.results.report import write_at_the_end
+    from msae_sweep.sweep.drawing import side_by_side
+
+    def figures() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (finished.folder.path / "report" / "figures").iterdir()}
+
+    write_at_the_end(finished.folder)
+    here = figures()
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    shares: list[int] = []
+
+    def counted(jobs):
+        shares.append(len(jobs))
+        return side_by_side(jobs)
+
+    for file in (finished.folder.path / "report" / "figures").iterdir():
+        file.unlink()
+    write_at_the_end(finished.folder, counted)
+    assert figures() == here
+    assert sum(shares) >= len(here) // 2, "an SVG and a PNG a job"
+
+
+def test_the_report_goes_with_the_sweeps_run_in_mlflow(finished):
+    from msae_sweep.track.connection import connect
+
+    client = connect(config(finished.folder.path.parents[1]).tracking.uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (sweep_run,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags and run.data.params]
+    assert [f.path for f in client.list_artifacts(sweep_run.info.run_id, "report")] == ["report/report.html"]
+    assert sweep_run.info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("block", [5, 20])

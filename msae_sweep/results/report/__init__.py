@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from msae_sweep.results.folder import SweepFolder
     from msae_sweep.results.report.data import Sweep
+    from msae_sweep.results.report.style import Draw
 
 FOLDER = "report"
 """Of a sweep's own report, in the sweep folder."""
@@ -51,19 +52,26 @@ def write(places: Sequence[str | Path], out: str | Path | None = None) -> Writte
     return _write(read_all(places), out, float("inf"))
 
 
-def write_at_the_end(folder: "SweepFolder") -> Written:
-    """The report of a sweep that just ended; leaves out what would keep the sweep waiting."""
+def write_at_the_end(folder: "SweepFolder", draw: "Draw | None" = None) -> Written:
+    """The report of a sweep that just ended; leaves out what would keep the sweep waiting.
+
+    Args:
+        draw: who draws the figures; by default this process.
+    """
     from msae_sweep.results.report.curves import MOST_PRODUCTS_AT_ONCE
     from msae_sweep.results.report.data import read
 
-    return _write([read(folder)], None, MOST_PRODUCTS_AT_ONCE)
+    return _write([read(folder)], None, MOST_PRODUCTS_AT_ONCE, draw)
 
 
-def _write(sweeps: "Sequence[Sweep]", out: str | Path | None, most_products: float) -> Written:
+def _write(
+    sweeps: "Sequence[Sweep]", out: str | Path | None, most_products: float, draw: "Draw | None" = None
+) -> Written:
     from msae_sweep.errors import SweepError
     from msae_sweep.places import Place
     from msae_sweep.results.report import page
     from msae_sweep.results.report.build import build
+    from msae_sweep.results.report.style import drawn_here
 
     first, *others = sweeps
     within = FOLDER if not others else f"{FOLDER}/{'-'.join(['with', *(sweep.name for sweep in others)])}"
@@ -77,7 +85,7 @@ def _write(sweeps: "Sequence[Sweep]", out: str | Path | None, most_products: flo
                 elsewhere.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SweepError(f"--out: {out} cannot be made: {error.strerror}") from None
-    report = build(sweeps, most_products)
+    report = build(sweeps, most_products, draw or drawn_here)
     files = {f"figures/{d.name}.svg": d.svg_file for d in report.drawings}
     files |= {f"figures/{d.name}.png": d.png_file for d in report.drawings}
     texts = {"report.md": page.markdown(report), "trials.csv": page.trials_csv(report.sweeps)}

@@ -1,7 +1,10 @@
 """From sweeps to everything that the page shows."""
 
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from msae_sweep.results.report import figures
 from msae_sweep.results.report.answer import Answer, answers, baselines, matryoshka
@@ -11,33 +14,74 @@ from msae_sweep.results.report.figures import Line
 from msae_sweep.results.report.next_space import Advice, advise
 from msae_sweep.results.report.page import Report, Section
 from msae_sweep.results.report.response import Response
-from msae_sweep.results.report.style import Drawing, styled
+from msae_sweep.results.report.style import Draw, Drawing, Job, drawn_here
 
 
-def build(sweeps: Sequence[Sweep], most_products: float = float("inf")) -> Report:
+class _Plan(NamedTuple):
+    """A section whose figures are still to be drawn."""
+
+    id: str
+    heading: str
+    lead: str
+    jobs: list[Job]
+    prefix: str = ""
+    """Before the figures' names."""
+    note: str = ""
+
+
+def build(sweeps: Sequence[Sweep], most_products: float = float("inf"), draw: Draw = drawn_here) -> Report:
     """Read nothing more than prepared rows and models, measure and fit, draw.
 
     Args:
         most_products: what measuring R² at every k may cost; see `curves`.
+        draw: who draws; asked first for the figures that need no R² at every k, which is measured meanwhile.
     """
-    measured = {sweep.label: curves(sweep, most_products=most_products) for sweep in sweeps}
     found = answers(sweeps)
     advice = {sweep.label: advise(sweep) for sweep in sweeps if any(_is_matryoshka(group) for group in sweep.groups)}
-    with styled():
-        sections = [
-            _curves(sweeps, found, measured),
-            *(section for sweep in sweeps for section in _of_sweep(sweep, measured[sweep.label], many=len(sweeps) > 1)),
-            *(_fits(sweep, advice[sweep.label], many=len(sweeps) > 1) for sweep in sweeps if sweep.label in advice),
-        ]
-    return Report(list(sweeps), found, [s for s in sections if s.drawings], measured, advice)
+    many = len(sweeps) > 1
+    scores = {sweep.label: _scores(sweep, many=many) for sweep in sweeps}
+    courses = {sweep.label: _course(sweep, many=many) for sweep in sweeps}
+    fits = [_fits(sweep, advice[sweep.label], many=many) for sweep in sweeps if sweep.label in advice]
+    begun = _begin([*_joined(scores), *_joined(courses), *fits], draw)
+    measured = {sweep.label: curves(sweep, most_products=most_products) for sweep in sweeps}
+    at_every_k = _curves(sweeps, found, measured)
+    weightings = {sweep.label: _weightings(sweep, measured[sweep.label], many=many) for sweep in sweeps}
+    begun_later = _begin([at_every_k, *_joined(weightings)], draw)
+    sections = begun() | begun_later()
+    order = [
+        at_every_k,
+        *(p for s in sweeps for plans in (scores, weightings, courses) for p in plans[s.label]),
+        *fits,
+    ]
+    return Report(list(sweeps), found, [sections[p.id] for p in order if sections[p.id].drawings], measured, advice)
+
+
+def _joined(plans: dict[str, list[_Plan]]) -> Iterator[_Plan]:
+    return itertools.chain.from_iterable(plans.values())
+
+
+def _begin(plans: Sequence[_Plan], draw: Draw) -> Callable[[], dict[str, Section]]:
+    """Begin to draw; what it returns waits for the sections, by id."""
+    drawings = draw([job for plan in plans for job in plan.jobs])
+
+    def ended() -> dict[str, Section]:
+        left = iter(drawings())
+        sections = {}
+        for plan in plans:
+            kept = [drawing for drawing in itertools.islice(left, len(plan.jobs)) if drawing is not None]
+            kept = [_renamed(drawing, plan.prefix) for drawing in kept]
+            sections[plan.id] = Section(plan.id, plan.heading, plan.lead, kept, plan.note)
+        return sections
+
+    return ended
 
 
 def _is_matryoshka(group: Group) -> bool:
     return len(group.levels) > 1
 
 
-def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str, Curves]) -> Section:
-    drawings = []
+def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str, Curves]) -> _Plan:
+    jobs: list[Job] = []
     uneven: dict[str, list[str]] = defaultdict(list)
     many = len(sweeps) > 1
     for answer in found:
@@ -54,7 +98,7 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str
         ]
         alone = baselines(sweeps, answer.block, answer.sweep)
         if lines:
-            drawings.append(figures.r2_by_k(answer.block, lines, {t.levels[0]: t.r2[0] for t in alone}))
+            jobs.append(partial(figures.r2_by_k, answer.block, lines, {t.levels[0]: t.r2[0] for t in alone}))
         if lines and alone and (why := _uneven(sweeps, answer, alone)):
             uneven[why].append(str(answer.block))
     notes = [f"Block {', '.join(blocks)}: {why}" for why, blocks in uneven.items()]
@@ -65,7 +109,7 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str
         "One sorted code gives every smaller one, so an MSAE has an R² at every k: here the best of each block on its "
         "validation rows. Markers are the levels that were trained."
     )
-    return Section("r2", "How much is explained with k latents", lead, drawings, " ".join(notes))
+    return _Plan("r2", "How much is explained with k latents", lead, jobs, note=" ".join(notes))
 
 
 def _uneven(sweeps: Sequence[Sweep], answer: Answer, alone: Sequence[Trial]) -> str:
@@ -82,58 +126,74 @@ def _uneven(sweeps: Sequence[Sweep], answer: Answer, alone: Sequence[Trial]) -> 
     )
 
 
-def _of_sweep(sweep: Sweep, measured: Curves, *, many: bool) -> list[Section]:
-    """The sections about one sweep; of SAEs for one k alone only the table and the curves above are shown."""
-    groups = [group for group in sweep.groups if _is_matryoshka(group)]
-    if not groups:
-        return []
-    suffix, prefix = (f" ({sweep.label})", f"{sweep.label}_") if many else ("", "")
-
-    def section(name: str, heading: str, lead: str, drawings: Sequence[Drawing | None]) -> Section:
-        kept = [drawing for drawing in drawings if drawing is not None]
-        return Section(f"{prefix}{name}", heading + suffix, lead, [_renamed(d, prefix) for d in kept])
-
+def _scores(sweep: Sweep, *, many: bool) -> list[_Plan]:
+    """Scores of the trials; of SAEs for one k alone only the table and the curves are shown, here and below."""
     score = "Score means R² averaged over the trained levels, less any share of dead latents above 30%."
-    return [
-        section(
-            *("learning-rate", "Learning rate"),
-            f"{score} Filled markers weight small k more (reverse), hollow ones all levels alike (uniform).",
-            [figures.learning_rate(group) for group in groups],
-        ),
-        section(
+    weights = "Filled markers weight small k more (reverse), hollow ones all levels alike (uniform)."
+    return _plans(
+        sweep,
+        many,
+        ("learning-rate", "Learning rate", f"{score} {weights}", figures.learning_rate),
+        (
             *("size", "What more latents bring"),
             "Mean R² against the number of latents; nothing smaller beats the trials on the line.",
-            [figures.against_size(group) for group in groups],
+            figures.against_size,
         ),
-        section(
+        (
             *("dead", "Dead latents"),
             "A high R² can hide latents that never fire: the best trials stand at the top left.",
-            [figures.against_dead(group) for group in groups],
+            figures.against_dead,
         ),
-        section(
-            *("weighting", "Uniform beside reverse weighting"),
-            "Reverse puts more weight on small k in training: it should be better there, and may be worse at large k.",
-            [figures.weightings(group, measured.by_trial) for group in groups],
-        ),
-        section(
+    )
+
+
+def _weightings(sweep: Sweep, measured: Curves, *, many: bool) -> list[_Plan]:
+    lead = "Reverse puts more weight on small k in training: it should be better there, and may be worse at large k."
+    draw = partial(figures.weightings, curves=measured.by_trial)
+    return _plans(sweep, many, ("weighting", "Uniform beside reverse weighting", lead, draw))
+
+
+def _course(sweep: Sweep, *, many: bool) -> list[_Plan]:
+    """How the trials went."""
+    plans = _plans(
+        sweep,
+        many,
+        (
             *("early-stopping", "What was stopped, and when"),
             "Trials are judged at the dotted epochs against those before them; a bar ends where its trial did, and the "
             "number says how much higher its score would have had to be to go on.",
-            [figures.early_stopping(group) for group in groups],
+            figures.early_stopping,
         ),
-        section(
-            *("training", "Training of the best trials"),
-            "As in the notebook, epoch by epoch; the marker is the epoch that the model is from.",
-            figures.training(groups),
-        ),
+    )
+    if groups := [group for group in sweep.groups if _is_matryoshka(group)]:
+        lead = "As in the notebook, epoch by epoch; the marker is the epoch that the model is from."
+        jobs: list[Job] = [partial(figures.training, groups, key) for key in figures.TRAINING]
+        plans.append(_plan(sweep, many, "training", "Training of the best trials", lead, jobs))
+    return plans
+
+
+def _fits(sweep: Sweep, advice: Advice, *, many: bool) -> _Plan:
+    jobs: list[Job] = [
+        partial(figures.fitted, response) for response in advice.responses if isinstance(response, Response)
+    ]
+    lead = "A simple curve through the trials: where the best learning rate lies, as far as they can tell."
+    return _plan(sweep, many, "fit", "Best learning rate, fitted", lead, jobs)
+
+
+def _plans(sweep: Sweep, many: bool, *sections: tuple[str, str, str, Callable[[Group], Drawing | None]]) -> list[_Plan]:
+    """Sections (id, heading, lead, figure) with a figure a group; none where there is no group."""
+    groups = [group for group in sweep.groups if _is_matryoshka(group)]
+    return [
+        _plan(sweep, many, name, heading, lead, [partial(draw, group) for group in groups])
+        for name, heading, lead, draw in sections
+        if groups
     ]
 
 
-def _fits(sweep: Sweep, advice: Advice, *, many: bool) -> Section:
-    drawings = [figures.fitted(response) for response in advice.responses if isinstance(response, Response)]
+def _plan(sweep: Sweep, many: bool, name: str, heading: str, lead: str, jobs: list[Job]) -> _Plan:
+    """A section about one sweep, told apart from the others' where there are `many`."""
     suffix, prefix = (f" ({sweep.label})", f"{sweep.label}_") if many else ("", "")
-    lead = "A simple curve through the trials: where the best learning rate lies, as far as they can tell."
-    return Section(f"{prefix}fit", f"Best learning rate, fitted{suffix}", lead, [_renamed(d, prefix) for d in drawings])
+    return _Plan(f"{prefix}{name}", heading + suffix, lead, jobs, prefix)
 
 
 def _renamed(drawing: Drawing, prefix: str) -> Drawing:

@@ -10,7 +10,7 @@ from torch import Tensor
 from msae_sweep.data.store import ShardFolder
 from msae_sweep.errors import DataError
 from msae_sweep.places import Place
-from msae_sweep.results.report.data import Group, Sweep, Trial
+from msae_sweep.results.report.data import Curve, Group, Sweep, Trial
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.evaluation import evaluate
 
@@ -18,15 +18,6 @@ CACHE = "results/r2_by_k.json"
 """In the sweep folder: trial_id → `epoch`, `data` (key), `n_rows`, `r2` at k = 1, 2, …"""
 MOST_PRODUCTS_AT_ONCE = 2 * 10**12
 """Multiplications that a report at a sweep's end may spend on curves, about a minute of two cores."""
-
-
-class Curve(NamedTuple):
-    """R² of one trial's model on the validation rows."""
-
-    ks: tuple[int, ...]
-    r2: list[float]
-    is_whole: bool
-    """Whether every k from 1 was measured, or the trained levels only."""
 
 
 class Curves(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from msae_sweep.config import SweepConfig, TrainingConfig, parse
 from msae_sweep.errors import SweepError
@@ -59,6 +59,15 @@ class Trial:
             return False
         gain = points[-1]["r2_mean"] - points[-1 - tenth]["r2_mean"]
         return gain >= 0.002 and self.best["epoch"] > len(points) - tenth
+
+
+class Curve(NamedTuple):
+    """R² of one trial's model on the validation rows."""
+
+    ks: tuple[int, ...]
+    r2: list[float]
+    is_whole: bool
+    """Whether every k from 1 was measured, or the trained levels only."""
 
 
 @dataclass(frozen=True)

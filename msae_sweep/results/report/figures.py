@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msae_sweep.results.report.curves import Curve
-from msae_sweep.results.report.data import Group, Trial
+from msae_sweep.config import DEAD_RATIO_ALLOWED
+from msae_sweep.results.report.data import Curve, Group, Trial
 from msae_sweep.results.report.response import Response
 from msae_sweep.results.report.style import (
     COLOURS,
@@ -20,7 +20,6 @@ from msae_sweep.results.report.style import (
     panel,
     plain_log,
 )
-from msae_sweep.sae.metrics import DEAD_RATIO_ALLOWED
 
 MOST_ROWS = 40
 """Trials that the figure of early stopping has room for."""
@@ -233,46 +232,45 @@ def early_stopping(group: Group) -> Drawing | None:
     return finished(figure, _name("early_stopping", group), f"Block {group.block}: early stopping", f"{reading}.")
 
 
-def training(groups: Sequence[Group]) -> list[Drawing]:
-    """Losses, dead latents and mean R² by epoch of each block's best trial, as in the notebook."""
-    panels = {
-        "train_loss": ("Training loss", "training loss"),
-        "val_loss": ("Validation loss", "validation loss"),
-        "dead_ratio": ("Dead latents", "dead latents (%)"),
-        "r2_mean": ("Mean R² over levels", "mean R² over levels"),
-    }
-    drawings = []
-    for key, (title, ylabel) in panels.items():
-        figure, axes = panel()
-        factor = 100 if key == "dead_ratio" else 1
-        for i, group in enumerate(groups):
-            points = [point for point in group.best.record.points if key in point]
-            epochs = [point["epoch"] for point in points]
-            values = [factor * point[key] for point in points]
-            look = {"color": COLOURS[i % 7], "linestyle": STYLES[i % 7]}
-            best = epochs.index(group.best.best["epoch"]) if group.best.best["epoch"] in epochs else None
-            axes.plot(
-                epochs,
-                values,
-                **look,
-                marker=MARKERS[i % 7],
-                markevery=[] if best is None else [best],
-                label=f"block {group.block}",
-            )
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="epoch (marker: the best)", ylabel=ylabel)
-        if key == "dead_ratio":
-            axes.axhline(100 * DEAD_RATIO_ALLOWED, color=GREY, linestyle=":")
-            axes.set_ylim(-1, max(100 * DEAD_RATIO_ALLOWED + 3, axes.get_ylim()[1]))
-        elif key.endswith("loss") and _spans_a_decade(
-            [p[key] for g in groups for p in g.best.record.points if key in p]
-        ):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(_every_other)
-        legend_below(figure, axes, 3)
-        drawings.append(finished(figure, f"training_{key}", title, _training_reading(key, groups)))
-    return drawings
+TRAINING = {
+    "train_loss": ("Training loss", "training loss"),
+    "val_loss": ("Validation loss", "validation loss"),
+    "dead_ratio": ("Dead latents", "dead latents (%)"),
+    "r2_mean": ("Mean R² over levels", "mean R² over levels"),
+}
+"""Title and axis of what `training` draws."""
+
+
+def training(groups: Sequence[Group], key: str) -> Drawing:
+    """Losses, dead latents or mean R² by epoch of each block's best trial, as in the notebook."""
+    title, ylabel = TRAINING[key]
+    figure, axes = panel()
+    factor = 100 if key == "dead_ratio" else 1
+    for i, group in enumerate(groups):
+        points = [point for point in group.best.record.points if key in point]
+        epochs = [point["epoch"] for point in points]
+        values = [factor * point[key] for point in points]
+        look = {"color": COLOURS[i % 7], "linestyle": STYLES[i % 7]}
+        best = epochs.index(group.best.best["epoch"]) if group.best.best["epoch"] in epochs else None
+        axes.plot(
+            epochs,
+            values,
+            **look,
+            marker=MARKERS[i % 7],
+            markevery=[] if best is None else [best],
+            label=f"block {group.block}",
+        )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch (marker: the best)", ylabel=ylabel)
+    if key == "dead_ratio":
+        axes.axhline(100 * DEAD_RATIO_ALLOWED, color=GREY, linestyle=":")
+        axes.set_ylim(-1, max(100 * DEAD_RATIO_ALLOWED + 3, axes.get_ylim()[1]))
+    elif key.endswith("loss") and _spans_a_decade([p[key] for g in groups for p in g.best.record.points if key in p]):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(_every_other)
+    legend_below(figure, axes, 3)
+    return finished(figure, f"training_{key}", title, _training_reading(key, groups))
 
 
 def fitted(response: Response) -> Drawing:

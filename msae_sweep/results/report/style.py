@@ -1,7 +1,7 @@
 """How every figure looks: small enough to be read on a phone, told apart without colour."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -48,11 +48,28 @@ class Drawing:
     png_file: bytes
 
 
+Job = Callable[[], Drawing | None]
+"""Draws one figure, or none where there is nothing to draw; picklable."""
+Draw = Callable[[Sequence[Job]], Callable[[], list[Drawing | None]]]
+"""Begins to draw; what it returns waits for the drawings, a job's each."""
+
+
 def styled() -> Any:
     """A context in which figures are made."""
     import matplotlib
 
     return matplotlib.rc_context(_SETTINGS)
+
+
+def drawn(job: Job) -> Drawing | None:
+    """What a job draws, in the style of a report."""
+    with styled():
+        return job()
+
+
+def drawn_here(jobs: Sequence[Job]) -> Callable[[], list[Drawing | None]]:
+    """Draw one after another in this process, once the drawings are asked for."""
+    return lambda: [drawn(job) for job in jobs]
 
 
 def panel(height: float = 3.4) -> tuple[Any, Any]:
