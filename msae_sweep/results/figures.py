@@ -7,6 +7,13 @@ from typing import Any
 from msae_sweep.config import DEAD_RATIO_ALLOWED
 
 
+def import_ahead() -> None:
+    """Import what figures are drawn with, a second or more, while there is nothing else to do."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+
+
 def training_figure(histories: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Draw training loss, validation loss, dead latent ratio by epoch, and R² by sparsity level.
 

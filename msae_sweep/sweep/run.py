@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from msae_sweep.data import shards
 from msae_sweep.data.source import BlockInfo
 from msae_sweep.errors import ConfigError, SweepError
 from msae_sweep.results import finish
+from msae_sweep.results.figures import import_ahead
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.sweep.preparation import Preparation, leaves_cores
 from msae_sweep.sweep.resources import gpus_per_trial
@@ -99,7 +101,9 @@ def _drive(
         )
 
     try:
-        if not leaves_cores(config, gpus):
+        if leaves_cores(config, gpus):
+            threading.Thread(target=import_ahead, name="imports", daemon=True).start()
+        else:
             preparation.wait()
         started = time.monotonic()
         tuning = Tuning(config, folder, preparation, gpus, console, tracker)

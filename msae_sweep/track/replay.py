@@ -44,6 +44,10 @@ class Replay:
         """
         self._client, self._runs, self._cursor = client, runs, cursor
         self._folder, self._refused, self._fetch = sweep_folder, refused, fetch
+        # What need not be asked of MLflow, because it was told here: of trials whose run was made here, its params, and
+        # of every trial the times of its epochs.
+        self._made_here: dict[str, Mapping[str, str]] = {}
+        self._times: dict[str, dict[int, int]] = defaultdict(dict)
         if cursor.sweep_id:
             self._find_runs()
 
@@ -86,6 +90,10 @@ class Replay:
         cursor, trial_id, block = self._cursor, entry.event["trial_id"], str(entry.event["block"])
         tags = {SWEEP_TAG: cursor.sweep_id, TRIAL_TAG: trial_id, "mlflow.parentRunId": self._sweep_run()}
         tags |= {"block": block, "status": "running", **cursor.origin}
+        if self._runs.knows(trial_id):
+            self._made_here.pop(trial_id, None)
+        else:
+            self._made_here[trial_id] = _texts(entry.event["params"])
         run_id = self._begin(entry, trial_id, trial_id, tags)
         known = cursor.trials.get(trial_id)
         cursor.trials[trial_id] = SentTrial(run_id, int(block), known.epoch if known else 0)
@@ -105,6 +113,7 @@ class Replay:
                 epoch = int(point["epoch"])
                 if epoch > epochs.get(trial_id, self._cursor.trials[trial_id].epoch):
                     epochs[trial_id] = epoch
+                    self._times[trial_id][epoch] = int(point["time_ms"])
                     points[trial_id] += _metrics(point, time_ms=int(point["time_ms"]), step=epoch)
         for trial_id, metrics in points.items():
             trial = self._cursor.trials[trial_id]
@@ -123,28 +132,34 @@ class Replay:
             raise Refused(f"trial {event['trial_id']} has no run")
         scores = {key: value for key, value in event["best"].items() if key not in _NOT_A_SCORE}
         step = int(scores.get("epoch", 0))
-        time_ms = (step and self._runs.time_of(trial.run_id, step)) or int(event["time_ms"])
+        told = self._times.pop(event["trial_id"], {}).get(step)
+        time_ms = told or (step and self._runs.time_of(trial.run_id, step)) or int(event["time_ms"])
         best = _metrics({f"best_{key}": value for key, value in scores.items()}, time_ms=time_ms, step=step)
         self._runs.log(trial.run_id, self._refuse(entry), metrics=best)
         self._end(entry, trial.run_id)
         if event["model_file"] is not None:
             with self._part(entry, "model"):
                 on_model = _metrics(scores, time_ms=time_ms, step=step)
-                self._log_model(trial, self._file(event["model_file"]), on_model, step)
+                self._log_model(event["trial_id"], trial, self._file(event["model_file"]), on_model, step)
 
     def _file(self, name: str) -> Path:
         path = self._folder / name
         return self._fetch(path) or path
 
-    def _log_model(self, trial: SentTrial, path: Path, metrics: Sequence[Any], step: int) -> None:
+    def _log_model(self, trial_id: str, trial: SentTrial, path: Path, metrics: Sequence[Any], step: int) -> None:
         file = modelfile.load(path)
         with tempfile.TemporaryDirectory() as folder:
             history, notebook_file = Path(folder) / "history.json", Path(folder) / f"msae_block{trial.block}.pt"
             history.write_text(json.dumps(file.history, indent=1, default=float), encoding="utf-8")
             notebook_file.symlink_to(path.absolute())
-            for artifact in (history, notebook_file):
-                self._client.log_artifact(trial.run_id, str(artifact))
-        models.log_model(self._client, self._client.get_run(trial.run_id), file, metrics, step)
+            self._client.log_artifacts(trial.run_id, folder)
+        params = self._made_here.pop(trial_id, None)
+        run = (
+            models.RunOfModel.read(self._client, trial.run_id)
+            if params is None
+            else models.RunOfModel(self._runs.experiment_id, trial.run_id, params, may_have_model=False)
+        )
+        models.log_model(self._client, run, file, metrics, step)
 
     def _sweep_ended(self, entry: Entry, register_models: bool) -> None:
         event, run_id = entry.event, self._sweep_run()
@@ -180,8 +195,8 @@ class Replay:
         return self._cursor.run_id
 
     def _begin(self, entry: Entry, trial_id: str, name: str, tags: Mapping[str, str]) -> str:
-        params = {key: str(value) for key, value in entry.event["params"].items()}
-        return self._runs.begin(trial_id, NewRun(name, int(entry.event["time_ms"]), tags, params), self._refuse(entry))
+        run = NewRun(name, int(entry.event["time_ms"]), tags, _texts(entry.event["params"]))
+        return self._runs.begin(trial_id, run, self._refuse(entry))
 
     def _end(self, entry: Entry, run_id: str) -> None:
         event = entry.event
@@ -210,6 +225,10 @@ class Replay:
                 yield
         except Refused as error:
             self._refused(entry, name, str(error))
+
+
+def _texts(params: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in params.items()}
 
 
 def _metrics(values: Mapping[str, Any], *, time_ms: int, step: int) -> list[Any]:

@@ -78,6 +78,10 @@ class Runs:
                 if run is not keep and run.info.run_id not in sent:
                     self._client.delete_run(run.info.run_id)
 
+    def knows(self, trial_id: str) -> bool:
+        """Whether the trial has a run, so far as was looked or begun."""
+        return trial_id in self._known
+
     def begin(self, trial_id: str, run: NewRun, refuse: Refuse) -> str:
         """Create a run with its params, or go on with the one there is, which keeps the params it began with.
 

@@ -62,6 +62,38 @@ def test_it_takes_any_number_of_rows(tmp_path, n_rows):
     torch.testing.assert_close(mlflow.pytorch.load_model(str(tmp_path / "logged"))(x), file.standardised()(x))
 
 
+def test_models_of_one_shape_share_an_export_and_keep_their_own_tensors(tmp_path):
+    import mlflow.pytorch
+    from mlflow.models import Model
+
+    from msae_sweep.track import models
+
+    models._kept_export.cache_clear()
+    first, second = (write_model(tmp_path / f"{seed}.pt", seed=seed) for seed in (0, 1))
+    for file, name in ((first, "a"), (second, "b")):
+        models.save_model(file, tmp_path / name, model_id=f"m-{name}", run_id=name)
+    assert models._kept_export.cache_info()[:2] == (1, 1), "the second one found the first one's export"
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+    for file, name in ((first, "a"), (second, "b")):
+        torch.testing.assert_close(mlflow.pytorch.load_model(str(tmp_path / name))(x), file.standardised()(x))
+        assert Model.load(str(tmp_path / name)).model_id == f"m-{name}"
+    assert not torch.equal(first.standardised()(x), second.standardised()(x))
+
+
+def test_a_model_too_large_to_be_kept_is_exported_by_itself(tmp_path, monkeypatch):
+    import mlflow.pytorch
+
+    from msae_sweep.track import models
+
+    models._kept_export.cache_clear()
+    monkeypatch.setattr(models, "MOST_BYTES_KEPT", 0)
+    file = write_model(tmp_path / "model.pt")
+    models.save_model(file, tmp_path / "logged")
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mlflow.pytorch.load_model(str(tmp_path / "logged"))(x), file.standardised()(x))
+    assert not models._kept_export.cache_info().currsize
+
+
 def test_the_attached_notebook_file_is_the_trials(uri, tmp_path):
     send(tmp_path / "sweep", uri)
     store = Store(uri)
