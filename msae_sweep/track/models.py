@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -142,7 +143,10 @@ def _kept_export(shape: _Shape) -> _Export:
     zeros, ones = (number(shape.input_dim, np.float32) for number in (np.zeros, np.ones))
     _export(ModelFile(model, zeros, ones, {}), path)
     (graph,) = path.glob(GRAPH)
-    return _Export(folder, torch.export.load(graph))
+    with warnings.catch_warnings():
+        # Some versions of torch say that the tensors read must not be written to; they are not, but replaced.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return _Export(folder, torch.export.load(graph))
 
 
 def _fill(export: _Export, file: ModelFile, path: Path) -> None:
@@ -151,11 +155,10 @@ def _fill(export: _Export, file: ModelFile, path: Path) -> None:
 
     source = Path(export.folder.name) / "model"
     shutil.copytree(source, path, ignore=shutil.ignore_patterns("*.pt2"))
-    tensors = file.standardised().state_dict()
-    assert tensors.keys() == export.graph.state_dict.keys(), "the graph has other tensors than the model"
-    with torch.no_grad():
-        for name, tensor in export.graph.state_dict.items():
-            tensor.copy_(tensors[name])
+    model, tensors = file.standardised(), export.graph.state_dict
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert own.keys() == tensors.keys(), "the graph has other tensors than the model"
+    tensors.update(own)
     (graph,) = source.glob(GRAPH)
     torch.export.save(export.graph, path / graph.relative_to(source))
 
