@@ -16,6 +16,8 @@ from msae_sweep.sae.evaluation import evaluate
 
 CACHE = "results/r2_by_k.json"
 """In the sweep folder: trial_id → `epoch`, `data` (key), `n_rows`, `r2` at k = 1, 2, …"""
+ROWS_TOGETHER = 16_384
+"""Rows that are measured at a time at the least: on a GPU a few thousand take as long to launch."""
 MOST_PRODUCTS_AT_ONCE = 2 * 10**12
 """Multiplications that a report at a sweep's end may spend on curves, about a minute of two cores."""
 
@@ -112,6 +114,13 @@ def _measure(sweep: Sweep, trial: Trial, shards: ShardFolder, manifest: Mapping[
 
 
 def _validation_rows(shards: ShardFolder, manifest: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The block's validation rows, those of several shards together where a shard has few."""
+    together: list[Tensor] = []
     for number, n_train, n_val in manifest["shards"]:
         if n_val:
-            yield torch.from_numpy(shards.shard(number)[n_train : n_train + n_val])
+            together.append(torch.from_numpy(shards.shard(number)[n_train : n_train + n_val]))
+        if sum(len(rows) for rows in together) >= ROWS_TOGETHER:
+            yield torch.cat(together)
+            together = []
+    if together:
+        yield torch.cat(together)
