@@ -104,8 +104,7 @@ def _run(client: Any, runs: Runs, what: Import, parent: str | None) -> str:
         notebook_file, history = Path(folder) / f"msae_block{what.block}.pt", Path(folder) / "history.json"
         modelfile.save(what.file, notebook_file)
         history.write_text(json.dumps(what.file.history, indent=1, default=float), encoding="utf-8")
-        for artifact in (notebook_file, history):
-            client.log_artifact(run_id, str(artifact))
+        client.log_artifacts(run_id, folder)
     models.log_model(client, models.RunOfModel.read(client, run_id), what.file, metrics, 0)
     runs.end(run_id, "FINISHED", time_ms, tags, _refuse)
     return run_id
