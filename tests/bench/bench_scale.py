@@ -104,14 +104,17 @@ class Heard(NamedTuple):
     posted: int
 
 
-def start_workers(n_gpus: int) -> None:
-    """Have a process for every GPU that has imported what a trial's needs."""
+def start_workers(n_gpus: int, folder: Path) -> None:
+    """Have a process for every GPU that has imported what a trial's needs; all have been there at the same time."""
+    folder.mkdir()
 
     @ray.remote(num_cpus=1, num_gpus=1)
     def up() -> None:
         import ray.tune  # noqa: F401
 
-        time.sleep(60 if n_gpus > 32 else 20)
+        (folder / str(os.getpid())).touch()
+        while len(list(folder.iterdir())) < n_gpus:
+            time.sleep(1)
 
     ray.get([up.remote() for _ in range(n_gpus)])
 
@@ -155,7 +158,7 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
         tracking: {{uri: "{args.tracking_uri or f"sqlite:///{folder}/mlflow.db"}"}}
     """
     ray.init(num_cpus=args.gpus + 2, num_gpus=args.gpus, include_dashboard=False, log_to_driver=False)
-    start_workers(args.gpus)
+    start_workers(args.gpus, folder / "up")
     of_epoch = dict.fromkeys(("train_loss", "val_loss", "dead_ratio"), [0.0] * EPOCHS)
     history = {**of_epoch, "val_r2": {f"r2_k{k}": [0.0] * EPOCHS for k in (16, 32, 64, 128)}}
     sae = MSAE(16, 256, [16, 32, 64, 128])

@@ -5,7 +5,8 @@
 A stand-in for training gathers each batch and multiplies matrices for about `--step-ms`, in one CUDA graph where there
 is CUDA. Shards lie in shared memory, read-only, as Ray's object store has them. What an epoch holds is compared first;
 no row is printed if it is wrong. The ways take turns, several epochs each, of which the first is not counted; later
-ones begin with windows that were gathered while the epoch before them ended, as in training.
+ones begin with windows that were gathered while the epoch before them ended, as in training. On a GPU the product's
+own training at expansion 16, no latent dead, comes beside the stand-in.
 
 `--register` also measures the way not taken: shards page-locked where they lie and copied whole, without host threads.
 """
@@ -23,15 +24,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msae_sweep.config import TrainingConfig
 from msae_sweep.data.loader import Batches, ResidentBatches, Shard, StreamedBatches, _tensor
 from msae_sweep.data.pipeline import copying_threads
+from msae_sweep.data.stream import WINDOW_BYTES
+from msae_sweep.sae.train import StepCache, TrainState, _engine
 
 Step = Callable[[Tensor, Tensor], None]
 """Takes a window's rows and the numbers of a batch."""
 
+NUMBER = 2.0**-19
+"""What a row's number is multiplied by, so that it is no outlier among normal numbers; exact in float32."""
+
+NEVER = 10**15
+"""Rows after which a latent is dead."""
+
 
 def make_shards(n_rows: int, input_dim: int, shard_rows: int) -> list[np.ndarray]:
-    """Random rows in shared memory; the first column is the row's number."""
+    """Random rows in shared memory; the first column is the row's number, times `NUMBER`."""
     generator = np.random.default_rng(0)
     shards = []
     for start in range(0, n_rows, shard_rows):
@@ -39,7 +49,7 @@ def make_shards(n_rows: int, input_dim: int, shard_rows: int) -> list[np.ndarray
         memory = mmap.mmap(-1, 4 * shape[0] * shape[1])  # shared, as forked processes would see it
         shard = np.frombuffer(memory, dtype=np.float32).reshape(shape)
         generator.standard_normal(out=shard, dtype=np.float32)
-        shard[:, 0] = np.arange(start, start + shape[0])
+        shard[:, 0] = NUMBER * np.arange(start, start + shape[0])
         shard.flags.writeable = False
         shards.append(shard)
     return shards
@@ -47,10 +57,10 @@ def make_shards(n_rows: int, input_dim: int, shard_rows: int) -> list[np.ndarray
 
 def check(batches: Batches) -> None:
     """Raise AssertionError where an epoch or the ordered rows are not what they should be."""
-    seen = torch.cat([x[:, 0] for x in batches.epoch(1, 0)]).long()
+    seen = torch.cat([x[:, 0] / NUMBER for x in batches.epoch(1, 0)]).long()
     assert len(seen) == batches.n_rows - batches.n_rows % batches.batch_size, "rows are missing"
     assert len(seen.unique()) == len(seen), "a row came twice"
-    ordered = torch.cat([x[:, 0].clone() for x in batches.ordered()]).long()
+    ordered = torch.cat([x[:, 0] / NUMBER for x in batches.ordered()]).long()
     assert torch.equal(ordered.cpu(), torch.arange(batches.n_rows)), "rows are not in order"
 
 
@@ -92,6 +102,16 @@ def run_epoch(batches: Batches, epoch: int, step: Step | None) -> None:
                 step(rows, numbers)
 
 
+def trained(batches: Batches, input_dim: int, device: torch.device) -> Callable[[int], object]:
+    """An epoch of the product's training, by its number."""
+    settings = {"batch_size": batches.batch_size, "learning_rate": 1e-4, "seed": 0, "dead_after_samples": NEVER}
+    config = TrainingConfig.model_validate(settings)
+    state = TrainState.create(config, input_dim, seed=0, device=device, train=batches)
+    engine = _engine(state, batches, config, StepCache())
+    rates = [config.learning_rate] * (batches.n_rows // batches.batch_size)
+    return lambda epoch: engine.train_epoch(batches, epoch, rates)
+
+
 def registered(shards: list[np.ndarray], device: torch.device) -> str:
     """What page-locking the shards where they lie costs, and how fast they are copied then."""
     cudart, read_only = torch.cuda.cudart(), 8
@@ -126,8 +146,8 @@ def main() -> None:
     """Print a row for each way, its share of the resident speed, and what memory streaming takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("rows", 446396), ("input-dim", 256), ("batch", 4096), ("window-mib", 32), ("shard-mib", 32), ("threads", 0),
-        ("epochs", 8), ("rounds", 3),
+        ("rows", 446396), ("input-dim", 256), ("batch", 4096), ("window-mib", WINDOW_BYTES >> 20), ("shard-mib", 32),
+        ("threads", 0), ("epochs", 8), ("rounds", 3),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--step-ms", type=float, default=0.2)
@@ -151,17 +171,20 @@ def main() -> None:
     for batches in (streamed, resident):
         check(batches)
 
-    ways: dict[str, tuple[Batches, Step | None]] = {
-        "resident": (resident, step),
-        "streamed": (streamed, step),
-        "streamed, no steps": (streamed, None),
+    ways: dict[str, Callable[[int], object]] = {
+        "resident": lambda epoch: run_epoch(resident, epoch, step),
+        "streamed": lambda epoch: run_epoch(streamed, epoch, step),
+        "streamed, no steps": lambda epoch: run_epoch(streamed, epoch, None),
     }
+    if device.type == "cuda":
+        ways["training, resident"] = trained(resident, args.input_dim, device)
+        ways["training, streamed"] = trained(streamed, args.input_dim, device)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(args.rounds):
-        for name, (batches, what) in ways.items():
+        for name, run in ways.items():
             first = 100 * round_ + 1
             for epoch in range(first, first + args.epochs + 1):
-                seconds = timed(lambda b=batches, e=epoch, w=what: run_epoch(b, e, w), device)  # type: ignore[misc]
+                seconds = timed(lambda r=run, e=epoch: r(e), device)  # type: ignore[misc]
                 if epoch > first:
                     times[name].append(seconds)
 
@@ -177,8 +200,10 @@ def main() -> None:
             f"{name:20} median {median * 1e3:8.1f} ms   20% {low * 1e3:8.1f}   80% {high * 1e3:8.1f}   "
             f"{n_used / median / 1e6:6.2f} M rows/s   {4 * n_used * args.input_dim / median / 1e9:5.1f} GB/s"
         )
-    share = statistics.median(times["resident"]) / statistics.median(times["streamed"])
-    lines.append(f"streamed at {share:.0%} of the resident speed; {memory}")
+    for what in ("", "training, ") if device.type == "cuda" else ("",):
+        share = statistics.median(times[f"{what}resident"]) / statistics.median(times[f"{what}streamed"])
+        lines.append(f"{what}streamed at {share:.0%} of the resident speed")
+    lines.append(memory)
     if args.register and device.type == "cuda":
         lines.append(registered(arrays, device))
     print("\n".join(lines))
