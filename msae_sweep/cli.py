@@ -53,7 +53,9 @@ def main() -> None:
     try:
         app()
     except MsaeSweepError as error:
-        print(f"msae-sweep: {error}", file=sys.stderr)
+        # A path may hold anything, also what begins a line or moves a terminal's cursor.
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+        print(f"msae-sweep: {line}", file=sys.stderr)
         sys.exit(2)
 
 

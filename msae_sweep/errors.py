@@ -33,3 +33,8 @@ class SweepError(MsaeSweepError):
 
 class TrackingError(MsaeSweepError):
     """MLflow could not be reached, or refused; never raised inside a trial."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from msae_sweep.errors import MsaeSweepError, SweepError
+from msae_sweep.errors import MsaeSweepError, SweepError, first_line
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
@@ -26,9 +26,13 @@ T = TypeVar("T")
 TRIES = 4
 """Of one request to a store that answers with an error, a second apart and then longer; pyarrow tries again itself."""
 
-
 REQUEST_SECONDS = 30.0
 """How long a store may be silent in the middle of a request. AWS' own 3 s end every call to a slow store."""
+
+S3_VARIABLES = (
+    "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_PROFILE",
+)  # fmt: skip
+"""What says where an S3 store is and who asks. Changed within a process, it leads to another store."""
 
 
 def is_uri(text: str) -> bool:
@@ -117,8 +121,10 @@ class Place:
     @property
     def filesystem(self) -> "FileSystem":
         """pyarrow's, for what takes one."""
-        parts = urlsplit(self._base)
-        return _filesystem(parts.scheme, parts.netloc, self._query) if self.is_remote else _filesystem("", "", "")
+        if not self.is_remote:
+            return _filesystem("", "", "", ())
+        parts, environment = urlsplit(self._base), tuple(map(os.environ.get, S3_VARIABLES))
+        return _filesystem(parts.scheme, parts.netloc, self._query, environment)
 
     @property
     def inside(self) -> str:
@@ -249,14 +255,13 @@ def _path(info: "FileInfo") -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The end of a store's long answer says what it was."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text[:300]
+    """The beginning of a store's long answer says what it was."""
+    return first_line(error)[:300]
 
 
 @functools.lru_cache(maxsize=32)
-def _filesystem(scheme: str, bucket: str, query: str) -> "FileSystem":
-    """One for each kind of place and process: it keeps connections.
+def _filesystem(scheme: str, bucket: str, query: str, environment: tuple[str | None, ...]) -> "FileSystem":
+    """One for each kind of place, environment (values of `S3_VARIABLES`) and process: it keeps connections.
 
     Raises:
         SweepError: no such kind, or its store cannot be asked where the bucket is.

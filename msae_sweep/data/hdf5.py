@@ -17,7 +17,7 @@ from msae_sweep.data.source import (
     digest,
     group_numbers,
 )
-from msae_sweep.errors import DataError
+from msae_sweep.errors import DataError, first_line
 from msae_sweep.places import Place
 
 
@@ -85,7 +85,7 @@ class Hdf5File(Source):
                 return Rows(x, None if groups is None else group_numbers(groups[rows]))
             except OSError as error:
                 where = row_range.name(0, row_range.stop - row_range.start - 1)
-                raise DataError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from None
+                raise DataError(f"{where}: cannot be read: {first_line(error)}") from None
 
     def fingerprint(self, block: int) -> str:
         """See `Source`."""
@@ -97,7 +97,7 @@ class Hdf5File(Source):
         try:
             return h5py.File(self._path.open() if self._path.is_remote else self._path.path, "r")
         except OSError as error:
-            raise DataError(f"{self._path}: cannot be read as HDF5: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{self._path}: cannot be read as HDF5: {first_line(error)}") from None
 
     def _groups(self, file: h5py.File, block: int) -> h5py.Dataset | None:
         parent = self._datasets[block].rpartition("/")[0]

@@ -20,7 +20,7 @@ from msae_sweep.data.source import (
     digest,
     group_numbers,
 )
-from msae_sweep.errors import DataError
+from msae_sweep.errors import DataError, first_line
 from msae_sweep.places import Place
 
 
@@ -121,7 +121,7 @@ class NpyFolder(Source):
             with np.load(io.BytesIO(file.read()), allow_pickle=False) as stats:
                 mean, std = (np.asarray(stats[name], dtype=np.float64) for name in ("mean", "std"))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{file}: must hold arrays mean and std: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{file}: must hold arrays mean and std: {first_line(error)}") from None
         input_dim = self._info(block).input_dim
         if mean.shape != (input_dim,) or std.shape != (input_dim,):
             raise DataError(f"{file}: mean {mean.shape} and std {std.shape}; both must be ({input_dim},)")
@@ -175,7 +175,7 @@ def _header(file: Place, size: int | None = None) -> _Array:
         else:
             raise ValueError(f"version {version[0]}.{version[1]} of .npy, which is for structured arrays")
     except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         if "EOF" in reason:
             reason = "truncated: it ends within its header"
         elif "magic string" in reason:

@@ -23,7 +23,7 @@ from msae_sweep.data.source import (
     digest,
     group_numbers,
 )
-from msae_sweep.errors import DataError
+from msae_sweep.errors import DataError, first_line
 from msae_sweep.places import Place
 
 SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
@@ -161,7 +161,7 @@ def _header(file: Place) -> tuple[pa.Schema, tuple[int, ...]]:
             rows = tuple(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
             return reader.schema, rows
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{file}: cannot be read: {first_line(error)}") from None
 
 
 def _read(part: _Part, row_range: RowRange, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -178,7 +178,7 @@ def _read(part: _Part, row_range: RowRange, columns: list[str]) -> Iterator[pa.R
             if at >= row_range.stop:
                 return
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{part.file}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{part.file}: cannot be read: {first_line(error)}") from None
 
 
 def _batches(file: Place, pieces: list[int], columns: list[str]) -> Iterator[pa.RecordBatch]:

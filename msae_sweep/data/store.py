@@ -39,7 +39,7 @@ class ShardFolder:
         """The manifest of a finished preparation whose files are all there; None where it must be made (again)."""
         try:
             manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read())
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         row_bytes = 4 * manifest["input_dim"]
         sizes = {self._shard(i): (n_train + n_val) * row_bytes for i, n_train, n_val in manifest["shards"]}

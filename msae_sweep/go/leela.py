@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msae_sweep.errors import ConfigError
+from msae_sweep.errors import ConfigError, first_line
 from msae_sweep.go.weights import BOARD, PLANES, Convolution, Weights, random_weights, read_weights
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -277,7 +277,7 @@ def fused_hindrance(device: torch.device, dtype: torch.dtype, filters: int) -> s
             (cudnn_conv_add_relu(x, weight, bias, z), conv_add_relu(x, weight, bias, z)),
         ]
     except RuntimeError as error:
-        return f"cuDNN refuses {filters} filters in {dtype}: {str(error).splitlines()[0]}"
+        return f"cuDNN refuses {filters} filters in {dtype}: {first_line(error)}"
     for got, expected in pairs:
         difference = float((got.float() - expected.float()).norm() / expected.float().norm())
         if not difference < 0.02:  # roundings of bf16 are 0.004

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from msae_sweep.errors import DataError
+from msae_sweep.errors import DataError, first_line
 
 TARS = (".tar", ".tar.gz", ".tgz")
 MAX_RECORD_BYTES = 64 * 2**20
@@ -171,8 +171,8 @@ def _record(name: str, data: bytes) -> Record | Refused:
 
 
 def _unreadable(name: str, error: Exception) -> Refused:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return Refused(name, "broken", f"cannot be read: {reason.splitlines()[0]}")
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return Refused(name, "broken", f"cannot be read: {reason}")
 
 
 def _printable(name: str) -> str:

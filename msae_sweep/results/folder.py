@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from msae_sweep.errors import SweepError
+from msae_sweep.errors import SweepError, first_line
 from msae_sweep.places import Place
 from msae_sweep.results import lease, mirror
 from msae_sweep.results.record import TrialRecord
@@ -114,11 +114,18 @@ class SweepFolder:
         return self.trial(trial_id) / "model.pt"
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder; empty where it is not there (yet)."""
+        """A JSON file of the folder; empty where it is not there (yet).
+
+        Raises:
+            SweepError: it holds something else.
+        """
+        file = self.path / name
         try:
-            found: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            raise _not_ours(file, error) from None
         return found
 
     def exists(self) -> bool:
@@ -250,11 +257,24 @@ class SweepFolder:
         self.write_text(self.record_file(record.trial_id), record.to_json())
 
     def load_records(self) -> dict[str, TrialRecord]:
-        """Every trial that was written so far, by trial_id."""
-        files = sorted(self.path.glob("trials/*/trial.json"))
-        records = [TrialRecord.from_json(file.read_text(encoding="utf-8")) for file in files]
-        return {record.trial_id: record for record in records}
+        """Every trial that was written so far, by trial_id.
+
+        Raises:
+            SweepError: a file of one holds something else.
+        """
+        records = {}
+        for file in sorted(self.path.glob("trials/*/trial.json")):
+            try:
+                record = TrialRecord.from_json(file.read_text(encoding="utf-8"))
+            except (ValueError, TypeError) as error:
+                raise _not_ours(file, error) from None
+            records[record.trial_id] = record
+        return records
 
     def _place(self, path: Path) -> Place:
         assert self._shared is not None
         return self._shared / path.relative_to(self.path).as_posix()
+
+
+def _not_ours(file: Path, error: Exception) -> SweepError:
+    return SweepError(f"{file}: not what a sweep writes there: {first_line(error)}; restore it from a copy")

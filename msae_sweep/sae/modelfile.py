@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from msae_sweep.errors import DataError
+from msae_sweep.errors import DataError, first_line
 from msae_sweep.sae.model import MSAE, StandardisedMSAE
 
 _ALLOWING = threading.Lock()
@@ -64,7 +64,7 @@ def load(path: str | Path) -> ModelFile:
         # torch raises a different type for each way in which a file can be foreign.
         # Its first line advises to switch the safety off.
         unknown, told = re.search(r"GLOBAL (\S+)", str(error)), re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        reason = f"it holds {unknown[1]}" if unknown else (told[1] if told else str(error).splitlines()[0])
+        reason = f"it holds {unknown[1]}" if unknown else (told[1] if told else first_line(error))
         raise DataError(f"{path}: not a model file that can be read safely: {reason}") from None
     try:
         model = MSAE(**raw["config"])
@@ -73,7 +73,7 @@ def load(path: str | Path) -> ModelFile:
         mean, std = (_statistics(normalization[name], model.input_dim) for name in ("mean", "std"))
         return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), _plain(raw["history"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: not an MSAE model file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: not an MSAE model file: {first_line(error)}") from None
 
 
 def save_safetensors(file: ModelFile, path: str | Path) -> None:
@@ -105,7 +105,7 @@ def load_safetensors(path: str | Path) -> ModelFile:
         mean, std = (_statistics(tensors.pop(f"normalization.{n}"), model.input_dim) for n in ("mean", "std"))
         model.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{path}: not a safetensors model with its .json: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: not a safetensors model with its .json: {first_line(error)}") from None
     return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), beside["history"])
 
 

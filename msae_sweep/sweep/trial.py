@@ -28,7 +28,7 @@ from ray import tune
 from msae_sweep.config import TrainingConfig
 from msae_sweep.data.loader import Batches, ResidentBatches, default_budget, make_batches
 from msae_sweep.data.shards import PreparedBlock
-from msae_sweep.errors import MsaeSweepError
+from msae_sweep.errors import MsaeSweepError, first_line
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.sae import kernels, modelfile
 from msae_sweep.sae.step_cache import StepCache
@@ -105,12 +105,12 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         try:
             done, reason = self._train_until_report(started)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            return self._give_up(f"out of memory: {_first_line(error)}")
+            return self._give_up(_out_of_memory(error))
         except RuntimeError as error:
             # The CPU allocator raises a plain RuntimeError.
             if "can't allocate memory" not in str(error):
                 raise
-            return self._give_up(f"out of memory: {_first_line(error)}")
+            return self._give_up(_out_of_memory(error))
         except MsaeSweepError as error:
             return self._give_up(str(error))
         assert self._state is not None
@@ -269,6 +269,6 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         }
 
 
-def _first_line(error: BaseException) -> str:
+def _out_of_memory(error: BaseException) -> str:
     """Of CUDA's long account of its memory, only what was asked for."""
-    return (str(error).splitlines() or [type(error).__name__])[0].split(" GPU ")[0]
+    return f"out of memory: {first_line(error).split(' GPU ')[0]}"

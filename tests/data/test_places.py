@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from activation_files import WRITERS, write_npy
-from servers import SlowProxy
+from servers import S3, SlowProxy, in_environment
 
 from msae_sweep.config import DataConfig
 from msae_sweep.data.catalog import open_source
@@ -104,3 +104,10 @@ def test_a_fingerprint_changes_with_what_lies_in_the_store(object_store, tmp_pat
 def test_nothing_there_is_said_in_one_line(object_store):
     with pytest.raises(DataError, match=r"data.path: s3://bucket/nowhere does not exist"):
         open_source(DataConfig(path="s3://bucket/nowhere"))
+
+
+def test_another_environment_leads_to_another_store(object_store, tmp_path_factory):
+    (Place(object_store.bucket) / "only-here").write(b"1")
+    with S3(tmp_path_factory.mktemp("other")) as other, in_environment(other.environment()):
+        assert not Place(other.bucket).files(recursive=True)
+    assert (Place(object_store.bucket) / "only-here").read() == b"1"

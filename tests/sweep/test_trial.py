@@ -151,6 +151,20 @@ def test_a_long_trial_saves_its_state_every_checkpoint_seconds(workers):
     assert workers.worker(spec).train()["points"] == report["points"]
 
 
+class Evil:
+    def __reduce__(self):
+        return (print, ("code from a saved state ran",))
+
+
+def test_a_saved_state_that_would_run_code_is_refused(workers, capsys):
+    spec = workers.specs()[0]
+    workers.state_file(spec).parent.mkdir(parents=True)
+    torch.save({"train_state": Evil(), "seconds": 0.0}, workers.state_file(spec))
+    with pytest.raises(RuntimeError, match=r"state.pt holds no saved state; delete it"):
+        workers.worker(spec).step()
+    assert "ran" not in capsys.readouterr().out
+
+
 def test_a_trial_on_a_node_that_was_told_to_go_saves_its_state_whatever_its_settings(workers, monkeypatch):
     from msae_sweep.sweep import notice, trial
 
