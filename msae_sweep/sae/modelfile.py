@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,8 @@ def load(path: str | Path) -> ModelFile:
         DataError: not such a file, or it holds anything but tensors, arrays, numbers and text.
     """
     try:
-        with _ALLOWING, torch.serialization.safe_globals(_numpy_globals()):
+        with _ALLOWING, warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_globals()):
+            warnings.simplefilter("ignore")  # of a foreign pickle's version; why it is refused is said below
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such model file") from None
