@@ -44,8 +44,11 @@ EPOCHS = 30
 class SleepingTrial(tune.Trainable):  # type: ignore[misc]
     """What the driver sees of a trial; runs in a worker without torch."""
 
-    def setup(self, config: dict[str, Any], *, seconds: float, folder: SweepFolder, model: bytes) -> None:
-        """Once a process."""
+    def setup(self, config: dict[str, Any], *, seconds: float, start: float, folder: SweepFolder, model: bytes) -> None:
+        """Once a process; it takes up to twice `start` seconds."""
+        (folder.path / "begun").mkdir(parents=True, exist_ok=True)
+        (folder.path / "begun" / str(os.getpid())).touch()
+        time.sleep(start * random.uniform(0, 2))
         self._seconds, self._folder, self._model = seconds, folder, model
         self.reset_config(config)
 
@@ -136,6 +139,12 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--gpus", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=8.0, help="of a trial that is not stopped early")
+    parser.add_argument(
+        "--start",
+        type=float,
+        default=0.0,
+        help="seconds that a worker sleeps when it starts, on average; 0 to twice that",
+    )
     parser.add_argument("--tracking-uri", help="default: SQLite in the temporary folder")
     parser.add_argument("--storage", help="default: the temporary folder")
     parser.add_argument("--save", type=Path, help="append the rows to this file")
@@ -169,7 +178,8 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
 
     def sleeping(trainable: type, **parameters: Any) -> Any:
         """In the place of the trial that trains."""
-        return with_parameters(SleepingTrial, seconds=args.seconds, folder=parameters["folder"], model=model)
+        own = {"seconds": args.seconds, "start": args.start, "model": model}
+        return with_parameters(SleepingTrial, folder=parameters["folder"], **own)
 
     tuning.tune.with_parameters = sleeping
     heard: list[Heard] = []
@@ -204,6 +214,11 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
     slept = sum(one.slept for one in heard)
     events = len((outcome.folder.path / "journal" / "events.jsonl").read_bytes().splitlines())
     cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu_before
+    begun = list((outcome.folder.path / "begun").iterdir())
+    first_of_worker: dict[int, float] = {}
+    for one in heard:
+        first_of_worker.setdefault(one.worker, one.said_at - one.slept)
+    up = max(first_of_worker.values()) - heard[0].at
     latency = [one.at - one.said_at for one in heard]
     stopped = sum(trial["status"] == "stopped_early" for trial in trials)
     return [
@@ -212,6 +227,8 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
         f"MLflow by {args.tracking_uri or 'SQLite'}",
         f"lost                 {share:8.1%} of {args.gpus} GPUs' time in {seconds:.1f} s; from first to last report "
         f"{wall:.1f} s, asleep {slept / args.gpus:.1f} s a GPU",
+        f"workers              {len(begun):8} begun, {len(first_of_worker)} of which trained, the last of them from "
+        f"{up:.1f} s after the first result on",
         f"results              {len(heard) / wall:8.1f} a second, heard after a median of "
         f"{1e3 * statistics.median(latency):.0f} ms (90%: {1e3 * statistics.quantiles(latency, n=10)[-1]:.0f} ms)",
         f"driver's CPU         {1e3 * cpu / len(trials):8.1f} ms a trial, MLflow's client not in it; "
