@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ GRAPH = "data/*.pt2"
 """Where MLflow puts the exported graph in a model's folder."""
 MOST_BYTES_KEPT = 64 << 20
 """A larger model is exported anew each time; up to eight smaller ones of different shapes are kept as exported."""
+_EXPORTING = threading.Lock()
+"""Models of one shape take turns with its graph."""
 CHAMPION = "champion"
 """Alias of the registered version that the last finished sweep found best."""
 
@@ -106,10 +109,11 @@ def save_model(file: ModelFile, path: Path, *, model_id: str | None = None, run_
     from mlflow.models import Model
 
     shape = _Shape(file.model.input_dim, file.model.hidden_dim, file.model.k_levels, file.model.weighting)
-    if 8 * shape.input_dim * shape.hidden_dim > MOST_BYTES_KEPT:
-        _export(file, path)
-    else:
-        _fill(_kept_export(shape), file, path)
+    with _EXPORTING:
+        if 8 * shape.input_dim * shape.hidden_dim > MOST_BYTES_KEPT:
+            _export(file, path)
+        else:
+            _fill(_kept_export(shape), file, path)
     description = Model.load(str(path / "MLmodel"))
     description.model_id, description.run_id, description.model_uuid = model_id, run_id, uuid.uuid4().hex
     description.utc_time_created = str(datetime.now(UTC).replace(tzinfo=None))

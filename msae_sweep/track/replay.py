@@ -16,6 +16,7 @@ from msae_sweep.track.cursor import Cursor, SentTrial
 from msae_sweep.track.datasets import dataset_input
 from msae_sweep.track.journal import Entry
 from msae_sweep.track.runs import SWEEP_TAG, TRIAL_TAG, NewRun, Refuse, Runs
+from msae_sweep.track.uploads import Upload
 
 _MLFLOW_TAGS = {"git_commit": "mlflow.source.git.commit", "command": "mlflow.source.name", "user": "mlflow.user"}
 """Our tags that MLflow has a column for."""
@@ -51,8 +52,12 @@ class Replay:
         if cursor.sweep_id:
             self._find_runs()
 
-    def apply(self, entries: Sequence[Entry], *, register_models: bool) -> None:
-        """Send one event, or several of `metrics` together."""
+    def apply(self, entries: Sequence[Entry], *, register_models: bool) -> Upload | None:
+        """Send one event, or several of `metrics` together.
+
+        Returns:
+            What is left of it, for any thread: a model's upload, on which no later event of another trial depends.
+        """
         entry = entries[0]
         try:
             with refusals():
@@ -64,7 +69,7 @@ class Replay:
                     case "metrics":
                         self._metrics(entries)
                     case "trial_ended":
-                        self._trial_ended(entry)
+                        return self._trial_ended(entry)
                     case "sweep_ended":
                         self._sweep_ended(entry, register_models)
                     case "artifacts":
@@ -73,6 +78,7 @@ class Replay:
                         raise Refused(f"no such kind of event: {kind}")
         except Refused as error:
             self._refused(entry, "all", str(error))
+        return None
 
     def _sweep_started(self, entry: Entry) -> None:
         event, cursor = entry.event, self._cursor
@@ -120,8 +126,8 @@ class Replay:
             self._runs.log(trial.run_id, self._refuse(entries[0]), metrics=metrics)
             trial.epoch = epochs[trial_id]
 
-    def _trial_ended(self, entry: Entry) -> None:
-        """Status first, so that it is right even where an upload has to wait.
+    def _trial_ended(self, entry: Entry) -> Upload | None:
+        """Status first, so that it is right even where the upload, which is returned, has to wait.
 
         A run's plain metrics end with its last epoch. Those of its best epoch, which the model is from, are logged as
         `best_…` too, and under their plain names on the logged model.
@@ -137,23 +143,35 @@ class Replay:
         best = _metrics({f"best_{key}": value for key, value in scores.items()}, time_ms=time_ms, step=step)
         self._runs.log(trial.run_id, self._refuse(entry), metrics=best)
         self._end(entry, trial.run_id)
+        params = self._made_here.pop(event["trial_id"], None)
+        path: Path | None = None
         if event["model_file"] is not None:
             with self._part(entry, "model"):
+                path = self._file(event["model_file"])
+        if path is None:
+            return None
+
+        def upload() -> None:
+            with self._part(entry, "model"):
                 on_model = _metrics(scores, time_ms=time_ms, step=step)
-                self._log_model(event["trial_id"], trial, self._file(event["model_file"]), on_model, step)
+                self._log_model(trial, path, params, on_model, step)
+
+        return upload
 
     def _file(self, name: str) -> Path:
         path = self._folder / name
         return self._fetch(path) or path
 
-    def _log_model(self, trial_id: str, trial: SentTrial, path: Path, metrics: Sequence[Any], step: int) -> None:
+    def _log_model(
+        self, trial: SentTrial, path: Path, params: Mapping[str, str] | None, metrics: Sequence[Any], step: int
+    ) -> None:
+        """`params`: of a run that was made here, else None."""
         file = modelfile.load(path)
         with tempfile.TemporaryDirectory() as folder:
             history, notebook_file = Path(folder) / "history.json", Path(folder) / f"msae_block{trial.block}.pt"
             history.write_text(json.dumps(file.history, indent=1, default=float), encoding="utf-8")
             notebook_file.symlink_to(path.absolute())
             self._client.log_artifacts(trial.run_id, folder)
-        params = self._made_here.pop(trial_id, None)
         run = (
             models.RunOfModel.read(self._client, trial.run_id)
             if params is None
