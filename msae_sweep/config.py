@@ -390,20 +390,23 @@ class SweepConfig(_Frozen):
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
+def load(path: str | Path, overrides: Iterable[str] = (), *, source: str | None = None) -> SweepConfig:
     """Read a search-space file (or a URI), apply `a.b=c` overrides (right-hand sides are YAML), validate.
+
+    Args:
+        source: names it in messages; the path without.
 
     Raises:
         ConfigError: unreadable file, bad YAML, unknown key or illegal value; the message names the first one.
     """
-    place = Place(path)
+    place, source = Place(path), source or str(path)
     try:
         text = place.read().decode() if place.is_remote else Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such search-space file") from None
+        raise ConfigError(f"{source}: no such search-space file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    return parse(text, overrides, source=str(path))
+        raise ConfigError(f"{source}: cannot be read as text: {error}") from None
+    return parse(text, overrides, source=source)
 
 
 def parse(text: str, overrides: Iterable[str] = (), *, source: str = "search space") -> SweepConfig:

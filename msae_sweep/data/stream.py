@@ -56,7 +56,8 @@ class StreamedBatches(Batches):
 
     Held at most, from the first iteration on and by all batch sizes together: on a GPU 2 windows, and up to 64 bytes a
     row of a window for its order; on the host 3 windows, and references to two groups of shards (three while a window
-    straddles two), which are copies where the shards lie on other nodes. A window is one batch where that is larger.
+    straddles two), which are copies where the shards lie on other nodes, with 8 bytes a row for their order. A window
+    is one batch where that is larger.
     """
 
     def __init__(

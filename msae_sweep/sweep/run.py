@@ -18,7 +18,7 @@ import ray
 from rich.console import Console
 
 import msae_sweep
-from msae_sweep.config import SweepConfig, parse
+from msae_sweep.config import SweepConfig, load
 from msae_sweep.data import shards
 from msae_sweep.data.source import BlockInfo
 from msae_sweep.errors import ConfigError, SweepError
@@ -154,11 +154,7 @@ def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConf
     """`load_config` of a folder that is there already."""
     if not folder.exists():
         raise SweepError(f"{folder}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
-    try:
-        text = folder.config_file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{folder}/sweep.yaml: cannot be read as text: {error}") from None
-    config = parse(text, source=f"{folder}/sweep.yaml")
+    config = load(folder.config_file, source=f"{folder}/sweep.yaml")
     uri = tracking_uri or config.tracking.uri
     if uri and uri != tracking_uri and "***" in uri:
         uri = os.environ.get("MLFLOW_TRACKING_URI")

@@ -19,7 +19,8 @@ class SentTrial:
 
 @dataclass
 class Cursor:
-    """Where the sender stands in the journal; saved after every step, so that a killed sender repeats one at the most.
+    """Where the sender stands in the journal; saved after every step, so that a killed sender repeats little: one
+    event, or those behind the models that were being uploaded.
 
     To lose it costs time and nothing else: everything is sent again, and finds itself there already.
     """

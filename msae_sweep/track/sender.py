@@ -68,6 +68,7 @@ class Sender:
         self._lock: IO[str] | None = None
         self._uploads = Uploads(UPLOADS_AT_ONCE if uri.startswith("http") else 1)
         self._refusing = threading.Lock()
+        self._told: set[tuple[int, str]] = set()
         self._replay: Replay | None = None
         self._last_error = ""
 
@@ -185,7 +186,10 @@ class Sender:
         if _is_exiting():
             raise TrackingError("the process is ending")
         with self._refusing:  # uploads have threads of their own
-            self._write_refused(entry, part, reason)
+            # What lies behind a model that failed is sent, and refused, again.
+            if (entry.seq, part) not in self._told:
+                self._told.add((entry.seq, part))
+                self._write_refused(entry, part, reason)
 
     def _write_refused(self, entry: Entry, part: str, reason: str) -> None:
         if not self._cursor.refused:
