@@ -493,6 +493,8 @@ class Slurm:
         return subprocess.Popen(
             ["bash", script, *arguments],
             env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # As slurmd starts it. Tests that a script starts in the background have SIGINT ignored, and hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def run(self, *arguments: str, **environment: str) -> int:
