@@ -55,9 +55,9 @@ class ShardFolder:
         except OSError as error:
             raise SweepError(f"storage: {self.path}: cannot be written: {error.strerror or error}") from None
 
-    def shard(self, i: int) -> Float32[np.ndarray, "rows input_dim"]:
-        """Shard `i`."""
-        return _loaded(self._shard(i))
+    def shard(self, i: int, rows: slice = slice(None)) -> Float32[np.ndarray, "rows input_dim"]:
+        """Shard `i`, or some rows of it; of a file on a disk no others are read."""
+        return _loaded(self._shard(i), rows)
 
     def save_shard(self, i: int, z: Float32[np.ndarray, "rows input_dim"]) -> None:
         """Write shard `i`."""
@@ -96,6 +96,12 @@ class ShardFolder:
             raise SweepError(f"storage: {file} cannot be written: {reason}") from None
 
 
-def _loaded(file: Place) -> np.ndarray:
-    array: np.ndarray = np.load(io.BytesIO(file.read()) if file.is_remote else file.path, allow_pickle=False)
+def _loaded(file: Place, rows: slice = slice(None)) -> np.ndarray:
+    array: np.ndarray
+    if file.is_remote:
+        array = np.load(io.BytesIO(file.read()), allow_pickle=False)[rows]
+    elif rows == slice(None):
+        array = np.load(file.path, allow_pickle=False)
+    else:
+        array = np.array(np.load(file.path, mmap_mode="r", allow_pickle=False)[rows])
     return array

@@ -1,7 +1,7 @@
 """The notebook's figure: four panels over the blocks' best trials."""
 
+import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from msae_sweep.config import DEAD_RATIO_ALLOWED
@@ -14,14 +14,14 @@ def import_ahead() -> None:
     import matplotlib.figure  # noqa: F401
 
 
-def training_figure(histories: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def training_figure(histories: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Draw training loss, validation loss, dead latent ratio by epoch, and R² by sparsity level.
 
-    A thin upright line marks each best epoch, a dotted one the dead share that the success criteria allow.
+    A PNG of 300 dpi, as in the notebook. A thin upright line marks each best epoch, a dotted one the dead share that
+    the success criteria allow.
 
     Args:
         histories: the notebook's history of each block's best trial, by `block5` …, with `best_epoch` (from 1).
-        path: a `.png` (300 dpi, as in the notebook) or any format that matplotlib writes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,4 +62,6 @@ def training_figure(histories: Mapping[str, Mapping[str, Any]], path: Path) -> N
     for panel in panels.flat:
         if panel.has_data():
             panel.legend()
-    figure.savefig(path, dpi=300, bbox_inches="tight", format=path.suffix.lstrip(".") or "png")
+    png = io.BytesIO()
+    figure.savefig(png, dpi=300, bbox_inches="tight", format="png")
+    return png.getvalue()

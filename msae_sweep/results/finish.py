@@ -2,9 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.data import planted
@@ -14,10 +15,20 @@ from msae_sweep.results.record import TrialRecord
 from msae_sweep.results.summary import best_entry, block_entry, reconstruction
 from msae_sweep.sae import modelfile
 
-ARTIFACTS = ("summary.json", "results/reconstruction.json", "figures/msae_training.png")
+ARTIFACTS = ("summary.json", "results/reconstruction.json")
 """What goes with the sweep's MLflow run, relative to the sweep folder."""
+FIGURE = "figures/msae_training.png"
 REPORT = "report/report.html"
-"""The same, once it is written."""
+"""The same, once they are drawn."""
+
+
+class Written(NamedTuple):
+    """What `write` leaves."""
+
+    summary: dict[str, Any]
+    """As `summary.json` holds it."""
+    draw_figure: Callable[[], list[Path]]
+    """Waits for the notebook's figure and writes it; its file, none where no trial has ended."""
 
 
 def write(
@@ -27,14 +38,13 @@ def write(
     manifests: Mapping[int, Mapping[str, Any]],
     *,
     seconds: float,
-) -> dict[str, Any]:
+    beside: Callable[[Sequence[Callable[[], bytes]]], Callable[[], list[bytes]]],
+) -> Written:
     """Write everything that follows from the records; an interrupted sweep gets it too, for what there is.
 
     Args:
         seconds: wall time of this run, without preparation.
-
-    Returns:
-        The summary, as `summary.json` holds it.
+        beside: begins to draw, and returns what waits for it.
     """
     levels = {record.trial_id: record.training(config.training).levels for record in records}
     blocks = {
@@ -62,14 +72,16 @@ def write(
         folder.write(target, partial(shutil.copyfile, file))
         modelfile.save_safetensors(model, target.with_suffix(".safetensors"))
         folder.written(target.with_suffix(".safetensors"), target.with_suffix(".json"))
-    if histories:
-        figure = folder.path / "figures" / "msae_training.png"
-        figure.parent.mkdir(exist_ok=True)
-        training_figure(histories, figure)
-        folder.written(figure)
+    drawing = beside([partial(training_figure, histories)] if histories else [])
     folder.write_text(folder.path / "results" / "reconstruction.json", json.dumps(reconstruction(summary), indent=2))
     folder.write_text(folder.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
-    return summary
+    return Written(summary, lambda: [_write_figure(folder, png) for png in drawing()])
+
+
+def _write_figure(folder: SweepFolder, png: bytes) -> Path:
+    target = folder.path / FIGURE
+    folder.write(target, lambda path: path.write_bytes(png))
+    return target
 
 
 def champions(summary: Mapping[str, Any]) -> dict[int, str]:

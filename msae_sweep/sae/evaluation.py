@@ -143,9 +143,7 @@ def evaluate(
     """
     device = model.W_enc.device if device is None else torch.device(device)
     if model.W_enc.device != device:
-        here = MSAE(**model.config)  # type: ignore[arg-type]
-        here.load_state_dict(model.state_dict())
-        model = here.to(device)
+        model = MSAE.of(model.config, {name: tensor.to(device) for name, tensor in model.state_dict().items()})
     sums = EvaluationSums(model, max_k, device)
     for x in batches:
         sums.update(model, x.to(device, model.W_enc.dtype))

@@ -1,7 +1,8 @@
 """The Matryoshka sparse autoencoder: one dictionary, read at several sparsity levels."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +43,23 @@ class MSAE(nn.Module):
         self.W_enc = nn.Parameter(directions.clone())
         self.W_dec = nn.Parameter(directions)
         self.pre_bias = nn.Parameter(torch.zeros(input_dim))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The model that has these parameters, which it shares: nothing is drawn or copied.
+
+        Raises:
+            RuntimeError: their names or shapes are not those of the model.
+        """
+        model = cls.shaped(config)
+        model.load_state_dict(dict(tensors), assign=True)
+        return model
+
+    @classmethod
+    def shaped(cls, config: Mapping[str, Any]) -> Self:
+        """A model of a shape, whose parameters have no values."""
+        with torch.device("meta"):
+            return cls(**config)
 
     @property
     def config(self) -> dict[str, object]:

@@ -69,8 +69,7 @@ def load(path: str | Path) -> ModelFile:
         reason = f"it holds {unknown[1]}" if unknown else (told[1] if told else first_line(error))
         raise DataError(f"{path}: not a model file that can be read safely: {reason}") from None
     try:
-        model = MSAE(**raw["config"])
-        model.load_state_dict(_our_tensors(raw["model_state_dict"], model))
+        model = MSAE.of(raw["config"], _our_tensors(raw["model_state_dict"], MSAE.shaped(raw["config"])))
         normalization = raw["normalization"]
         mean, std = (_statistics(normalization[name], model.input_dim) for name in ("mean", "std"))
         return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), _plain(raw["history"]))
@@ -103,9 +102,9 @@ def load_safetensors(path: str | Path) -> ModelFile:
     try:
         tensors = load_file(path)
         beside = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        model = MSAE(**beside["config"])
-        mean, std = (_statistics(tensors.pop(f"normalization.{n}"), model.input_dim) for n in ("mean", "std"))
-        model.load_state_dict({name: torch.from_numpy(array) for name, array in tensors.items()})
+        normalization = [tensors.pop(f"normalization.{name}") for name in ("mean", "std")]
+        model = MSAE.of(beside["config"], {name: _float32(array) for name, array in tensors.items()})
+        mean, std = (_statistics(values, model.input_dim) for values in normalization)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path}: not a safetensors model with its .json: {first_line(error)}") from None
     return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), beside["history"])
@@ -126,7 +125,7 @@ def _our_tensors(tensors: Any, model: MSAE) -> dict[str, torch.Tensor]:
     """
     own = model.state_dict()
     if set(tensors) == set(own):
-        return dict(tensors)
+        return {name: _float32(tensor) for name, tensor in tensors.items()}
     hidden_dim, input_dim = own["W_enc"].shape
     found: dict[str, list[torch.Tensor]] = {name: [] for name in own}
     for name, tensor in tensors.items():
@@ -142,7 +141,11 @@ def _our_tensors(tensors: Any, model: MSAE) -> dict[str, torch.Tensor]:
     if set(found) != set(own) or any(len(candidates) != 1 for candidates in found.values()):
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"cannot tell encoder, decoder and pre_bias among {shapes}")
-    return {name: candidates[0] for name, candidates in found.items()}
+    return {name: _float32(candidates[0]) for name, candidates in found.items()}
+
+
+def _float32(values: Any) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float32).contiguous()
 
 
 def _plain(value: Any) -> Any:

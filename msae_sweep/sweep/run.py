@@ -25,6 +25,7 @@ from msae_sweep.errors import ConfigError, SweepError
 from msae_sweep.results import finish
 from msae_sweep.results.figures import import_ahead
 from msae_sweep.results.folder import SweepFolder
+from msae_sweep.sweep.drawing import beside, side_by_side
 from msae_sweep.sweep.preparation import Preparation, leaves_cores
 from msae_sweep.sweep.resources import gpus_per_trial
 from msae_sweep.sweep.tuning import Tuning
@@ -120,10 +121,12 @@ def _drive(
         preparation.close()
     interrupted = len(records) < tuning.n_trials or any(not record.finished for record in records)
     seconds = time.monotonic() - started
-    summary = finish.write(config, folder, records, {b: p.manifest for b, p in prepared.items()}, seconds=seconds)
+    summary, draw_figure = finish.write(
+        config, folder, records, {b: p.manifest for b, p in prepared.items()}, seconds=seconds, beside=beside
+    )
     identity["runs"][-1]["seconds"] = round(seconds, 1)
     folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
-    # Told before the report is written, so that MLflow is brought up to date meanwhile.
+    # Told before anything is drawn, so that MLflow is brought up to date meanwhile.
     tracker.sweep_ended(
         status="interrupted" if interrupted else "completed",
         artifacts=[folder.path / name for name in finish.ARTIFACTS if (folder.path / name).exists()],
@@ -131,8 +134,9 @@ def _drive(
         metrics=finish.block_metrics(summary) | {"wall_seconds": seconds},
     )
     report = _write_report(folder, console) if any(record.finished for record in records) else None
-    if report is not None:
-        tracker.artifacts([folder.path / finish.REPORT])
+    drawn = draw_figure() + ([folder.path / finish.REPORT] if report is not None else [])
+    if drawn:
+        tracker.artifacts(drawn)
     if (pending := tracker.status.pending) > 1:
         console.print(f"sending the last {pending} events to MLflow", highlight=False)
     folder.flush()
@@ -216,7 +220,6 @@ def _write_report(folder: SweepFolder, console: Console) -> str | None:
     """The report of what there is, its page; what goes wrong with it is said, and takes nothing from the sweep."""
     try:
         from msae_sweep.results import report
-        from msae_sweep.sweep.drawing import side_by_side
 
         return report.write_at_the_end(folder, side_by_side).page
     except Exception as error:

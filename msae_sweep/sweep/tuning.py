@@ -1,6 +1,7 @@
 """Ray Tune's part of a sweep: which trials are left, and running them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 from ray import tune
@@ -113,7 +114,7 @@ class Tuning:
             ),
             {"cpu": resources.cpu, "gpu": self._gpus},
         )
-        tune.Tuner(
+        tuner = tune.Tuner(
             trainable,
             param_space=param_space,
             tune_config=tune.TuneConfig(
@@ -134,7 +135,9 @@ class Tuning:
                 stop=failure,
                 verbose=0,
             ),
-        ).fit()
+        )
+        with _uncounted():
+            tuner.fit()
 
     def _register(self, record: TrialRecord) -> dict[str, Any]:
         """A trial that Optuna proposed becomes known, and is written down before it runs."""
@@ -220,6 +223,25 @@ class _Failure(tune.Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         return self._scribe.failed
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Keeps Ray's usage statistics from counting callbacks by kind.
+
+    Tune would import MLflow's, wandb's and others' integrations for it, 2 s before it starts the first worker.
+    """
+    from ray.air._internal import usage
+
+    count = getattr(usage, "tag_callbacks", None)
+    if count is None:  # another Ray
+        yield
+        return
+    usage.tag_callbacks = lambda callbacks: False
+    try:
+        yield
+    finally:
+        usage.tag_callbacks = count
 
 
 def _trial_id(trial: Any) -> str:

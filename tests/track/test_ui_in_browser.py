@@ -20,6 +20,7 @@ asha: null
 """
 
 
+@pytest.mark.slow
 def test_the_trials_are_shown_filtered_compared_and_their_models_downloaded(tmp_path: Path):
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install playwright")
     browser = check_ui.chromium()

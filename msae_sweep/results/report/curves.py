@@ -118,7 +118,7 @@ def _validation_rows(shards: ShardFolder, manifest: Mapping[str, Any]) -> Iterat
     together: list[Tensor] = []
     for number, n_train, n_val in manifest["shards"]:
         if n_val:
-            together.append(torch.from_numpy(shards.shard(number)[n_train : n_train + n_val]))
+            together.append(torch.from_numpy(shards.shard(number, slice(n_train, n_train + n_val))))
         if sum(len(rows) for rows in together) >= ROWS_TOGETHER:
             yield torch.cat(together)
             together = []
