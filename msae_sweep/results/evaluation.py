@@ -195,9 +195,8 @@ def choose_device(name: str) -> torch.device:
 
 def sums_here(plan: Plan, model: MSAE, max_k: int, device: torch.device) -> Iterator[tuple[EvaluationSums, int]]:
     """Sums and dropped rows of each part, computed in this process."""
-    on_device = MSAE(**model.config)  # type: ignore[arg-type]
-    on_device.load_state_dict(model.state_dict())
-    on_device.to(device)
+    weights = {name: tensor.to(device) for name, tensor in model.state_dict().items()}
+    on_device = MSAE(**model.config, parameters=weights)  # type: ignore[arg-type]
     for i in range(plan.n_ranges):
         part = plan.read(i)
         sums = EvaluationSums(on_device, max_k, device)

@@ -143,7 +143,8 @@ def evaluate(
     """
     device = model.W_enc.device if device is None else torch.device(device)
     if model.W_enc.device != device:
-        model = MSAE.of(model.config, {name: tensor.to(device) for name, tensor in model.state_dict().items()})
+        here = {name: tensor.to(device) for name, tensor in model.state_dict().items()}
+        model = MSAE(**model.config, parameters=here)  # type: ignore[arg-type]
     sums = EvaluationSums(model, max_k, device)
     for x in batches:
         sums.update(model, x.to(device, model.W_enc.dtype))

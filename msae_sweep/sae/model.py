@@ -2,13 +2,17 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from msae_sweep.sae.kernels import reference
+
+
+def parameter_shapes(input_dim: int, hidden_dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an MSAE's parameters."""
+    return {"W_enc": (hidden_dim, input_dim), "W_dec": (hidden_dim, input_dim), "pre_bias": (input_dim,)}
 
 
 class MSAE(nn.Module):
@@ -24,13 +28,22 @@ class MSAE(nn.Module):
     W_dec: Float[Tensor, "hidden_dim input_dim"]
     pre_bias: Float[Tensor, " input_dim"]
 
-    def __init__(self, input_dim: int, hidden_dim: int, k_levels: Sequence[int], weighting: str = "uniform") -> None:
-        """Decoder rows random on the unit sphere, encoder equal to them, pre_bias 0.
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        k_levels: Sequence[int],
+        weighting: str = "uniform",
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Decoder rows random on the unit sphere, encoder equal to them, pre_bias 0; or the `parameters`, by name.
 
-        The numbers come from torch's global CPU generator, so that one seed gives one model on every device.
+        The numbers come from torch's global CPU generator, so that one seed gives one model on every device. Given
+        parameters are not copied.
 
         Raises:
-            ValueError: `k_levels` empty, not ascending, below 1 or above `hidden_dim`.
+            ValueError: `k_levels` empty, not ascending, below 1 or above `hidden_dim`; `parameters` of other names or
+                shapes.
         """
         super().__init__()
         levels = tuple(int(k) for k in k_levels)
@@ -39,27 +52,14 @@ class MSAE(nn.Module):
         if levels[-1] > hidden_dim:
             raise ValueError(f"k_levels: {levels[-1]} exceeds hidden_dim {hidden_dim}")
         self.input_dim, self.hidden_dim, self.k_levels, self.weighting = input_dim, hidden_dim, levels, weighting
-        directions = nn.functional.normalize(torch.randn(hidden_dim, input_dim), dim=1)
-        self.W_enc = nn.Parameter(directions.clone())
-        self.W_dec = nn.Parameter(directions)
-        self.pre_bias = nn.Parameter(torch.zeros(input_dim))
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The model that has these parameters, which it shares: nothing is drawn or copied.
-
-        Raises:
-            RuntimeError: their names or shapes are not those of the model.
-        """
-        model = cls.shaped(config)
-        model.load_state_dict(dict(tensors), assign=True)
-        return model
-
-    @classmethod
-    def shaped(cls, config: Mapping[str, Any]) -> Self:
-        """A model of a shape, whose parameters have no values."""
-        with torch.device("meta"):
-            return cls(**config)
+        if parameters is None:
+            directions = nn.functional.normalize(torch.randn(hidden_dim, input_dim), dim=1)
+            parameters = {"W_enc": directions.clone(), "W_dec": directions, "pre_bias": torch.zeros(input_dim)}
+        shapes = parameter_shapes(input_dim, hidden_dim)
+        if (given := {name: tuple(tensor.shape) for name, tensor in parameters.items()}) != shapes:
+            raise ValueError(f"parameters: {given} must be {shapes}")
+        for name in shapes:
+            self.register_parameter(name, nn.Parameter(parameters[name]))
 
     @property
     def config(self) -> dict[str, object]:

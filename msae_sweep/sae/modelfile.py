@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32
 
 from msae_sweep.errors import DataError, first_line
-from msae_sweep.sae.model import MSAE, StandardisedMSAE
+from msae_sweep.sae.model import MSAE, StandardisedMSAE, parameter_shapes
 
 _ALLOWING = threading.Lock()
 """What torch may read is one list for the whole process: a thread that ends its reading takes another one's off it."""
@@ -69,7 +69,9 @@ def load(path: str | Path) -> ModelFile:
         reason = f"it holds {unknown[1]}" if unknown else (told[1] if told else first_line(error))
         raise DataError(f"{path}: not a model file that can be read safely: {reason}") from None
     try:
-        model = MSAE.of(raw["config"], _our_tensors(raw["model_state_dict"], MSAE.shaped(raw["config"])))
+        config = raw["config"]
+        shapes = parameter_shapes(config["input_dim"], config["hidden_dim"])
+        model = MSAE(**config, parameters=_our_tensors(raw["model_state_dict"], shapes))
         normalization = raw["normalization"]
         mean, std = (_statistics(normalization[name], model.input_dim) for name in ("mean", "std"))
         return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), _plain(raw["history"]))
@@ -103,7 +105,7 @@ def load_safetensors(path: str | Path) -> ModelFile:
         tensors = load_file(path)
         beside = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         normalization = [tensors.pop(f"normalization.{name}") for name in ("mean", "std")]
-        model = MSAE.of(beside["config"], {name: _float32(array) for name, array in tensors.items()})
+        model = MSAE(**beside["config"], parameters={name: _float32(array) for name, array in tensors.items()})
         mean, std = (_statistics(values, model.input_dim) for values in normalization)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path}: not a safetensors model with its .json: {first_line(error)}") from None
@@ -117,16 +119,15 @@ def _statistics(values: Any, input_dim: int) -> Float32[np.ndarray, " input_dim"
     return array
 
 
-def _our_tensors(tensors: Any, model: MSAE) -> dict[str, torch.Tensor]:
+def _our_tensors(tensors: Any, own: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The model's parameters among the tensors of another class with the same arithmetic.
 
     Raises:
         ValueError: there is not one encoder, one decoder and one bias of input_dim, or a bias on latents.
     """
-    own = model.state_dict()
     if set(tensors) == set(own):
         return {name: _float32(tensor) for name, tensor in tensors.items()}
-    hidden_dim, input_dim = own["W_enc"].shape
+    hidden_dim, input_dim = own["W_enc"]
     found: dict[str, list[torch.Tensor]] = {name: [] for name in own}
     for name, tensor in tensors.items():
         shape, word = tuple(tensor.shape), name.lower()

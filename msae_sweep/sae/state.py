@@ -125,9 +125,8 @@ class TrainState:
 
     def best_model(self) -> MSAE:
         """A copy of the model with the best epoch's weights, on the CPU."""
-        model = MSAE(**self.model.config)  # type: ignore[arg-type]
-        model.load_state_dict({name: tensor.cpu() for name, tensor in self.best_weights.items()})
-        return model
+        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.best_weights.items()}
+        return MSAE(**self.model.config, parameters=weights)  # type: ignore[arg-type]
 
     def history(self) -> dict[str, Any]:
         """The notebook's `history`: `train_loss`, `val_loss`, `dead_ratio`, `val_r2` by level; and `objective`."""

@@ -55,9 +55,8 @@ def _sums(batch: dict[str, np.ndarray], model: list[Any], plan: Plan, max_k: int
         return {"sums": [b""], "n_dropped": [0], "error": [type(error).__name__], "message": [str(error)]}
     config, weights = ray.get(model[0])
     device = torch.device("cuda" if on_gpu else "cpu")
-    here = MSAE(**config)
-    here.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
-    here.to(device)
+    parameters = {name: torch.from_numpy(np.array(array)).to(device) for name, array in weights.items()}
+    here = MSAE(**config, parameters=parameters)
     sums = EvaluationSums(here, max_k, device)
     sums.update(here, torch.from_numpy(part.x).to(device))
     return {"sums": [pickle.dumps(sums.cpu())], "n_dropped": [part.n_dropped], "error": [""], "message": [""]}

@@ -7,7 +7,9 @@ from activation_files import WRITERS, write_npy
 from msae_sweep.config import DataConfig
 from msae_sweep.data import shards
 from msae_sweep.data.split import Moments, is_validation, standardise
+from msae_sweep.data.store import ShardFolder
 from msae_sweep.errors import DataError, SweepError
+from msae_sweep.places import Place
 
 
 def prepare(path, storage, **settings):
@@ -141,6 +143,19 @@ def test_a_second_preparation_reuses_the_files(ray_session, tmp_path, rows):
     assert "reused" in lines[0]
     for a, b in zip(arrays(first), arrays(second), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("in_a_store", [False, True])
+def test_some_rows_of_a_shard_are_those_of_the_whole(in_a_store, tmp_path, request):
+    place = f"{request.getfixturevalue('object_store').bucket}/by-rows" if in_a_store else str(tmp_path)
+    folder = ShardFolder(Place(place))
+    z = np.arange(40, dtype=np.float32).reshape(10, 4)
+    folder.save_shard(3, z)
+    assert np.array_equal(folder.shard(3), z)
+    some = folder.shard(3, slice(6, 9))
+    assert np.array_equal(some, z[6:9])
+    some[:] = 0  # its own copy
+    assert np.array_equal(folder.shard(3), z)
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "a shard is gone", "a shard is short"])

@@ -56,6 +56,23 @@ def test_levels_must_ascend_within_the_dictionary(k_levels):
         MSAE(16, 64, k_levels)
 
 
+def test_given_parameters_are_the_models_own_and_nothing_is_drawn():
+    drawn = MSAE(8, 24, [2])
+    before = torch.get_rng_state()
+    same = MSAE(**drawn.config, parameters=drawn.state_dict())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same.W_enc.data_ptr() == drawn.W_enc.data_ptr()
+    assert [name for name, _ in same.named_parameters()] == [name for name, _ in drawn.named_parameters()]
+    assert all(parameter.requires_grad for parameter in same.parameters())
+    for wrong in (
+        {},
+        drawn.state_dict() | {"b_enc": torch.zeros(24)},
+        drawn.state_dict() | {"W_dec": torch.zeros(8, 24)},
+    ):
+        with pytest.raises(ValueError, match=r"parameters: .* must be"):
+            MSAE(8, 24, [2], parameters=wrong)
+
+
 def test_projection_makes_the_gradient_orthogonal_to_its_decoder_row():
     torch.manual_seed(0)
     model = MSAE(16, 64, [4])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,38 @@ def test_figures_drawn_side_by_side_are_those_drawn_here(finished, monkeypatch):
     write_at_the_end(finished.folder, counted)
     assert figures() == here
     assert sum(shares) >= len(here) // 2, "an SVG and a PNG a job"
+
+
+def test_what_a_worker_cannot_draw_is_drawn_here(monkeypatch):
+    from msae_sweep.sweep.drawing import beside
+
+    here = os.getpid()
+
+    def job(only_here: bool) -> int:
+        if only_here and os.getpid() != here:
+            raise RuntimeError("no fonts")
+        return os.getpid()
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    (there,) = beside([partial(job, False)])()
+    assert there != here
+    assert beside([partial(job, True)] * 3)() == [here] * 3
+    assert beside([])() == []
+
+
+def test_tune_does_not_import_mlflow_for_statistics():
+    script = """
+import sys
+from ray import tune
+from ray.air._internal import usage
+from msae_sweep.sweep.tuning import _uncounted
+before = usage.tag_callbacks
+with _uncounted():
+    usage.tag_callbacks([tune.Callback()])
+assert "mlflow" not in sys.modules
+assert usage.tag_callbacks is before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_the_report_goes_with_the_sweeps_run_in_mlflow(finished):
