@@ -327,7 +327,8 @@ shutil.copytree(out, keep)
 """Runs a command on a full disk, then with room; the disk is a mount that no process outside of it sees."""
 
 
-@pytest.mark.parametrize("formats", ["npy", pytest.param("h5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", ["npy", "h5"])
 def test_a_disk_that_fills_up_is_one_line_and_with_room_the_same_command_goes_on(formats, network, tmp_path):
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("no private mounts here: `unshare -m` needs root")

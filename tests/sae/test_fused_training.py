@@ -144,7 +144,6 @@ def test_a_diverged_trial_is_named_so():
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"weighting": "reverse", "dead": 0.5},
         {"batch": 70, "input_dim": 30, "hidden_dim": 100, "k_levels": (1, 3, 10)},
         {"loss_levels": tuple(range(1, 13)), "k_levels": (3, 12), "dead": 0.9},
