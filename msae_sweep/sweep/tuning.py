@@ -1,5 +1,6 @@
 """Ray Tune's part of a sweep: which trials are left, and running them."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -231,8 +232,7 @@ def _uncounted() -> Iterator[None]:
 
     Tune would import MLflow's, wandb's and others' integrations for it, 2 s before it starts the first worker.
     """
-    from ray.air._internal import usage
-
+    usage: Any = sys.modules.get("ray.air._internal.usage")  # which Tune has imported
     count = getattr(usage, "tag_callbacks", None)
     if count is None:  # another Ray
         yield
