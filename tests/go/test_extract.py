@@ -204,22 +204,18 @@ def test_a_network_that_counts_from_the_bottom_sees_the_board_so_and_points_stil
         np.testing.assert_allclose(found["rows"][i], activations[0, :, row, column].numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("points", "rows"), [("mean", 35), ("all", 35 * 361)])
-def test_means_and_all_points(points, rows, extracted, network, records, tmp_path):
+def test_means_and_all_points(extracted, network, records, tmp_path):
     chosen, _ = extracted
-    sampling = chosen.sampling._replace(points=points)
-    other = settings(network, records, tmp_path / "out", sampling=sampling)
-    assert extract(other).rows == rows
-    found, few = contents(other.out, 3), contents(chosen.out, 3)
-    if points == "mean":
-        assert (found["point"] == -1).all()
-        everywhere = settings(network, records, tmp_path / "all", sampling=sampling._replace(points="all"))
-        extract(everywhere)
-        mean = contents(everywhere.out, 3)["rows"].reshape(35, 361, 8).mean(axis=1)
-        np.testing.assert_allclose(found["rows"], mean, rtol=1e-4, atol=1e-5)
-    else:
-        place = few["position_id"] * 361 + few["point"]
-        np.testing.assert_allclose(found["rows"][place], few["rows"], rtol=1e-4, atol=1e-5)
+    found = {}
+    for points, n_rows in (("mean", 35), ("all", 35 * 361)):
+        other = settings(network, records, tmp_path / points, sampling=chosen.sampling._replace(points=points))
+        assert extract(other).rows == n_rows
+        found[points] = contents(other.out, 3)
+    few, everywhere = contents(chosen.out, 3), found["all"]["rows"]
+    np.testing.assert_allclose(everywhere[few["position_id"] * 361 + few["point"]], few["rows"], rtol=1e-4, atol=1e-5)
+    assert (found["mean"]["point"] == -1).all()
+    mean = everywhere.reshape(35, 361, 8).mean(axis=1)
+    np.testing.assert_allclose(found["mean"]["rows"], mean, rtol=1e-4, atol=1e-5)
 
 
 def test_every_format_holds_the_same_rows(extracted, network, records, tmp_path):
