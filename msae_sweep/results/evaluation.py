@@ -195,8 +195,7 @@ def choose_device(name: str) -> torch.device:
 
 def sums_here(plan: Plan, model: MSAE, max_k: int, device: torch.device) -> Iterator[tuple[EvaluationSums, int]]:
     """Sums and dropped rows of each part, computed in this process."""
-    weights = {name: tensor.to(device) for name, tensor in model.state_dict().items()}
-    on_device = MSAE(**model.config, parameters=weights)  # type: ignore[arg-type]
+    on_device = model.on(device)
     for i in range(plan.n_ranges):
         part = plan.read(i)
         sums = EvaluationSums(on_device, max_k, device)

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.data import planted
-from msae_sweep.results.figures import training_figure
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.record import TrialRecord
 from msae_sweep.results.summary import best_entry, block_entry, reconstruction
@@ -27,8 +26,8 @@ class Written(NamedTuple):
 
     summary: dict[str, Any]
     """As `summary.json` holds it."""
-    draw_figure: Callable[[], list[Path]]
-    """Waits for the notebook's figure and writes it; its file, none where no trial has ended."""
+    histories: dict[str, dict[str, Any]]
+    """Of each block's best trial, as `figures.training_figure` takes them; empty where no trial has ended."""
 
 
 def write(
@@ -38,13 +37,11 @@ def write(
     manifests: Mapping[int, Mapping[str, Any]],
     *,
     seconds: float,
-    beside: Callable[[Sequence[Callable[[], bytes]]], Callable[[], list[bytes]]],
 ) -> Written:
     """Write everything that follows from the records; an interrupted sweep gets it too, for what there is.
 
     Args:
         seconds: wall time of this run, without preparation.
-        beside: begins to draw, and returns what waits for it.
     """
     levels = {record.trial_id: record.training(config.training).levels for record in records}
     blocks = {
@@ -72,13 +69,13 @@ def write(
         folder.write(target, partial(shutil.copyfile, file))
         modelfile.save_safetensors(model, target.with_suffix(".safetensors"))
         folder.written(target.with_suffix(".safetensors"), target.with_suffix(".json"))
-    drawing = beside([partial(training_figure, histories)] if histories else [])
     folder.write_text(folder.path / "results" / "reconstruction.json", json.dumps(reconstruction(summary), indent=2))
     folder.write_text(folder.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
-    return Written(summary, lambda: [_write_figure(folder, png) for png in drawing()])
+    return Written(summary, histories)
 
 
-def _write_figure(folder: SweepFolder, png: bytes) -> Path:
+def write_figure(folder: SweepFolder, png: bytes) -> Path:
+    """Write the notebook's figure; returns its file."""
     target = folder.path / FIGURE
     folder.write(target, lambda path: path.write_bytes(png))
     return target

@@ -142,9 +142,7 @@ def evaluate(
         ValueError: `max_k` is below 1 or above the model's hidden_dim.
     """
     device = model.W_enc.device if device is None else torch.device(device)
-    if model.W_enc.device != device:
-        here = {name: tensor.to(device) for name, tensor in model.state_dict().items()}
-        model = MSAE(**model.config, parameters=here)  # type: ignore[arg-type]
+    model = model.on(device)
     sums = EvaluationSums(model, max_k, device)
     for x in batches:
         sums.update(model, x.to(device, model.W_enc.dtype))

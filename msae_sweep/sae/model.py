@@ -61,6 +61,10 @@ class MSAE(nn.Module):
         for name in shapes:
             self.register_parameter(name, nn.Parameter(parameters[name]))
 
+    def on(self, device: torch.device | str) -> "MSAE":
+        """The same model on a device, this one staying where it is; parameters that are there already are shared."""
+        return MSAE(**self.config, parameters={name: p.to(device) for name, p in self.state_dict().items()})  # type: ignore[arg-type]
+
     @property
     def config(self) -> dict[str, object]:
         """What the notebook's model file calls `config`; `MSAE(**config)` rebuilds the shape."""

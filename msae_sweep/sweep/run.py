@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from msae_sweep.data import shards
 from msae_sweep.data.source import BlockInfo
 from msae_sweep.errors import ConfigError, SweepError
 from msae_sweep.results import finish
-from msae_sweep.results.figures import import_ahead
+from msae_sweep.results.figures import import_ahead, training_figure
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.sweep.drawing import beside, side_by_side
 from msae_sweep.sweep.preparation import Preparation, leaves_cores
@@ -121,9 +122,9 @@ def _drive(
         preparation.close()
     interrupted = len(records) < tuning.n_trials or any(not record.finished for record in records)
     seconds = time.monotonic() - started
-    summary, draw_figure = finish.write(
-        config, folder, records, {b: p.manifest for b, p in prepared.items()}, seconds=seconds, beside=beside
-    )
+    manifests = {block: p.manifest for block, p in prepared.items()}
+    summary, histories = finish.write(config, folder, records, manifests, seconds=seconds)
+    figure = beside([partial(training_figure, histories)] if histories else [])
     identity["runs"][-1]["seconds"] = round(seconds, 1)
     folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
     # Told before anything is drawn, so that MLflow is brought up to date meanwhile.
@@ -134,7 +135,9 @@ def _drive(
         metrics=finish.block_metrics(summary) | {"wall_seconds": seconds},
     )
     report = _write_report(folder, console) if any(record.finished for record in records) else None
-    drawn = draw_figure() + ([folder.path / finish.REPORT] if report is not None else [])
+    drawn = [finish.write_figure(folder, png) for png in figure()] + (
+        [folder.path / finish.REPORT] if report is not None else []
+    )
     if drawn:
         tracker.artifacts(drawn)
     if (pending := tracker.status.pending) > 1:

@@ -4,70 +4,22 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from rich.console import Console
+from planted_sweep import config, results, sweep
 
-from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data.planted import PlantedSource
 from msae_sweep.errors import ConfigError, DataError, DeviceError, SweepError
 from msae_sweep.sae import modelfile
 
-SPACE = """
-name: small
-data:
-  path: planted
-  blocks: [5, 20]
-  planted: {rows: 3000, input_dim: 16, dictionary_size: 32, active: 3, noise: 0.02}
-space:
-  learning_rate: {loguniform: [1e-3, 3e-2]}
-  expansion_factor: {choice: [2, 4]}
-  weighting: {choice: [uniform, reverse]}
-training: {k_levels: [2, 4, 8], batch_size: 128, epochs: 6, aux_k: 8}
-search: {trials_per_block: 4, seed: 0}
-asha: {grace_epochs: 1, reduction_factor: 2}
-"""
-
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-
-def config(folder: Path, *overrides: str) -> SweepConfig:
-    uri = f"tracking.uri=sqlite:///{folder}/mlflow.db"
-    return parse(SPACE, [f"storage={folder}/sweeps", uri, *overrides])
-
-
-def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = False) -> Any:
-    """Run one; its report is written, and the notebook's figure drawn, where a test looks at them: they take 8 s."""
-    from msae_sweep.results import finish
-    from msae_sweep.sweep import run
-
-    console = Console(file=open(folder / "log", "a"), width=200)  # noqa: SIM115
-    with pytest.MonkeyPatch.context() as patch:
-        if not drawn:
-            patch.setattr(run, "_write_report", lambda folder, console: None)
-            patch.setattr(finish, "training_figure", lambda histories: b"")
-        return run.run(config(folder, *overrides), resume=resume, command="test", console=console)
-
-
-def results(summary: dict[str, Any]) -> dict[str, Any]:
-    """A summary without what clocks say."""
-    stripped = json.loads(json.dumps(summary))
-    stripped.pop("seconds")
-    for block in stripped["blocks"].values():
-        for trial in block["trials"]:
-            trial.pop("seconds")
-            trial["metrics"].pop("samples_per_second", None)
-    return stripped
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +225,9 @@ def test_mlflow_has_a_run_for_the_sweep_and_one_for_each_trial_with_every_epoch(
     assert finished.tracking.pending == 0
 
 
-def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp_path):
-    other = sweep(tmp_path, "resources.max_concurrent=1")
+@pytest.mark.parametrize("concurrent", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp_path, concurrent):
+    other = sweep(tmp_path, f"resources.max_concurrent={concurrent}")
     assert results(other.summary) == results(finished.summary)
 
 
@@ -451,86 +404,3 @@ def test_optuna_proposes_within_the_space_and_resumes(tmp_path):
     assert all(t["params"]["expansion_factor"] in (2, 4) for t in trials)
     again = sweep(tmp_path, "search.algorithm=optuna", "data.blocks=[5]", resume=True)
     assert results(again.summary) == results(first.summary)
-
-
-# Killed and resumed: in processes of their own.
-
-
-def launch(folder: Path, *arguments: str) -> subprocess.Popen:
-    (folder / "space.yaml").write_text(SPACE)
-    command = [sys.executable, "-m", "msae_sweep", *arguments, "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
-    with open(folder / "out", "ab") as out:
-        return subprocess.Popen(
-            command, cwd=folder, stdout=out, stderr=out, start_new_session=True,
-            # A Ray of its own, not the test session's.
-            env={**os.environ, "RAY_ADDRESS": "local"},
-        )  # fmt: skip
-
-
-def finished_trials(folder: Path) -> set[str]:
-    files = (folder / "sweeps" / "small" / "trials").glob("*/trial.json")
-    return {f.parent.name for f in files if json.loads(f.read_text())["status"] in ("completed", "stopped_early")}
-
-
-def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the sweep ended before it could be disturbed"
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-CHANGES = ["data.blocks=[5]", "training.epochs=24", "asha.grace_epochs=3", "training.early_stopping_patience=null",
-           "data.planted.rows=8000", "resources.checkpoint_seconds=0.5"]  # fmt: skip
-LONGER = [word for change in CHANGES for word in ("--set", change)]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return sweep(tmp_path_factory.mktemp("undisturbed"), *CHANGES).summary
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_driver_that_is_killed_and_resumed_ends_as_the_undisturbed_sweep(kills, undisturbed, tmp_path):
-    process = launch(tmp_path, "run", "space.yaml", *LONGER)
-    wait_until(lambda: finished_trials(tmp_path), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    ended = finished_trials(tmp_path)
-    times = {name: (tmp_path / "sweeps/small/trials" / name / "model.pt").stat().st_mtime_ns for name in ended}
-    assert ended
-    assert len(ended) < 4
-
-    if kills == 2:
-        process = launch(tmp_path, "resume", "sweeps/small")
-        wait_until(lambda: len(finished_trials(tmp_path)) > len(ended), process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-    assert launch(tmp_path, "resume", "sweeps/small").wait(timeout=240) == 0, (tmp_path / "out").read_text()[-3000:]
-    summary = json.loads((tmp_path / "sweeps" / "small" / "summary.json").read_text())
-    assert results(summary) == results(undisturbed)
-    for name, before in times.items():
-        assert (tmp_path / "sweeps/small/trials" / name / "model.pt").stat().st_mtime_ns == before, f"{name} ran again"
-
-
-def test_a_lost_worker_costs_no_trial(undisturbed, tmp_path):
-    process = launch(tmp_path, "run", "space.yaml", *LONGER)
-    wait_until(lambda: list((tmp_path / "sweeps/small/trials").glob("*/state.pt")), process)
-    killed = kill_workers(process.pid)
-    out = (tmp_path / "out").read_text
-    assert process.wait(timeout=240) == 0, out()[-3000:]
-    assert killed
-    assert re.search(r"^block\d+-\d+ starts again from its last state: The actor", out(), re.MULTILINE)
-    assert "Traceback" not in out()
-    summary = json.loads((tmp_path / "sweeps" / "small" / "summary.json").read_text())
-    assert results(summary) == results(undisturbed)
-
-
-def kill_workers(driver: int) -> int:
-    """kill -9 every trial worker of one driver's Ray."""
-    children = psutil.Process(driver).children(recursive=True)
-    workers = [child for child in children if "Trainable" in " ".join(child.cmdline())]
-    for worker in workers:
-        worker.kill()
-    return len(workers)

@@ -95,32 +95,33 @@ def test_a_model_too_large_to_be_kept_is_exported_by_itself(tmp_path, monkeypatc
     assert not models._kept_export.cache_info().currsize
 
 
-@pytest.mark.parametrize("hidden", ["no description of the tensors", "a part of another size"])
-def test_a_graph_whose_archive_is_not_as_expected_is_exported_by_torch_for_every_model(hidden, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", ["no description of the tensors", "a part of another size"])
+def test_a_graph_whose_archive_is_not_as_expected_is_exported_by_torch_for_every_model(damage, tmp_path, monkeypatch):
     import mlflow.pytorch
 
     from msae_sweep.track import models
 
     models._kept_export.cache_clear()
-    export = models._export
+    export, exported = models._export, []
 
     def changed(file, path):
         export(file, path)
-        if len(path.parents) and path.parent.name.startswith("msae-export-"):
+        exported.append(path)
+        if path.parent.name.startswith("msae-export-"):
             (graph,) = path.glob(models.GRAPH)
             with zipfile.ZipFile(graph) as old:
                 parts = {part: old.read(part) for part in old.infolist()}
             with zipfile.ZipFile(graph, "w") as new:
                 for part, content in parts.items():
-                    if hidden.startswith("no") and part.filename.endswith("model_weights_config.json"):
+                    if damage.startswith("no") and part.filename.endswith("model_weights_config.json"):
                         continue
-                    longer = hidden.startswith("a part") and part.filename.endswith("weight_0")
+                    longer = damage.startswith("a part") and part.filename.endswith("weight_0")
                     new.writestr(part, content + b"more" if longer else content)
 
     monkeypatch.setattr(models, "_export", changed)
     file = write_model(tmp_path / "model.pt")
     models.save_model(file, tmp_path / "logged")
-    assert models._kept_export.cache_info().currsize == 1
+    assert exported[1:] == [tmp_path / "logged"]
     models._kept_export.cache_clear()
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(mlflow.pytorch.load_model(str(tmp_path / "logged"))(x), file.standardised()(x))

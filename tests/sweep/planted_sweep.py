@@ -1,0 +1,53 @@
+"""A small sweep of planted data, in the tests' own process and Ray."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from msae_sweep.config import SweepConfig, parse
+
+SPACE = """
+name: small
+data:
+  path: planted
+  blocks: [5, 20]
+  planted: {rows: 3000, input_dim: 16, dictionary_size: 32, active: 3, noise: 0.02}
+space:
+  learning_rate: {loguniform: [1e-3, 3e-2]}
+  expansion_factor: {choice: [2, 4]}
+  weighting: {choice: [uniform, reverse]}
+training: {k_levels: [2, 4, 8], batch_size: 128, epochs: 6, aux_k: 8}
+search: {trials_per_block: 4, seed: 0}
+asha: {grace_epochs: 1, reduction_factor: 2}
+"""
+
+
+def config(folder: Path, *overrides: str) -> SweepConfig:
+    uri = f"tracking.uri=sqlite:///{folder}/mlflow.db"
+    return parse(SPACE, [f"storage={folder}/sweeps", uri, *overrides])
+
+
+def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = False) -> Any:
+    """Run one; its report is written, and the notebook's figure drawn, where a test looks at them: they take 8 s."""
+    from msae_sweep.sweep import run
+
+    console = Console(file=open(folder / "log", "a"), width=200)  # noqa: SIM115
+    with pytest.MonkeyPatch.context() as patch:
+        if not drawn:
+            patch.setattr(run, "_write_report", lambda folder, console: None)
+            patch.setattr(run, "training_figure", lambda histories: b"")
+        return run.run(config(folder, *overrides), resume=resume, command="test", console=console)
+
+
+def results(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without what clocks say."""
+    stripped = json.loads(json.dumps(summary))
+    stripped.pop("seconds")
+    for block in stripped["blocks"].values():
+        for trial in block["trials"]:
+            trial.pop("seconds")
+            trial["metrics"].pop("samples_per_second", None)
+    return stripped
