@@ -373,6 +373,7 @@ cli.main()
 """Runs a command where Ray knows of a GPU; the network itself runs where torch can."""
 
 
+@pytest.mark.slow
 def test_where_ray_has_gpus_the_same_rows_are_written(extracted, network, records, tmp_path):
     chosen, _ = extracted
     command = [

@@ -319,6 +319,7 @@ def test_the_command_prints_where_the_report_lies(monkeypatch, capsys, tmp_path)
     assert f"report: {sweep.path / 'report' / 'report.html'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_in_an_object_store_is_reported_as_on_a_disk(object_store, sweep, tmp_path):
     add_rows_and_models(sweep)
     storage = Place(object_store.bucket) / "reported"

@@ -118,6 +118,7 @@ def test_a_trial_in_a_used_process_equals_one_in_a_fresh_process(undisturbed):
     assert len(steps) == 1, "both have one shape and share one captured step"
 
 
+@pytest.mark.slow
 def test_the_fused_step_goes_on_from_autograds_state_and_back():
     settings = config()
     mixed = train(settings, REFERENCE, until=1)
@@ -128,6 +129,7 @@ def test_the_fused_step_goes_on_from_autograds_state_and_back():
         assert mixed.points[-1][key] == pytest.approx(expected.points[-1][key], abs=0.02)
 
 
+@pytest.mark.slow
 def test_every_k_in_the_loss_measures_r2_at_four_of_them():
     settings = config(k_levels="all:16", epochs=1)
     fused_state, expected = train(settings), train(settings, REFERENCE)
@@ -144,8 +146,8 @@ def test_a_diverged_trial_is_named_so():
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"weighting": "reverse", "dead": 0.5},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"weighting": "reverse", "dead": 0.5}, marks=pytest.mark.slow),
         {"batch": 70, "input_dim": 30, "hidden_dim": 100, "k_levels": (1, 3, 10)},
         {"loss_levels": tuple(range(1, 13)), "k_levels": (3, 12), "dead": 0.9},
         {"batch": 1, "k_levels": (128,), "hidden_dim": 128},
