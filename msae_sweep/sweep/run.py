@@ -35,7 +35,7 @@ from msae_sweep.track.uri import redact, resolve_uri
 
 FLUSH_SECONDS, FLUSH_SECONDS_A_TRIAL = 600.0, 2.0
 """How long the end of a sweep waits while MLflow takes what is left; a server that is down is given up within seconds.
-A trial takes 0.2 s to SQLite, and 1.3 s where server, database and object store share two cores with it. What is left
+A trial takes 0.2 s to SQLite, and 1.0 s where server, database and object store share two cores with it. What is left
 then is sent later by `msae-sweep track-sync`."""
 
 
