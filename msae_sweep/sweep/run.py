@@ -1,5 +1,6 @@
 """A whole sweep: check, prepare, tune, track, and leave a folder that can be resumed and reported."""
 
+import contextlib
 import json
 import logging
 import os
@@ -72,6 +73,9 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     for info in infos:
         config.check_width(info.input_dim, info.block)
 
+    if not ray.is_initialized():
+        n_trials = config.n_trials_per_block() * len(infos)
+        console.print(f"{config.name}: {n_trials} trials, {len(infos)} blocks; connecting to Ray", highlight=False)
     connect()
     gpus = gpus_per_trial(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
     folder.create()
@@ -105,7 +109,7 @@ def _drive(
 
     try:
         if leaves_cores(config, gpus):
-            threading.Thread(target=import_ahead, name="imports", daemon=True).start()
+            threading.Thread(target=_import_ahead, args=(preparation,), name="imports", daemon=True).start()
         else:
             preparation.wait()
         started = time.monotonic()
@@ -217,6 +221,13 @@ def _check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
                     f"{key}: is {new.get(key)!r} but sweep {config.name} was started with {old.get(key)!r}; "
                     "resume with the same file, or give another --name"
                 )
+
+
+def _import_ahead(preparation: Preparation) -> None:
+    """Once the data is ready: before, this process is busy enough with that and with starting workers."""
+    with contextlib.suppress(Exception):  # which the main thread hears of
+        preparation.wait()
+        import_ahead()
 
 
 def _write_report(folder: SweepFolder, console: Console) -> str | None:

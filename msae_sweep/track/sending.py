@@ -13,8 +13,10 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +94,15 @@ class SenderProcess:
     ) -> None:
         """Begin; see `Sender`."""
         self._n_events, self._fetch = n_events, fetch
+        # Models on their way are written to files first, which must not outlive a child that was killed.
+        self._scratch = tempfile.TemporaryDirectory(prefix="msae-sender-")
         # Through the pipe, not on the command line: a URI may hold a password, and anybody may read command lines.
-        self._task = {"folder": str(sweep_folder), "uri": uri, "tracking": tracking.model_dump(mode="json")}
+        self._task = {
+            "folder": str(sweep_folder),
+            "uri": uri,
+            "tracking": tracking.model_dump(mode="json"),
+            "scratch": self._scratch.name,
+        }
         self._said = TrackingStatus(0, 0, 0, "")
         self._news, self._closing, self._writing = threading.Event(), threading.Event(), threading.Lock()
         self._given_up = False
@@ -119,6 +128,7 @@ class SenderProcess:
         self._given_up = True
         self._process.kill()
         self._listener.join()
+        self._scratch.cleanup()
 
     def _start(self) -> subprocess.Popen[str]:
         # The same modules as here, also where the package lies in a folder that only this process was told of.
@@ -128,7 +138,7 @@ class SenderProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": self._scratch.name},
             process_group=0,  # what a terminal interrupts
         )
         self._tell(process, self._task | {"events": self._n_events()})
@@ -189,8 +199,9 @@ class SenderProcess:
 class _Driver:
     """The driver, as the child knows it."""
 
-    def __init__(self, lines: IO[str], out: IO[str]) -> None:
-        self._lines, self._out = lines, out
+    def __init__(self, lines: IO[str], out: IO[str], scratch: str) -> None:
+        """`scratch`: what to delete when it is gone."""
+        self._lines, self._out, self._scratch = lines, out, scratch
         self.n_events = 0
         self.closing, self.wake = threading.Event(), threading.Event()
         self._answers: queue.SimpleQueue[dict[str, str | None]] = queue.SimpleQueue()
@@ -206,7 +217,9 @@ class _Driver:
             if message.get("closing"):
                 self.closing.set()
             self.wake.set()
-        os._exit(1)  # it is gone; the sender is in the middle of something that is not to be waited for
+        # It is gone; the sender is in the middle of something that is not to be waited for.
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        os._exit(1)
 
     def say(self, status: TrackingStatus) -> None:
         """How the sending stands."""
@@ -227,8 +240,8 @@ def main() -> None:
     """What the child does."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no message
-    driver = _Driver(sys.stdin, out)
     task = json.loads(sys.stdin.readline())
+    driver = _Driver(sys.stdin, out, task["scratch"])
     driver.n_events = task["events"]
     sender = Sender(
         Path(task["folder"]),
@@ -241,3 +254,5 @@ def main() -> None:
     threading.Thread(target=driver.hear, daemon=True).start()
     sender.run(driver.closing, driver.wake, driver.say)
     driver.say(sender.status)
+    # All is said and on disk. Python would first take MLflow and torch apart, for 2 s in which the sweep waits.
+    os._exit(0)
