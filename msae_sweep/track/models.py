@@ -6,6 +6,7 @@ with its own tensors; the file has 8 MB. Pickle takes 0.01 s, runs code when it 
 package is installed.
 """
 
+import importlib
 import json
 import re
 import shutil
@@ -13,7 +14,8 @@ import tempfile
 import threading
 import uuid
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -197,20 +199,39 @@ def _export(file: ModelFile, path: Path) -> None:
 
     rows = Schema([TensorSpec(np.dtype(np.float32), (-1, file.model.input_dim))])
     description = Model()
-    mlflow.pytorch.save_model(
-        file.standardised().eval(),
-        path,
-        mlflow_model=description,
-        signature=ModelSignature(inputs=rows, outputs=rows),
-        # Two rows, because export takes a dimension of 1 for a constant.
-        input_example=np.zeros((2, file.model.input_dim), np.float32),
-        # Without the local part of the version (+cpu, +cu128): it names no package that an index has.
-        pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in ("torch", "numpy")],
-        serialization_format="pt2",
-    )
+    with _unchecked_requirements():
+        mlflow.pytorch.save_model(
+            file.standardised().eval(),
+            path,
+            mlflow_model=description,
+            signature=ModelSignature(inputs=rows, outputs=rows),
+            # Two rows, because export takes a dimension of 1 for a constant.
+            input_example=np.zeros((2, file.model.input_dim), np.float32),
+            # Without the local part of the version (+cpu, +cu128): it names no package that an index has.
+            pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in ("torch", "numpy")],
+            serialization_format="pt2",
+        )
     # An exported graph stays on the device of its export, and pyfunc would ask for a GPU wherever there is one.
     description.flavors["python_function"]["config"] = {"device": "cpu"}
     description.save(str(path / "MLmodel"))
+
+
+@contextmanager
+def _unchecked_requirements() -> Iterator[None]:
+    """Keeps MLflow from looking whether what is installed is what we have just read from it.
+
+    It would look at every file of every installed package for that, 2 s and more before the first model.
+    """
+    environment: Any = importlib.import_module("mlflow.utils.environment")
+    check = getattr(environment, "warn_dependency_requirement_mismatches", None)
+    if check is None:  # another MLflow
+        yield
+        return
+    environment.warn_dependency_requirement_mismatches = lambda requirements: None
+    try:
+        yield
+    finally:
+        environment.warn_dependency_requirement_mismatches = check
 
 
 def register(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> str:

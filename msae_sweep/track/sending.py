@@ -217,23 +217,31 @@ class _Driver:
             if message.get("closing"):
                 self.closing.set()
             self.wake.set()
-        # It is gone; the sender is in the middle of something that is not to be waited for.
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        os._exit(1)
+        self._end_with_it()
 
     def say(self, status: TrackingStatus) -> None:
         """How the sending stands."""
-        self._out.write(json.dumps(status._asdict()) + "\n")
-        self._out.flush()
+        self._write(status._asdict())
 
     def fetch(self, path: Path) -> Path | None:
         """Have it make a file be there."""
-        self._out.write(json.dumps({"wanted": str(path)}) + "\n")
-        self._out.flush()
+        self._write({"wanted": str(path)})
         answer = self._answers.get()
         if "fault" in answer:
             raise OSError(answer["fault"])
         return None if answer["fetched"] is None else Path(answer["fetched"])
+
+    def _write(self, message: dict[str, Any]) -> None:
+        try:
+            self._out.write(json.dumps(message) + "\n")
+            self._out.flush()
+        except OSError:
+            self._end_with_it()
+
+    def _end_with_it(self) -> None:
+        """It is gone; what the sender is in the middle of is not to be waited for."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        os._exit(1)
 
 
 def main() -> None:

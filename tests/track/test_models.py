@@ -95,6 +95,34 @@ def test_a_model_too_large_to_be_kept_is_exported_by_itself(tmp_path, monkeypatc
     assert not models._kept_export.cache_info().currsize
 
 
+def test_requirements_are_written_without_a_look_at_all_that_is_installed(tmp_path, monkeypatch):
+    import mlflow.utils.environment
+
+    from msae_sweep.track import models
+
+    def check(requirements):
+        pytest.fail("it was looked at")
+
+    models._kept_export.cache_clear()
+    monkeypatch.setattr(mlflow.utils.environment, "warn_dependency_requirement_mismatches", check)
+    models.save_model(write_model(tmp_path / "model.pt"), tmp_path / "logged")
+    assert mlflow.utils.environment.warn_dependency_requirement_mismatches is check
+    required = (tmp_path / "logged" / "requirements.txt").read_text().split()
+    assert [line.partition("==")[0] for line in required] == ["mlflow", "torch", "numpy"]
+    assert required[1] == f"torch=={torch.__version__.partition('+')[0]}"
+
+
+def test_another_mlflow_may_have_no_such_check(tmp_path, monkeypatch):
+    import mlflow.utils.environment
+
+    from msae_sweep.track import models
+
+    monkeypatch.delattr(mlflow.utils.environment, "warn_dependency_requirement_mismatches")
+    with models._unchecked_requirements():
+        pass
+    assert not hasattr(mlflow.utils.environment, "warn_dependency_requirement_mismatches")
+
+
 @pytest.mark.parametrize("damage", ["no description of the tensors", "a part of another size"])
 def test_a_graph_whose_archive_is_not_as_expected_is_exported_by_torch_for_every_model(damage, tmp_path, monkeypatch):
     import mlflow.pytorch

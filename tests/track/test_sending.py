@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 from small_sweep import SWEEP_ID, Store, assert_whole, start, tell, tell_end, tell_start, tell_trial, tracking
 
 from msae_sweep.track.sending import SenderProcess
@@ -31,11 +33,21 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
+def scratch() -> list[str]:
+    """What senders keep beside a sweep's folder."""
+    return [path.name for path in Path(tempfile.gettempdir()).glob("msae-sender-*")]
+
+
 def wait_until(happened, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
 
 
 def begin(folder: Path, uri: str) -> Tracker:
@@ -55,6 +67,7 @@ def test_what_is_told_reaches_mlflow(uri, tmp_path):
     assert (report.pending, report.refused) == (0, 0), report
     assert_whole(Store(uri))
     assert not senders(os.getpid())
+    assert not scratch(), "files of models that were sent"
 
 
 def test_a_sender_that_is_killed_is_started_again_and_nothing_is_lost_or_doubled(uri, tmp_path):
@@ -89,12 +102,15 @@ time.sleep(60)
 def test_it_ends_with_its_driver_and_its_command_line_shows_no_password(uri, tmp_path):
     folder = tmp_path / "sweep"
     command = [sys.executable, "-c", DRIVER.format(here=str(HERE)), str(folder), "http://me:secret@127.0.0.1:9"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+    environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as driver:
         assert driver.stdout.readline() == "told\n"
+        assert scratch()
         (process,) = senders(driver.pid)
         assert not [word for word in process.cmdline() if "secret" in word]
         driver.kill()
     wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, seconds=10)
+    assert not scratch()
     report = sync(folder, uri, tracking(uri))
     assert (report.pending, report.refused) == (0, 0), report
     assert_whole(Store(uri))
