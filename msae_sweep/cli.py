@@ -287,13 +287,11 @@ def _console() -> "Console":
 
 
 def _sweep(config: "SweepConfig", *, resume: bool) -> None:
-    from msae_sweep.results.table import best_table, criteria_table
     from msae_sweep.sweep.run import run as run_sweep
 
     console = _console()
     command = shlex.join(["msae-sweep", *sys.argv[1:]])
     result = run_sweep(config, resume=resume, command=command, console=console)
-    console.print(best_table(result.summary), criteria_table(result.summary))
     console.print(f"results: {result.folder}", highlight=False, soft_wrap=True)
     if result.report:
         console.print(f"report: {result.report}", highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import servers
 import torch
 from servers import S3, in_environment
 
@@ -59,10 +60,6 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory) -> Path:
-    """A SQLite file with MLflow's tables, which take seconds to make."""
-    from msae_sweep.track.connection import connect
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(f"sqlite:///{path}").search_experiments()
-    return path
+def empty_database() -> Path:
+    """A SQLite file with MLflow's tables, to be copied."""
+    return servers.empty_database()

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +301,18 @@ def in_environment(changes: dict[str, str]) -> Iterator[None]:
     finally:
         for key, value in before.items():
             os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
+
+
+@cache
+def _empty_database() -> tuple[tempfile.TemporaryDirectory[str], Path]:
+    from msae_sweep.track.connection import connect
+
+    folder = tempfile.TemporaryDirectory(prefix="msae-empty-")
+    path = Path(folder.name) / "mlflow.db"
+    connect(f"sqlite:///{path}").search_experiments()
+    return folder, path
+
+
+def empty_database() -> Path:
+    """A SQLite file with MLflow's tables, which take seconds to make; to be copied, made once a process."""
+    return _empty_database()[1]

@@ -27,6 +27,7 @@ from msae_sweep.errors import ConfigError, SweepError
 from msae_sweep.results import finish
 from msae_sweep.results.figures import import_ahead, training_figure
 from msae_sweep.results.folder import SweepFolder
+from msae_sweep.results.table import best_table, criteria_table
 from msae_sweep.sweep.drawing import beside, side_by_side
 from msae_sweep.sweep.preparation import Preparation, leaves_cores
 from msae_sweep.sweep.resources import gpus_per_trial
@@ -74,8 +75,8 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
         config.check_width(info.input_dim, info.block)
 
     if not ray.is_initialized():
-        n_trials = config.n_trials_per_block() * len(infos)
-        console.print(f"{config.name}: {n_trials} trials, {len(infos)} blocks; connecting to Ray", highlight=False)
+        size = f"{len(infos)} x {config.n_trials_per_block()} trials"
+        console.print(f"{config.name}: {size}; connecting to Ray", highlight=False)
     connect()
     gpus = gpus_per_trial(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
     folder.create()
@@ -128,6 +129,8 @@ def _drive(
     seconds = time.monotonic() - started
     manifests = {block: p.manifest for block, p in prepared.items()}
     summary, histories = finish.write(config, folder, records, manifests, seconds=seconds)
+    # At once: the report takes seconds, and a slow MLflow minutes.
+    console.print(best_table(summary), criteria_table(summary))
     figure = beside([partial(training_figure, histories)] if histories else [])
     identity["runs"][-1]["seconds"] = round(seconds, 1)
     folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
@@ -232,6 +235,7 @@ def _import_ahead(preparation: Preparation) -> None:
 
 def _write_report(folder: SweepFolder, console: Console) -> str | None:
     """The report of what there is, its page; what goes wrong with it is said, and takes nothing from the sweep."""
+    console.print("writing the report", highlight=False)
     try:
         from msae_sweep.results import report
 

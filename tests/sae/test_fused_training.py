@@ -37,15 +37,15 @@ def rows(n: int, input_dim: int = 16, seed: int = 0) -> Tensor:
 def config(**changes: object) -> TrainingConfig:
     # So few rows because a step takes seconds in Triton's interpreter.
     settings = {"k_levels": [2, 4], "expansion_factor": 2, "batch_size": 8, "epochs": 2, "learning_rate": 3e-3,
-                "aux_k": 8, "dead_after_samples": 12, "encoder_init": "scaled", "seed": 1}  # fmt: skip
+                "aux_k": 8, "dead_after_samples": 8, "encoder_init": "scaled", "seed": 1}  # fmt: skip
     return TrainingConfig.model_validate(settings | changes)
 
 
 def batches(settings: TrainingConfig) -> tuple[ResidentBatches, ResidentBatches]:
-    x = rows(20 + 11)
+    x = rows(12 + 9)
     return (
-        ResidentBatches(x[:20].contiguous(), settings.batch_size),
-        ResidentBatches(x[20:].contiguous(), settings.batch_size),
+        ResidentBatches(x[:12].contiguous(), settings.batch_size),
+        ResidentBatches(x[12:].contiguous(), settings.batch_size),
     )
 
 
@@ -148,8 +148,8 @@ def test_a_diverged_trial_is_named_so():
     [
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"weighting": "reverse", "dead": 0.5}, marks=pytest.mark.slow),
-        {"batch": 70, "input_dim": 30, "hidden_dim": 100, "k_levels": (1, 3, 10)},
-        {"loss_levels": tuple(range(1, 13)), "k_levels": (3, 12), "dead": 0.9},
+        {"batch": 37, "input_dim": 30, "hidden_dim": 44, "k_levels": (1, 3, 10)},
+        {"batch": 17, "loss_levels": tuple(range(1, 13)), "k_levels": (3, 12), "dead": 0.9},
         {"batch": 1, "k_levels": (128,), "hidden_dim": 128},
     ],
 )

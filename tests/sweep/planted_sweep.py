@@ -1,11 +1,13 @@
 """A small sweep of planted data, in the tests' own process and Ray."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from servers import empty_database
 
 from msae_sweep.config import SweepConfig, parse
 
@@ -25,9 +27,15 @@ asha: {grace_epochs: 1, reduction_factor: 2}
 """
 
 
+def database(folder: Path) -> str:
+    """Tracking URI of a SQLite file in `folder`, empty unless it is there."""
+    if not (folder / "mlflow.db").exists():
+        shutil.copy(empty_database(), folder / "mlflow.db")
+    return f"sqlite:///{folder}/mlflow.db"
+
+
 def config(folder: Path, *overrides: str) -> SweepConfig:
-    uri = f"tracking.uri=sqlite:///{folder}/mlflow.db"
-    return parse(SPACE, [f"storage={folder}/sweeps", uri, *overrides])
+    return parse(SPACE, [f"storage={folder}/sweeps", f"tracking.uri={database(folder)}", *overrides])
 
 
 def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = False) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from planted_sweep import database
 
 from msae_sweep.errors import DataError, SweepError
 from msae_sweep.places import Place
@@ -56,7 +57,7 @@ def launch(folder: Path, command: str, *arguments: str) -> subprocess.Popen:
     with open(folder / "out", "ab") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "msae_sweep", command, *arguments,
-             "--tracking-uri", f"sqlite:///{folder}/mlflow.db"],
+             "--tracking-uri", database(folder)],
             cwd=folder, stdout=out, stderr=out, start_new_session=True,
             # A Ray of its own, not the test session's.
             env={**os.environ, "RAY_ADDRESS": "local"},
