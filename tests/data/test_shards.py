@@ -2,6 +2,8 @@ import json
 
 import numpy as np
 import pytest
+import ray
+import ray.data
 from activation_files import WRITERS, write_npy
 
 from msae_sweep.config import DataConfig
@@ -105,6 +107,21 @@ def test_neither_split_nor_statistics_depend_on_how_the_rows_are_cut(ray_session
     np.testing.assert_allclose(many.mean, few.mean, rtol=1e-6)
     for a, b in zip(arrays(few), arrays(many), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_pass_takes_a_worker_for_every_four_row_ranges(ray_session, tmp_path, rows, monkeypatch):
+    workers, strategy = [], ray.data.TaskPoolStrategy
+
+    def recording(size):
+        workers.append(size)
+        return strategy(size=size)
+
+    monkeypatch.setattr(ray.data, "TaskPoolStrategy", recording)
+    monkeypatch.setattr(shards, "_rows_per_range", lambda info: len(rows) // 9)
+    path = write_npy(tmp_path / "data", rows, chunks=1)
+    n_ranges = len(prepare(path, tmp_path / "storage")[5].refs)
+    assert n_ranges >= 9
+    assert workers == 2 * [-(-n_ranges // 4)]
 
 
 def test_games_never_stand_on_both_sides(ray_session, tmp_path, rows, games):
