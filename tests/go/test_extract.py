@@ -218,18 +218,25 @@ def test_means_and_all_points(extracted, network, records, tmp_path):
     np.testing.assert_allclose(found["mean"]["rows"], mean, rtol=1e-4, atol=1e-5)
 
 
-def test_every_format_holds_the_same_rows(extracted, network, records, tmp_path):
+@pytest.mark.parametrize(
+    "formats",
+    [
+        ("npy", "h5", "parquet"),
+        pytest.param(("h5",), marks=pytest.mark.slow),
+        pytest.param(("parquet",), marks=pytest.mark.slow),
+    ],
+)
+def test_every_format_holds_the_same_rows(formats, extracted, network, records, tmp_path):
     chosen, _ = extracted
-    for formats in (("h5",), ("parquet",), ("npy", "h5", "parquet")):
-        other = settings(network, records, tmp_path / "-".join(formats), formats=formats)
-        extract(other)
-        paths = {"npy": other.out, "h5": other.out / "activations.h5", "parquet": other.out / "parquet"}
-        for name in formats:
-            for path in {paths[name], other.out}:
-                source = open_source(DataConfig(path=str(path)))
-                parts = [source.read(r) for r in source.row_ranges(3, 8192)]
-                assert np.array_equal(np.concatenate([p.x for p in parts]), contents(chosen.out, 3)["rows"])
-                assert all(p.groups is not None for p in parts)
+    other = settings(network, records, tmp_path / "out", formats=formats)
+    extract(other)
+    paths = {"npy": other.out, "h5": other.out / "activations.h5", "parquet": other.out / "parquet"}
+    for name in formats:
+        for path in {paths[name], other.out}:
+            source = open_source(DataConfig(path=str(path)))
+            parts = [source.read(r) for r in source.row_ranges(3, 8192)]
+            assert np.array_equal(np.concatenate([p.x for p in parts]), contents(chosen.out, 3)["rows"])
+            assert all(p.groups is not None for p in parts)
 
 
 @pytest.mark.parametrize(

@@ -244,8 +244,8 @@ def test_a_fast_trial_waits_at_its_rung_for_a_slow_predecessor(tmp_path, monkeyp
         return decisions[-1][1]
 
     monkeypatch.setattr(BlockAsha, "on_trial_result", recording)
-    # Trial 0 has 32,768 latents, the others 32: these reach the first rung while it is still on its way.
-    changes = ["data.blocks=[5]", "search.trials_per_block=3", "space.expansion_factor={grid: [2048, 2, 3]}",
+    # Trial 0 has 16,384 latents, the others 32: these reach the first rung while it is still on its way.
+    changes = ["data.blocks=[5]", "search.trials_per_block=3", "space.expansion_factor={grid: [1024, 2, 3]}",
                "training.epochs=4", "asha.grace_epochs=2", "data.planted.rows=1500"]  # fmt: skip
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
