@@ -19,7 +19,7 @@ ORDER = [
     ["track", "data"],
     ["sae"],
     ["config"],
-    ["places"],
+    ["places", "replaced"],
     ["errors"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

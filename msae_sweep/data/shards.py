@@ -43,7 +43,7 @@ FORMAT = 1
 """Part of every key: raised when shards are written differently, so that old ones are not taken for new ones."""
 
 RANGES_A_WORKER = 4
-"""A worker is worth starting for so many row ranges: it imports for seconds what a range of 32 MiB needs for a tenth of
+"""A worker is worth starting for so many row ranges: it imports for seconds, while a range of 32 MiB takes a tenth of
 one, and trials' workers that start meanwhile wait for the same cores and disk."""
 
 PROGRESS_SECONDS = 10

@@ -1,8 +1,7 @@
 """Ray Tune's part of a sweep: which trials are left, and running them."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from ray import tune
@@ -11,6 +10,7 @@ from ray.tune.search.sample import Domain
 from rich.console import Console
 
 from msae_sweep.config import SweepConfig
+from msae_sweep.replaced import replaced
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.ladder import rungs
 from msae_sweep.results.record import TrialRecord
@@ -226,22 +226,12 @@ class _Failure(tune.Stopper):  # type: ignore[misc]
         return self._scribe.failed
 
 
-@contextmanager
-def _uncounted() -> Iterator[None]:
+def _uncounted() -> AbstractContextManager[None]:
     """Keeps Ray's usage statistics from counting callbacks by kind.
 
     Tune would import MLflow's, wandb's and others' integrations for it, 2 s before it starts the first worker.
     """
-    usage: Any = sys.modules.get("ray.air._internal.usage")  # which Tune has imported
-    count = getattr(usage, "tag_callbacks", None)
-    if count is None:  # another Ray
-        yield
-        return
-    usage.tag_callbacks = lambda callbacks: False
-    try:
-        yield
-    finally:
-        usage.tag_callbacks = count
+    return replaced("ray.air._internal.usage", "tag_callbacks", lambda callbacks: False)
 
 
 def _trial_id(trial: Any) -> str:

@@ -6,7 +6,6 @@ with its own tensors; the file has 8 MB. Pickle takes 0.01 s, runs code when it 
 package is installed.
 """
 
-import importlib
 import json
 import re
 import shutil
@@ -14,8 +13,8 @@ import tempfile
 import threading
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msae_sweep.errors import MsaeSweepError, TrackingError
+from msae_sweep.replaced import replaced
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sae.modelfile import ModelFile
@@ -216,22 +216,12 @@ def _export(file: ModelFile, path: Path) -> None:
     description.save(str(path / "MLmodel"))
 
 
-@contextmanager
-def _unchecked_requirements() -> Iterator[None]:
+def _unchecked_requirements() -> AbstractContextManager[None]:
     """Keeps MLflow from looking whether what is installed is what we have just read from it.
 
     It would look at every file of every installed package for that, 2 s and more before the first model.
     """
-    environment: Any = importlib.import_module("mlflow.utils.environment")
-    check = getattr(environment, "warn_dependency_requirement_mismatches", None)
-    if check is None:  # another MLflow
-        yield
-        return
-    environment.warn_dependency_requirement_mismatches = lambda requirements: None
-    try:
-        yield
-    finally:
-        environment.warn_dependency_requirement_mismatches = check
+    return replaced("mlflow.utils.environment", "warn_dependency_requirement_mismatches", lambda requirements: None)
 
 
 def register(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> str:

@@ -52,17 +52,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_lost_workers_and_a_killed_driver_cost_no_trial_and_change_nothing(kills, undisturbed, tmp_path):
+def test_a_driver_that_is_killed_and_resumed_ends_as_the_undisturbed_sweep(kills, undisturbed, tmp_path):
     process = launch(tmp_path, "run", "space.yaml", *LONGER)
-    trials, out = tmp_path / "sweeps/small/trials", (tmp_path / "out").read_text
-    wait_until(lambda: list(trials.glob("*/state.pt")), process)
-    assert kill_workers(process.pid)
     wait_until(lambda: finished_trials(tmp_path), process)
-    assert re.search(r"^block\d+-\d+ starts again from its last state: The actor", out(), re.MULTILINE)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     ended = finished_trials(tmp_path)
-    times = {name: (trials / name / "model.pt").stat().st_mtime_ns for name in ended}
+    times = {name: (tmp_path / "sweeps/small/trials" / name / "model.pt").stat().st_mtime_ns for name in ended}
     assert ended
     assert len(ended) < 4
 
@@ -72,12 +68,24 @@ def test_lost_workers_and_a_killed_driver_cost_no_trial_and_change_nothing(kills
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    assert launch(tmp_path, "resume", "sweeps/small").wait(timeout=240) == 0, out()[-3000:]
-    assert "Traceback" not in out()
+    assert launch(tmp_path, "resume", "sweeps/small").wait(timeout=240) == 0, (tmp_path / "out").read_text()[-3000:]
     summary = json.loads((tmp_path / "sweeps" / "small" / "summary.json").read_text())
     assert results(summary) == results(undisturbed)
     for name, before in times.items():
-        assert (trials / name / "model.pt").stat().st_mtime_ns == before, f"{name} ran again"
+        assert (tmp_path / "sweeps/small/trials" / name / "model.pt").stat().st_mtime_ns == before, f"{name} ran again"
+
+
+def test_a_lost_worker_costs_no_trial(undisturbed, tmp_path):
+    process = launch(tmp_path, "run", "space.yaml", *LONGER)
+    wait_until(lambda: list((tmp_path / "sweeps/small/trials").glob("*/state.pt")), process)
+    killed = kill_workers(process.pid)
+    out = (tmp_path / "out").read_text
+    assert process.wait(timeout=240) == 0, out()[-3000:]
+    assert killed
+    assert re.search(r"^block\d+-\d+ starts again from its last state: The actor", out(), re.MULTILINE)
+    assert "Traceback" not in out()
+    summary = json.loads((tmp_path / "sweeps" / "small" / "summary.json").read_text())
+    assert results(summary) == results(undisturbed)
 
 
 def kill_workers(driver: int) -> int:

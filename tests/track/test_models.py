@@ -112,17 +112,6 @@ def test_requirements_are_written_without_a_look_at_all_that_is_installed(tmp_pa
     assert required[1] == f"torch=={torch.__version__.partition('+')[0]}"
 
 
-def test_another_mlflow_may_have_no_such_check(tmp_path, monkeypatch):
-    import mlflow.utils.environment
-
-    from msae_sweep.track import models
-
-    monkeypatch.delattr(mlflow.utils.environment, "warn_dependency_requirement_mismatches")
-    with models._unchecked_requirements():
-        pass
-    assert not hasattr(mlflow.utils.environment, "warn_dependency_requirement_mismatches")
-
-
 @pytest.mark.parametrize("damage", ["no description of the tensors", "a part of another size"])
 def test_a_graph_whose_archive_is_not_as_expected_is_exported_by_torch_for_every_model(damage, tmp_path, monkeypatch):
     import mlflow.pytorch
