@@ -6,6 +6,7 @@ with its own tensors; the file has 8 MB. Pickle takes 0.01 s, runs code when it 
 package is installed.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +123,17 @@ def save_model(file: ModelFile, path: Path, *, model_id: str | None = None, run_
     description.model_id, description.run_id, description.model_uuid = model_id, run_id, uuid.uuid4().hex
     description.utc_time_created = str(datetime.now(UTC).replace(tzinfo=None))
     description.save(str(path / "MLmodel"))
+
+
+@cache
+def get_ready() -> None:
+    """Export a small model, once, while there is nothing else to do: the first takes 3 s and more, most of it imports.
+
+    What fails here fails again, and is told, with the first model that is to be logged.
+    """
+    with _EXPORTING, contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder:
+        zeros, ones = np.zeros(2, np.float32), np.ones(2, np.float32)
+        _export(ModelFile(MSAE(2, 4, [1], "uniform"), zeros, ones, {}), Path(folder) / "model")
 
 
 class _Shape(NamedTuple):

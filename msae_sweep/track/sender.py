@@ -10,7 +10,7 @@ from typing import IO, NamedTuple
 
 from msae_sweep.config import TrackingConfig
 from msae_sweep.errors import TrackingError
-from msae_sweep.track import journal
+from msae_sweep.track import journal, models
 from msae_sweep.track.connection import connect, one_line
 from msae_sweep.track.cursor import Cursor
 from msae_sweep.track.journal import Entry
@@ -114,6 +114,8 @@ class Sender:
                     on_progress(self.status)
                 if is_last:
                     break
+                if not closing.is_set():
+                    models.get_ready()
                 wake.wait()
                 closing.wait(COALESCE_SECONDS)
         if self._lock is not None:

@@ -248,6 +248,9 @@ def main() -> None:
     """What the child does."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no message
+    # Where Lightning is installed, MLflow would import it before the first model, for a callback that nobody uses here:
+    # 10 s.
+    sys.modules["pytorch_lightning"] = None  # type: ignore[assignment]
     task = json.loads(sys.stdin.readline())
     driver = _Driver(sys.stdin, out, task["scratch"])
     driver.n_events = task["events"]

@@ -112,6 +112,23 @@ def test_requirements_are_written_without_a_look_at_all_that_is_installed(tmp_pa
     assert required[1] == f"torch=={torch.__version__.partition('+')[0]}"
 
 
+def test_getting_ready_exports_a_model_once_and_says_nothing_of_a_failure(monkeypatch):
+    from msae_sweep.track import models
+
+    exported = []
+
+    def export(file, path):
+        exported.append(path)
+        raise RuntimeError("torch cannot do it here")
+
+    models.get_ready.cache_clear()
+    monkeypatch.setattr(models, "_export", export)
+    for _ in range(2):
+        models.get_ready()
+    assert len(exported) == 1
+    models.get_ready.cache_clear()
+
+
 @pytest.mark.parametrize("damage", ["no description of the tensors", "a part of another size"])
 def test_a_graph_whose_archive_is_not_as_expected_is_exported_by_torch_for_every_model(damage, tmp_path, monkeypatch):
     import mlflow.pytorch

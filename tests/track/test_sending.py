@@ -70,6 +70,17 @@ def test_what_is_told_reaches_mlflow(uri, tmp_path):
     assert not scratch(), "files of models that were sent"
 
 
+def test_lightning_which_takes_ten_seconds_is_not_imported_for_a_model(uri, tmp_path, monkeypatch):
+    imported = tmp_path / "imported"
+    (tmp_path / "pytorch_lightning.py").write_text(f"open({str(imported)!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    tracker = begin(tmp_path / "sweep", uri)
+    tell(tracker, tmp_path / "sweep")
+    assert tracker.close(timeout_seconds=60).pending == 0
+    assert_whole(Store(uri))
+    assert not imported.exists()
+
+
 def test_a_sender_that_is_killed_is_started_again_and_nothing_is_lost_or_doubled(uri, tmp_path):
     folder = tmp_path / "sweep"
     tracker = begin(folder, uri)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from small_sweep import (
 )
 
 from msae_sweep.errors import ConfigError, SweepError
-from msae_sweep.track import journal, sender
+from msae_sweep.track import journal, models, sender
 from msae_sweep.track.tracker import Tracker, sync
 
 
@@ -336,3 +337,18 @@ def test_epochs_of_all_trials_come_in_any_order(uri, tmp_path):
             tracker.metrics(trial_id=trial_id, points=[point(trial_id, epoch)])
     tracker.close(timeout_seconds=60)
     assert [Store(uri).epochs(trial_id) for trial_id in trials] == [[1, 2, 3]] * 2
+
+
+def test_a_sender_that_has_nothing_to_send_makes_itself_ready_for_models(uri, tmp_path, monkeypatch):
+    ready = threading.Event()
+    monkeypatch.setattr(models, "get_ready", ready.set)
+    tracker = start(tmp_path / "sweep", uri)
+    assert ready.wait(30)
+    tell(tracker, tmp_path / "sweep")
+    assert tracker.close(timeout_seconds=60).pending == 0
+
+
+def test_a_sync_to_which_nothing_is_to_come_does_not(uri, tmp_path, monkeypatch):
+    send(tmp_path / "sweep", uri)
+    monkeypatch.setattr(models, "get_ready", lambda: pytest.fail("it took 3 s for that"))
+    assert sync(tmp_path / "sweep", uri, tracking(uri)).reason == ""
