@@ -1,4 +1,4 @@
-"""Prepares the blocks, one after another, while trial workers start and train on those that are ready.
+"""Prepares the blocks while trial workers start and train on those that are ready.
 
 A worker takes seconds until it can train: a process, imports, a device, kernels to compile. On a machine whose GPUs are
 fewer than its cores there is no need to let it wait for the data, nor the first block for the last. Where trials may
@@ -73,13 +73,13 @@ class Preparation:
     def _run(self) -> None:
         started = time.monotonic()
         try:
-            for block in self.input_dims:
-                data = self._config.data.model_copy(update={"blocks": (block,)})
-                batch_size = max(int(b) for b in self._config.corners("batch_size"))
-                self._prepared |= shards.prepare(
-                    data, self._config.storage, batch_size=batch_size, on_progress=self._on_progress
-                )
-                self._desk.put.remote(block, self._prepared[block])
+            self._prepared = shards.prepare(
+                self._config.data.model_copy(update={"blocks": tuple(self.input_dims)}),
+                self._config.storage,
+                batch_size=max(int(b) for b in self._config.corners("batch_size")),
+                on_progress=self._on_progress,
+                on_ready=lambda prepared: self._desk.put.remote(prepared.block, prepared),
+            )
         except BaseException as error:
             self._settle(error)
         else:

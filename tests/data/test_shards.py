@@ -1,4 +1,5 @@
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -148,6 +149,76 @@ def test_the_same_rows_are_held_out_in_every_block(ray_session, tmp_path, rows):
     blocks = prepare(path, tmp_path / "storage")
     for a, b in zip(arrays(blocks[5]), arrays(blocks[20]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def two_blocks(folder, rows) -> DataConfig:
+    write_npy(folder, rows, block=5)
+    return DataConfig(path=write_npy(folder, rows, block=20), val_split=0.2)
+
+
+def test_a_block_is_measured_while_the_one_before_it_is_being_standardised(ray_session, tmp_path, rows, monkeypatch):
+    measure, standardise, second_measured = shards._measure, shards._standardise, threading.Event()
+
+    def measuring(source, info, *others):
+        measured = measure(source, info, *others)
+        if info.block == 20:
+            second_measured.set()
+        return measured
+
+    def standardising(measured, source, info, *others):
+        assert info.block == 20 or second_measured.wait(60), "the second block waits for the whole of the first"
+        return standardise(measured, source, info, *others)
+
+    monkeypatch.setattr(shards, "_measure", measuring)
+    monkeypatch.setattr(shards, "_standardise", standardising)
+    ready = []
+    config = two_blocks(tmp_path / "data", rows)
+    blocks = shards.prepare(config, str(tmp_path / "storage"), batch_size=10, on_ready=ready.append)
+    assert list(blocks) == [5, 20]
+    assert sorted(ready, key=lambda block: block.block) == list(blocks.values())
+
+
+def test_no_more_blocks_are_begun_than_may_be_standardised_at_once(ray_session, tmp_path, rows, monkeypatch):
+    measure, seen = shards._measure, []
+
+    def measuring(source, info, *others):
+        seen.append(("measured", info.block))
+        return measure(source, info, *others)
+
+    monkeypatch.setattr(shards, "STANDARDISED_AT_ONCE", 1)
+    monkeypatch.setattr(shards, "_measure", measuring)
+    shards.prepare(
+        two_blocks(tmp_path / "data", rows),
+        str(tmp_path / "storage"),
+        batch_size=10,
+        on_ready=lambda block: seen.append(("ready", block.block)),
+    )
+    assert seen == [("measured", 5), ("ready", 5), ("measured", 20), ("ready", 20)]
+
+
+def test_what_fails_beside_the_next_block_is_raised_before_one_more_is_measured(
+    ray_session, tmp_path, rows, monkeypatch
+):
+    measure, seen, second_begun, failed = shards._measure, [], threading.Event(), threading.Event()
+
+    def measuring(source, info, *others):
+        seen.append(info.block)
+        if info.block == 20:
+            second_begun.set()
+            assert failed.wait(60)
+        return measure(source, info, *others)
+
+    def standardising(measured, source, info, *others):
+        assert second_begun.wait(60)
+        failed.set()
+        raise SweepError("storage: the disk is full")
+
+    monkeypatch.setattr(shards, "_measure", measuring)
+    monkeypatch.setattr(shards, "_standardise", standardising)
+    write_npy(tmp_path / "data", rows, block=35)
+    with pytest.raises(SweepError, match="the disk is full"):
+        shards.prepare(two_blocks(tmp_path / "data", rows), str(tmp_path / "storage"), batch_size=10)
+    assert seen == [5, 20]
 
 
 def test_a_second_preparation_reuses_the_files(ray_session, tmp_path, rows):

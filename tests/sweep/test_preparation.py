@@ -28,12 +28,17 @@ class Shards:
         self.ready = {5: threading.Event(), 20: threading.Event()}
         self.faults: dict[int, Exception] = {}
 
-    def prepare(self, config: DataConfig, storage: str, *, batch_size: int, on_progress: Any) -> dict[int, Any]:
-        (block,) = config.blocks or ()
-        assert self.ready[block].wait(30)
-        if block in self.faults:
-            raise self.faults[block]
-        return {block: PreparedBlock(block, 64, 90, 10, None, None, {"block": block}, [])}
+    def prepare(
+        self, config: DataConfig, storage: str, *, batch_size: int, on_progress: Any, on_ready: Any
+    ) -> dict[int, Any]:
+        prepared = {}
+        for block in config.blocks or ():
+            assert self.ready[block].wait(30)
+            if block in self.faults:
+                raise self.faults[block]
+            prepared[block] = PreparedBlock(block, 64, 90, 10, None, None, {"block": block}, [])
+            on_ready(prepared[block])
+        return prepared
 
 
 @pytest.fixture
