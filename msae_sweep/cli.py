@@ -1,5 +1,6 @@
 """The front door. Each command imports what it needs when it runs, so that `--help` answers at once."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -50,6 +51,9 @@ SweepPath = Annotated[
 
 def main() -> None:
     """Run the command line; what a user can mend is one line on stderr and exit code 2."""
+    # Ray is connected to where that is meant. A thread that still prepares data when a command ends with an error would
+    # start another Ray by its next call.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         app()
     except MsaeSweepError as error:

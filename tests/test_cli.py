@@ -223,3 +223,18 @@ def test_the_readme_names_only_commands_and_files_that_exist():
         assert (ROOT / name).exists(), name
     for command in re.findall(r"msae-sweep (\w[\w-]*)", text):
         assert command in COMMANDS, command
+
+
+def test_what_still_runs_when_a_command_has_failed_starts_no_ray_of_its_own():
+    code = """
+import sys
+from msae_sweep.cli import main
+sys.argv = ['msae-sweep', 'run', 'missing.yaml']
+try:
+    main()
+finally:
+    import ray
+    ray.put(1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Ray has not been started yet" in done.stderr

@@ -22,7 +22,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,12 +119,16 @@ def prepare(
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     source = open_source(config)
     under_way: dict[int, Future[PreparedBlock]] = {}
-    for info in select(source.infos(), config):
-        for i, future in enumerate(under_way.values()):
-            if future.done() or i <= len(under_way) - STANDARDISED_AT_ONCE:
-                future.result()
-        finish = _begin(source, info, config, storage, batch_size, on_progress)
-        under_way[info.block] = _in_background(finish, on_ready)
+    try:
+        for info in select(source.infos(), config):
+            for i, future in enumerate(under_way.values()):
+                if future.done() or i <= len(under_way) - STANDARDISED_AT_ONCE:
+                    future.result()
+            finish = _begin(source, info, config, storage, batch_size, on_progress)
+            under_way[info.block] = _in_background(finish, on_ready)
+    finally:
+        # Also where one cannot be used: those before it serve a later sweep, and Ray must not end under a thread.
+        wait(under_way.values())
     return {block: future.result() for block, future in under_way.items()}
 
 

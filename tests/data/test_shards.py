@@ -221,6 +221,21 @@ def test_what_fails_beside_the_next_block_is_raised_before_one_more_is_measured(
     assert seen == [5, 20]
 
 
+def test_a_block_that_cannot_be_used_costs_nothing_of_those_before_it(ray_session, tmp_path, rows, monkeypatch):
+    lines, standardise, second_measured = [], shards._standardise, threading.Event()
+    monkeypatch.setattr(shards, "_standardise", lambda *args: second_measured.wait(60) and standardise(*args))
+    write_npy(tmp_path / "data", rows, block=5)
+    mended = rows.copy()
+    rows[7, 0] = np.nan
+    config = DataConfig(path=write_npy(tmp_path / "data", rows, block=20), val_split=0.2)
+    threading.Timer(2, second_measured.set).start()  # by then the other has been found out
+    with pytest.raises(DataError, match="row 7: NaN"):
+        shards.prepare(config, str(tmp_path / "storage"), batch_size=10)
+    write_npy(tmp_path / "data", mended, block=20)
+    shards.prepare(config, str(tmp_path / "storage"), batch_size=10, on_progress=lines.append)
+    assert sorted(" ".join(line.split()[:3]) for line in lines) == ["block 20: prepared", "block 5: reused"]
+
+
 def test_a_second_preparation_reuses_the_files(ray_session, tmp_path, rows):
     path, lines = write_npy(tmp_path / "data", rows), []
     first = prepare(path, tmp_path / "storage")[5]
