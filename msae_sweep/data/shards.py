@@ -7,8 +7,8 @@ Two passes, each a Ray Data pipeline with one task a row range:
 2. read them again, standardise, write each range as one float32 `.npy` (training rows first, then validation rows) and
    keep it in the object store of the node that made it.
 
-A block is measured while those before it are being standardised, as most of a pass's time is Ray Data's own: three
-blocks of 500,000 × 256 took 6.2 s on two cores that way, and 11.5 s one after another.
+A block is measured while those before it are being standardised, because much of a pass's time is Ray Data's own, in
+which cores and disk are idle.
 
 A later sweep reads the files instead; a shard that is lost with its node is made again by lineage, either way. The
 source is read twice rather than materialised raw in between: that would need as much object store again, and spill,

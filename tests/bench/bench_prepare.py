@@ -1,6 +1,6 @@
 """How long preparing activations takes, cold and reused, and how much memory the driver needs for it.
 
-    python tests/bench/bench_prepare.py [--rows 500000] [--input-dim 256]
+    python tests/bench/bench_prepare.py [--blocks 1] [--rows 500000] [--input-dim 256] [--dtype float32] [--at-once 3]
 
 Writes the same random rows as npy chunks, HDF5 and Parquet into a temporary folder, starts Ray, and prepares each once
 cold and once again. Times are after `ray.init`; memory is the driver's peak above what it had before the first one.
@@ -27,28 +27,28 @@ from msae_sweep.config import DataConfig
 from msae_sweep.data import shards
 
 
-def write(folder: Path, form: str, rows: int, input_dim: int) -> str:
-    """One block of float32 rows in chunks of 50,000; returns data.path."""
+def write(folder: Path, form: str, blocks: int, rows: int, input_dim: int, dtype: str) -> str:
+    """Blocks of rows in chunks of 50,000; returns data.path."""
     target = folder / form
-    (target / "block5").mkdir(parents=True)
-    starts = range(0, rows, 50_000)
-    chunks = ((i, np.random.default_rng(i).standard_normal((min(50_000, rows - s), input_dim), dtype=np.float32))
-              for i, s in enumerate(starts))  # fmt: skip
-    if form == "npy":
-        for i, chunk in chunks:
-            np.save(target / "block5" / f"chunk_{i:04d}.npy", chunk)
-        return str(target)
-    if form == "hdf5":
-        with h5py.File(target / "activations.h5", "w") as file:
-            dataset = file.create_dataset("block5", (rows, input_dim), dtype="f4")
-            for i, chunk in chunks:
-                dataset[i * 50_000 : i * 50_000 + len(chunk)] = chunk
-        return str(target / "activations.h5")
-    for i, chunk in chunks:
-        column = pa.FixedSizeListArray.from_arrays(pa.array(chunk.reshape(-1)), input_dim)
-        pq.write_table(pa.table({"block5": column}), target / "block5" / f"{i:04d}.parquet", row_group_size=8192,
-                       compression="none")  # fmt: skip
-    return str(target)
+    for block in range(blocks):
+        (target / f"block{block}").mkdir(parents=True)
+        for i, start in enumerate(range(0, rows, 50_000)):
+            chunk = (
+                np.random.default_rng([block, i])
+                .standard_normal((min(50_000, rows - start), input_dim), dtype=np.float32)
+                .astype(dtype)
+            )
+            if form == "npy":
+                np.save(target / f"block{block}" / f"chunk_{i:04d}.npy", chunk)
+            elif form == "hdf5":
+                with h5py.File(target / "activations.h5", "a") as file:
+                    dataset = file.require_dataset(f"block{block}", (rows, input_dim), dtype=dtype)
+                    dataset[start : start + len(chunk)] = chunk
+            else:
+                column = pa.FixedSizeListArray.from_arrays(pa.array(chunk.reshape(-1)), input_dim)
+                path = target / f"block{block}" / f"{i:04d}.parquet"
+                pq.write_table(pa.table({f"block{block}": column}), path, row_group_size=8192, compression="none")
+    return str(target / "activations.h5" if form == "hdf5" else target)
 
 
 def main() -> None:
@@ -56,18 +56,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--input-dim", type=int, default=256)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--at-once", type=int, help="blocks; with 1, each waits for the whole of the one before it")
     args = parser.parse_args()
+    shards.STANDARDISED_AT_ONCE = args.at_once or shards.STANDARDISED_AT_ONCE
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         forms = ("npy", "hdf5", "parquet")
         # Written in a child process, whose memory is not the driver's.
         with ProcessPoolExecutor(1) as pool:
-            paths = {form: pool.submit(write, folder, form, args.rows, args.input_dim).result() for form in forms}
+            paths = {
+                form: pool.submit(write, folder, form, args.blocks, args.rows, args.input_dim, args.dtype).result()
+                for form in forms
+            }
         os.sync()  # what is still to be written would be written meanwhile
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-        print(f"{args.rows:,} x {args.input_dim} float32; {machine}; ray {ray.__version__}")
+        print(f"{args.blocks} x {args.rows:,} x {args.input_dim} {args.dtype}; {machine}; ray {ray.__version__}")
         for form, path in paths.items():
             for attempt in ("cold", "reused"):
                 started = time.perf_counter()
