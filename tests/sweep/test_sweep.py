@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def test_what_a_worker_cannot_draw_is_drawn_here(monkeypatch):
 def test_tune_does_not_import_mlflow_for_statistics():
     script = """
 import sys
+import time
 from ray import tune
 from ray.air._internal import usage
 from msae_sweep.sweep.tuning import _uncounted
@@ -234,18 +236,28 @@ def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp
 
 
 def test_a_fast_trial_waits_at_its_rung_for_a_slow_predecessor(tmp_path, monkeypatch):
+    from msae_sweep.sweep import tuning
     from msae_sweep.sweep.schedule import BlockAsha
 
-    decisions = []
+    decisions, one_waits = [], tmp_path / "one waits"
     judge_result = BlockAsha.on_trial_result
 
     def recording(self, tune_controller, trial, result):
         decisions.append((trial.config["trial"]["index"], judge_result(self, tune_controller, trial, result)))
+        if decisions[-1][1] == "PAUSE":
+            one_waits.touch()
         return decisions[-1][1]
 
+    class SlowFirst(tuning.MSAETrial):
+        def step(self):
+            deadline = time.monotonic() + 60
+            while self._trial_id == "block5-000" and not one_waits.exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            return super().step()
+
     monkeypatch.setattr(BlockAsha, "on_trial_result", recording)
-    # Trial 0 has 16,384 latents, the others 32: these reach the first rung while it is still on its way.
-    changes = ["data.blocks=[5]", "search.trials_per_block=3", "space.expansion_factor={grid: [1024, 2, 3]}",
+    monkeypatch.setattr(tuning, "MSAETrial", SlowFirst)
+    changes = ["data.blocks=[5]", "search.trials_per_block=3", "space.expansion_factor={grid: [4, 2, 3]}",
                "training.epochs=4", "asha.grace_epochs=2", "data.planted.rows=1500"]  # fmt: skip
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
