@@ -23,7 +23,7 @@ import msae_sweep
 from msae_sweep.config import SweepConfig, load
 from msae_sweep.data import shards
 from msae_sweep.data.source import BlockInfo
-from msae_sweep.errors import ConfigError, SweepError
+from msae_sweep.errors import ConfigError, SweepError, first_line
 from msae_sweep.results import finish
 from msae_sweep.results.figures import import_ahead, training_figure
 from msae_sweep.results.folder import SweepFolder
@@ -183,7 +183,11 @@ def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConf
 
 
 def connect() -> None:
-    """Connect to the cluster that RAY_ADDRESS names or that runs on this node, else start Ray on this machine."""
+    """Connect to the cluster that RAY_ADDRESS names or that runs on this node, else start Ray on this machine.
+
+    Raises:
+        SweepError: no cluster answers there, or Ray does not start.
+    """
     # Tune prints its own table and writes its own logs unless told not to; neither is ours, whoever has started Ray.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -194,8 +198,18 @@ def connect() -> None:
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     # Of every trial that it has no log of, it says so at the end.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        return
+    try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (
+        Exception
+    ) as error:  # of every kind: Ray raises ValueError, ConnectionError, RuntimeError and plain Exception
+        where = os.environ.get("RAY_ADDRESS", "local")
+        what = (
+            "Ray does not start on this machine" if where == "local" else f"RAY_ADDRESS {where}: no Ray cluster there"
+        )
+        raise SweepError(f"{what}: {first_line(error)}") from error
 
 
 def _with_whole_paths(config: SweepConfig) -> SweepConfig:

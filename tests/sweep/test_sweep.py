@@ -327,6 +327,28 @@ def test_a_gpu_that_is_not_there_is_refused_before_any_trial(tmp_path):
     assert not (tmp_path / "sweeps" / "small").exists()
 
 
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("head:6379", r"^RAY_ADDRESS head:6379: no Ray cluster there: the first line$"),
+        (None, r"^Ray does not start on this machine: the first line$"),
+    ],
+)
+def test_a_ray_that_cannot_be_reached_or_started_is_one_line(monkeypatch, address, says):
+    from msae_sweep.sweep import run
+
+    def init(**options):
+        raise ConnectionError("the first line\nand its tail")
+
+    monkeypatch.setattr(run.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(run.ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(SweepError, match=says):
+        run.connect()
+
+
 def test_the_result_does_not_depend_on_whether_workers_start_beside_the_preparation(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("msae_sweep.sweep.run.leaves_cores", lambda config, gpus: True)
     beside = sweep(tmp_path, "resources.max_concurrent=1")
