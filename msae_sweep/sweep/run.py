@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import socket
 import subprocess
 import threading
 import time
@@ -39,6 +40,9 @@ FLUSH_SECONDS, FLUSH_SECONDS_A_TRIAL = 600.0, 2.0
 """How long the end of a sweep waits while MLflow takes what is left; a server that is down is given up within seconds.
 A trial takes 0.2 s to SQLite, and 1.0 s where server, database and object store share two cores with it. What is left
 then is sent later by `msae-sweep track-sync`."""
+
+CLUSTER_SECONDS = 10.0
+"""How long a cluster that RAY_ADDRESS names may take to answer, e.g. while its head node starts again."""
 
 
 class SweepResult(NamedTuple):
@@ -200,6 +204,7 @@ def connect() -> None:
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
+    _wait_for_cluster(os.environ.get("RAY_ADDRESS", "local"))
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (
@@ -210,6 +215,23 @@ def connect() -> None:
             "Ray does not start on this machine" if where == "local" else f"RAY_ADDRESS {where}: no Ray cluster there"
         )
         raise SweepError(f"{what}: {first_line(error)}") from error
+
+
+def _wait_for_cluster(address: str) -> None:
+    """Ray itself would try for minutes where nobody listens, and then say little."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto", "local"
+        return
+    deadline = time.monotonic() + CLUSTER_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise SweepError(f"RAY_ADDRESS {address}: no Ray cluster there: {first_line(error)}") from error
+            time.sleep(0.5)
+        else:
+            return
 
 
 def _with_whole_paths(config: SweepConfig) -> SweepConfig:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -327,14 +328,27 @@ def test_a_gpu_that_is_not_there_is_refused_before_any_trial(tmp_path):
     assert not (tmp_path / "sweeps" / "small").exists()
 
 
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
+    from msae_sweep.sweep import run
+
+    with socket.socket() as nobody:  # a port that is taken, so that nobody else listens there
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setattr(run.ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(run, "CLUSTER_SECONDS", 0.1)
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(SweepError, match=rf"^RAY_ADDRESS {address}: no Ray cluster there: .*refused$"):
+            run.connect()
+
+
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        ("head:6379", r"^RAY_ADDRESS head:6379: no Ray cluster there: the first line$"),
+        ("auto", r"^RAY_ADDRESS auto: no Ray cluster there: the first line$"),
         (None, r"^Ray does not start on this machine: the first line$"),
     ],
 )
-def test_a_ray_that_cannot_be_reached_or_started_is_one_line(monkeypatch, address, says):
+def test_what_ray_says_when_it_does_not_start_is_one_line(monkeypatch, address, says):
     from msae_sweep.sweep import run
 
     def init(**options):
