@@ -51,7 +51,7 @@ SweepPath = Annotated[
 
 def main() -> None:
     """Run the command line; what a user can mend is one line on stderr and exit code 2."""
-    # Ray is connected to where that is meant. A thread that still prepares data when a command ends with an error would
+    # Ray is connected to where that is meant. A thread that still prepares data when a command is interrupted would
     # start another Ray by its next call.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:

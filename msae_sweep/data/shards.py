@@ -149,7 +149,7 @@ def _begin(
     if manifest is None:
         measured, how = _measure(source, info, config, folder, on_progress), "prepared"
         n_train = measured.n_train
-        make = functools.partial(_standardise, measured, source, info, config, folder, key)
+        make = functools.partial(_standardise, measured, info, config, folder, key)
     else:
         n_train, how = manifest["n_train"], "reused"
         make = functools.partial(_load, folder, manifest)
@@ -171,7 +171,7 @@ def _begin(
 def _in_background(
     finish: Callable[[], PreparedBlock], on_ready: Callable[[PreparedBlock], None]
 ) -> Future[PreparedBlock]:
-    """In a daemon thread: a driver that ends with an error does not wait for data."""
+    """In a daemon thread: a driver that is interrupted does not wait for data."""
     future: Future[PreparedBlock] = Future()
 
     def run() -> None:
@@ -269,7 +269,7 @@ def _measure(
 
 
 def _standardise(
-    measured: _Measured, source: Source, info: BlockInfo, config: DataConfig, folder: ShardFolder, key: str
+    measured: _Measured, info: BlockInfo, config: DataConfig, folder: ShardFolder, key: str
 ) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
     """The second pass; the manifest is written last, as the mark that the shards are whole."""
     job, counts, mean, std, n_train, n_val, n_dropped = measured
@@ -289,7 +289,7 @@ def _standardise(
             "where": info.where,
             "rows": info.n_rows,
             "dtype": info.dtype,
-            "fingerprint": source.fingerprint(info.block),
+            "fingerprint": job.source.fingerprint(info.block),
         },
         "input_dim": info.input_dim,
         "split": {"by": job.split_by, "seed": config.seed, "val_split": config.val_split},

@@ -204,17 +204,18 @@ def connect() -> None:
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    _wait_for_cluster(os.environ.get("RAY_ADDRESS", "local"))
+    address = os.environ.get("RAY_ADDRESS", "local")
+    _wait_for_cluster(address)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (
-        Exception
-    ) as error:  # of every kind: Ray raises ValueError, ConnectionError, RuntimeError and plain Exception
-        where = os.environ.get("RAY_ADDRESS", "local")
-        what = (
-            "Ray does not start on this machine" if where == "local" else f"RAY_ADDRESS {where}: no Ray cluster there"
-        )
+    except Exception as error:
+        # Of many kinds: ValueError, ConnectionError, RuntimeError, and plain Exception.
+        what = "Ray does not start on this machine" if address == "local" else _no_cluster(address)
         raise SweepError(f"{what}: {first_line(error)}") from error
+
+
+def _no_cluster(address: str) -> str:
+    return f"RAY_ADDRESS {address}: no Ray cluster there"
 
 
 def _wait_for_cluster(address: str) -> None:
@@ -228,7 +229,7 @@ def _wait_for_cluster(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_SECONDS).close()
         except OSError as error:
             if time.monotonic() > deadline:
-                raise SweepError(f"RAY_ADDRESS {address}: no Ray cluster there: {first_line(error)}") from error
+                raise SweepError(f"{_no_cluster(address)}: {first_line(error)}") from error
             time.sleep(0.5)
         else:
             return

@@ -125,17 +125,6 @@ def save_model(file: ModelFile, path: Path, *, model_id: str | None = None, run_
     description.save(str(path / "MLmodel"))
 
 
-@cache
-def get_ready() -> None:
-    """Export a small model, once, while there is nothing else to do: the first takes 3 s and more, most of it imports.
-
-    What fails here fails again, and is told, with the first model that is to be logged.
-    """
-    with _EXPORTING, contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder:
-        zeros, ones = np.zeros(2, np.float32), np.ones(2, np.float32)
-        _export(ModelFile(MSAE(2, 4, [1], "uniform"), zeros, ones, {}), Path(folder) / "model")
-
-
 class _Shape(NamedTuple):
     """What an exported graph depends on; all else about a model is in its tensors."""
 
@@ -167,6 +156,16 @@ def _kept_export(shape: _Shape) -> _Export | None:
     _export(file, path)
     tensors = _tensors_in(next(path.glob(GRAPH)), _tensors(file))
     return _Export(folder, tensors) if tensors else None
+
+
+@cache
+def get_ready() -> None:
+    """Export a small model, once, while there is nothing else to do: the first takes 3 s and more, most of it imports.
+
+    What fails here fails again, and is told, with the first model that is to be logged.
+    """
+    with _EXPORTING, contextlib.suppress(Exception):
+        _kept_export(_Shape(2, 4, (1,), "uniform"))
 
 
 def _tensors_in(graph: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:

@@ -165,9 +165,9 @@ def test_a_block_is_measured_while_the_one_before_it_is_being_standardised(ray_s
             second_measured.set()
         return measured
 
-    def standardising(measured, source, info, *others):
+    def standardising(measured, info, *others):
         assert info.block == 20 or second_measured.wait(60), "the second block waits for the whole of the first"
-        return standardise(measured, source, info, *others)
+        return standardise(measured, info, *others)
 
     monkeypatch.setattr(shards, "_measure", measuring)
     monkeypatch.setattr(shards, "_standardise", standardising)
@@ -208,7 +208,7 @@ def test_what_fails_beside_the_next_block_is_raised_before_one_more_is_measured(
             assert failed.wait(60)
         return measure(source, info, *others)
 
-    def standardising(measured, source, info, *others):
+    def standardising(measured, info, *others):
         assert second_begun.wait(60)
         failed.set()
         raise SweepError("storage: the disk is full")

@@ -122,6 +122,7 @@ def test_getting_ready_exports_a_model_once_and_says_nothing_of_a_failure(monkey
         raise RuntimeError("torch cannot do it here")
 
     models.get_ready.cache_clear()
+    models._kept_export.cache_clear()
     monkeypatch.setattr(models, "_export", export)
     for _ in range(2):
         models.get_ready()
