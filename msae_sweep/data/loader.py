@@ -1,5 +1,6 @@
 """Shards to batches: one tensor on the device where it fits, else a shuffled stream of windows."""
 
+import functools
 import os
 import warnings
 from collections.abc import Generator, Sequence
@@ -54,12 +55,22 @@ def default_budget(device: torch.device, share: float = 1.0) -> int:
     return int(_machine_bytes() * 0.5 * share)
 
 
+class _Drawn(NamedTuple):
+    """An epoch's order, drawn before it is asked for."""
+
+    of: tuple[int, int]
+    """Epoch and seed."""
+    order: Tensor
+    done: torch.cuda.Event | None
+    """Before which the order must not be read; None where that was waited for."""
+
+
 class ResidentBatches(Batches):
     """All rows in one tensor on the device."""
 
     def __init__(self, x: Tensor, batch_size: int) -> None:
         self.x, self.n_rows, self.batch_size = x, len(x), batch_size
-        self._drawn: tuple[tuple[int, int], Tensor] | None = None
+        self._drawn: _Drawn | None = None
 
     @classmethod
     def load(
@@ -89,19 +100,38 @@ class ResidentBatches(Batches):
         whole = self.n_rows - self.n_rows % self.batch_size
         if not whole:
             return
-        if self._drawn is None or self._drawn[0] != (epoch, seed):
+        if self._drawn is None or self._drawn.of != (epoch, seed):
             self.expect(epoch, seed)
         assert self._drawn is not None
-        order, self._drawn = self._drawn[1], None
-        yield Window(self.x, order[:whole])
+        drawn, self._drawn = self._drawn, None
+        if drawn.done is not None:
+            stream = torch.cuda.current_stream(self.x.device)
+            stream.wait_event(drawn.done)
+            # Its memory belongs to the stream that drew it, and must not be used again before this one is done.
+            drawn.order.record_stream(stream)
+        yield Window(self.x, drawn.order[:whole])
 
     def expect(self, epoch: int, seed: int) -> None:
-        """Draw the order."""
-        self._drawn = (epoch, seed), permutation(self.n_rows, order_key(seed, epoch), self.x.device)
+        """Draw the order; on CUDA beside what is queued on the current stream."""
+        key, device = order_key(seed, epoch), self.x.device
+        if device.type != "cuda":
+            self._drawn = _Drawn((epoch, seed), permutation(self.n_rows, key, device), None)
+            return
+        with torch.cuda.stream(_drawing_stream(device)):
+            order = permutation(self.n_rows, key, device)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        self._drawn = _Drawn((epoch, seed), order, done)
 
     def pieces(self) -> Generator[Tensor, None, None]:
         """The tensor itself."""
         yield self.x
+
+
+@functools.cache
+def _drawing_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all trials of a process: the memory that a stream once took stays its own."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _machine_bytes() -> int:

@@ -43,8 +43,6 @@ class FusedEngine:
         """See `Engine`."""
         step, state = self.step, self.state
         schedule = _schedule(learning_rates, state.step, self.config)
-        step.hyper.totals.zero_()
-        step.fired.zero_()
         done = 0
         for rows, order in train.windows(epoch, state.seed):
             step.set_window(rows, order)
@@ -55,6 +53,9 @@ class FusedEngine:
                 step.train(dead_possible=self._longest_silent + done * self.batch_size >= self.dead_after_samples)
                 done += 1
         step.forget_window()
+        if epoch < self.config.epochs:
+            # Now, as the device is still busy with the steps, beside which it can draw.
+            train.expect(epoch + 1, state.seed)
         assert done == len(learning_rates), f"{done} batches, {len(learning_rates)} expected"
         state.step += done
         self._hand_back()
@@ -62,10 +63,10 @@ class FusedEngine:
         step.copy_weights()
         hidden_dim = state.model.hidden_dim
         counts = torch.stack([step.fired[:hidden_dim].sum(), state.samples_since_fired.max()])
-        if epoch < self.config.epochs:
-            # Before the host waits for the device: after that the device would wait for the host.
-            train.expect(epoch + 1, state.seed)
-        main, aux, n_fired, longest_silent = torch.cat([step.hyper.totals, counts.double()]).tolist()
+        results = torch.cat([step.hyper.totals, counts.double()])
+        # Before the host waits for the device: after that the device would wait for the host.
+        self._clear_sums()
+        main, aux, n_fired, longest_silent = results.tolist()
         self._longest_silent = int(longest_silent)
         return EpochResult(
             train_loss=(main + self.config.aux_coefficient * aux) / done,
@@ -114,6 +115,12 @@ class FusedEngine:
         step.samples_since_fired.zero_()
         step.samples_since_fired[: state.model.hidden_dim].copy_(state.samples_since_fired)
         step.copy_weights()
+        self._clear_sums()
+
+    def _clear_sums(self) -> None:
+        """Begin what is summed up over an epoch."""
+        self.step.hyper.totals.zero_()
+        self.step.fired.zero_()
 
     @torch.no_grad()
     def _hand_back(self) -> None:
