@@ -38,11 +38,12 @@ class FusedEngine:
         self._set_hyperparameters(shape)
         self._take_state()
         self._longest_silent = int(state.samples_since_fired.max())
+        self._corrections: tuple[int, np.ndarray] | None = None
 
     def train_epoch(self, train: Batches, epoch: int, learning_rates: Sequence[float]) -> EpochResult:
         """See `Engine`."""
         step, state = self.step, self.state
-        schedule = _schedule(learning_rates, state.step, self.config)
+        schedule = _schedule(learning_rates, self._corrections_of(len(learning_rates)))
         done = 0
         for rows, order in train.windows(epoch, state.seed):
             step.set_window(rows, order)
@@ -66,6 +67,7 @@ class FusedEngine:
         results = torch.cat([step.hyper.totals, counts.double()])
         # Before the host waits for the device: after that the device would wait for the host.
         self._clear_sums()
+        self._corrections_of(done)
         main, aux, n_fired, longest_silent = results.tolist()
         self._longest_silent = int(longest_silent)
         return EpochResult(
@@ -117,6 +119,13 @@ class FusedEngine:
         step.copy_weights()
         self._clear_sums()
 
+    def _corrections_of(self, n_steps: int) -> np.ndarray:
+        """Those of the next steps; kept, so that they can be had before they are needed."""
+        before, kept = self.state.step, self._corrections
+        if kept is None or kept[0] != before or len(kept[1]) != n_steps:
+            kept = self._corrections = before, _bias_corrections(n_steps, before, self.config)
+        return kept[1]
+
     def _clear_sums(self) -> None:
         """Begin what is summed up over an epoch."""
         self.step.hyper.totals.zero_()
@@ -144,8 +153,14 @@ def _inner(padded: Tensor, parameter: Tensor) -> Tensor:
     return padded[tuple(slice(size) for size in parameter.shape)]
 
 
-def _schedule(learning_rates: Sequence[float], steps_before: int, config: TrainingConfig) -> Tensor:
+def _bias_corrections(n_steps: int, steps_before: int, config: TrainingConfig) -> np.ndarray:
+    """[steps, 2] in float64: 1 − β₁^t, and sqrt(1 − β₂^t)."""
+    t = np.arange(1, n_steps + 1) + steps_before
+    return np.stack([1 - config.adam_beta1**t, np.sqrt(1 - config.adam_beta2**t)], axis=1)
+
+
+def _schedule(learning_rates: Sequence[float], corrections: np.ndarray) -> Tensor:
     """[steps, 2]: learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t), in float64 until the end."""
-    t = np.arange(1, len(learning_rates) + 1) + steps_before
-    rates = np.asarray(learning_rates) / (1 - config.adam_beta1**t)
-    return torch.from_numpy(np.stack([rates, np.sqrt(1 - config.adam_beta2**t)], axis=1)).float()
+    schedule = corrections.astype(np.float32)
+    schedule[:, 0] = np.asarray(learning_rates) / corrections[:, 0]
+    return torch.from_numpy(schedule)

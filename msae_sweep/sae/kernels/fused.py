@@ -68,12 +68,15 @@ class FusedStep:
         self.samples_since_fired = zeros(hidden, dtype=torch.int64)
         self.fired = zeros(hidden, dtype=int32)
 
-        self.window, self.eval_counter = zeros(3, dtype=torch.int64), zeros(1, dtype=int32)
+        # Behind the window the counters of its batches, then that of the epoch's, so that one copy sets what it must.
+        self._place = zeros(5, dtype=torch.int64)
+        self.window, counters = self._place[:3], self._place[3:].view(int32)
+        self.eval_counter = counters[:1]
         self.level_scales, self.rank_scales = zeros(n_levels), zeros(k)
         level_of_rank = [sum(rank >= level for level in shape.loss_levels[:-1]) for rank in range(k)]
         self.level_of_rank = torch.tensor(level_of_rank, dtype=int32, device=device)
         self.hyper = update.Hyper(
-            zeros(SCHEDULE_STEPS, 2), zeros(4), zeros(2, dtype=int32), zeros(3), zeros(2, dtype=torch.float64)
+            zeros(SCHEDULE_STEPS, 2), zeros(4), counters[1:3], zeros(3), zeros(2, dtype=torch.float64)
         )
         self.aux = dead.AuxHyper(zeros(1, dtype=torch.int64), zeros(1))
 
@@ -127,11 +130,10 @@ class FusedStep:
         assert x.is_contiguous()
         assert x.dtype == torch.float32
         self._held = (x, order)
-        self.window[0].fill_(x.data_ptr())
-        self.window[1].fill_(0 if order is None else order.data_ptr())
-        self.window[2].fill_(len(x) if order is None else len(order))
-        self.hyper.counters[0].zero_()
-        self.eval_counter.zero_()
+        place = [x.data_ptr(), 0, len(x), 0] if order is None else [x.data_ptr(), order.data_ptr(), len(order), 0]
+        # Pinned, so that it need not wait for what is queued; torch keeps it until it has been copied.
+        on_gpu = self.device.type == "cuda"
+        self._place[:4].copy_(torch.tensor(place, pin_memory=on_gpu), non_blocking=True)
 
     def forget_window(self) -> None:
         """Hold the window's rows no longer; another trial may need their memory."""
