@@ -1,12 +1,15 @@
 """Every kernel of the fused step against its plain reference: on a GPU natively, elsewhere in Triton's interpreter."""
 
+import importlib
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed, and without it the fused step is not taken")
 
-from msae_sweep.sae.kernels import by_latent, dead, decode, fused, rows, topk, update, words
+from msae_sweep.sae.kernels import by_latent, dead, decode, fused, launch, rows, topk, update, words
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16_TOLERANCE = 6e-3
@@ -487,3 +490,18 @@ def test_rows_beyond_the_windows_end_do_not_count_in_validation():
     torch.testing.assert_close(sums, expected_sums)
     assert torch.equal(counts, expected_counts)
     assert counter.item() == 3
+
+
+def test_triton_hashes_itself_once_before_kernels_are_compiled_side_by_side(monkeypatch):
+    cache = importlib.import_module("triton.runtime.cache")
+    seen = []
+    monkeypatch.setattr(cache, "triton_key", lambda: seen.append("hash"), raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    kernels = [Mock() for _ in range(3)]
+    for kernel in kernels:
+        kernel.warmup.side_effect = lambda *args, **options: seen.append("kernel") or Mock()
+    with launch.compiling(torch.device("cuda", 0)):
+        for kernel in kernels:
+            launch.launch(kernel, (1,), 1.0)
+        assert seen == []
+    assert seen == ["hash", "kernel", "kernel", "kernel"]

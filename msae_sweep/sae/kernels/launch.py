@@ -1,5 +1,6 @@
 """Launching kernels; or, before the first launch, compiling all that a step needs side by side."""
 
+import importlib
 import os
 from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,22 @@ def compiling(device: torch.device) -> Iterator[None]:
         collected = _collected.get()
     finally:
         _collected.reset(token)
+    _hash_triton()
     index = torch.cuda.current_device() if device.index is None else device.index
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(index,)) as pool:
         for compiled in [pool.submit(job) for job in (collected or {}).values()]:
             compiled.result()
+
+
+def _hash_triton() -> None:
+    """Let Triton hash itself, 500 MB of library, before several threads ask for that at once.
+
+    It keeps the hash, which is a part of every compiled kernel's name, but has no lock around it: each of 16 threads
+    would take its own 0.3 s or more of a core, in every worker of a sweep. Where it lies differs between versions, and
+    where it is nowhere a first step only begins later.
+    """
+    for name in ("triton.runtime.cache", "triton.compiler.compiler"):
+        triton_key = getattr(importlib.import_module(name), "triton_key", None)
+        if triton_key is not None:
+            triton_key()
+            return
