@@ -62,7 +62,7 @@ class _Drawn(NamedTuple):
     """Epoch and seed."""
     order: Tensor
     done: torch.cuda.Event | None
-    """Before which the order must not be read; None where that was waited for."""
+    """Before which the order must not be read; None on a CPU, where it was drawn at once."""
 
 
 class ResidentBatches(Batches):
