@@ -1,6 +1,7 @@
 """Every kernel of the fused step against its plain reference: on a GPU natively, elsewhere in Triton's interpreter."""
 
 import importlib
+import threading
 from unittest.mock import Mock
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed, and without it the fused step is not taken")
 
+from msae_sweep.sae import kernels
 from msae_sweep.sae.kernels import by_latent, dead, decode, fused, launch, rows, topk, update, words
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -505,3 +507,18 @@ def test_triton_hashes_itself_once_before_kernels_are_compiled_side_by_side(monk
             launch.launch(kernel, (1,), 1.0)
         assert seen == []
     assert seen == ["hash", "kernel", "kernel", "kernel"]
+
+
+def test_triton_is_hashed_beside_what_comes_before_a_first_step(monkeypatch):
+    cache = importlib.import_module("triton.runtime.cache")
+    began, may_end = threading.Event(), threading.Event()
+    monkeypatch.setattr(cache, "triton_key", lambda: began.set() or may_end.wait(60), raising=False)
+    kernels.expect_fused()
+    assert began.wait(60)  # the hash is not ended, and we are here
+    compiling = threading.Thread(target=launch.hash_triton)
+    compiling.start()
+    compiling.join(0.2)
+    assert compiling.is_alive()  # it waits for that one hash
+    may_end.set()
+    compiling.join(60)
+    assert not compiling.is_alive()

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import threading
 from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 _collected: ContextVar[dict[Hashable, partial[Any]] | None] = ContextVar("collected", default=None)
+_hashing = threading.Lock()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -37,22 +39,23 @@ def compiling(device: torch.device) -> Iterator[None]:
         collected = _collected.get()
     finally:
         _collected.reset(token)
-    _hash_triton()
+    hash_triton()
     index = torch.cuda.current_device() if device.index is None else device.index
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(index,)) as pool:
         for compiled in [pool.submit(job) for job in (collected or {}).values()]:
             compiled.result()
 
 
-def _hash_triton() -> None:
+def hash_triton() -> None:
     """Let Triton hash itself, 500 MB of library, before several threads ask for that at once.
 
     It keeps the hash, which is a part of every compiled kernel's name, but has no lock around it: each of 16 threads
     would take its own 0.3 s or more of a core, in every worker of a sweep. Where it lies differs between versions, and
     where it is nowhere a first step only begins later.
     """
-    for name in ("triton.runtime.cache", "triton.compiler.compiler"):
-        triton_key = getattr(importlib.import_module(name), "triton_key", None)
-        if triton_key is not None:
-            triton_key()
-            return
+    with _hashing:
+        for name in ("triton.runtime.cache", "triton.compiler.compiler"):
+            triton_key = getattr(importlib.import_module(name), "triton_key", None)
+            if triton_key is not None:
+                triton_key()
+                return
