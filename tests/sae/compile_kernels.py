@@ -1,13 +1,13 @@
 """Compile every kernel of the fused step for a GPU, on a machine without one, and print what each needs.
 
-    python tests/sae/compile_kernels.py [capability, by default 90]
+    python tests/sae/compile_kernels.py [--capability 90] [notebook odd widest most]
 
 The interpreter takes more Python than the compiler does, so interpreting is not enough. Launches are turned into
 compilations. Prints name, warps, shared memory; ends with exit code 1 at the first kernel that does not compile.
 """
 
+import argparse
 import os
-import sys
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -18,14 +18,25 @@ from triton.runtime.jit import JITFunction
 
 from msae_sweep.sae.kernels import fused
 
-CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+SHAPES = {
+    "notebook": fused.Shape(256, 256, 4096, (16, 32, 64, 128), (16, 32, 64, 128), 512, True, False),
+    # Nothing a power of two, and gradients clipped.
+    "odd": fused.Shape(100, 361, 5000, (10, 30, 50), (10, 30, 50), 64, False, True),
+    # The widest rows, with every k.
+    "widest": fused.Shape(16, 4096, 4096, (64, 128, 256, 512), tuple(range(1, 513)), 512, True, False),
+    # The most latents.
+    "most": fused.Shape(16, 32, 131_072, (512,), (512,), 0, True, False),
+}
 
 
 class Driver:
     """As much of a driver as compiling asks for."""
 
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -46,17 +57,16 @@ def compile_instead(run):
 
 
 def main() -> None:
-    """Steps of the notebook's shape, an odd one with clipping, the widest rows with every k, and the most latents."""
-    triton.runtime.driver.set_active(Driver())
+    """A step and a validation of each shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", help="all of them without")
+    parser.add_argument("--capability", type=int, default=90)
+    args = parser.parse_args()
+    triton.runtime.driver.set_active(Driver(args.capability))
     JITFunction.run = compile_instead(JITFunction.run)
     fused._product = lambda a, b, out: None
-    for shape in (
-        fused.Shape(256, 256, 4096, (16, 32, 64, 128), (16, 32, 64, 128), 512, True, False),
-        fused.Shape(100, 361, 5000, (10, 30, 50), (10, 30, 50), 64, False, True),
-        fused.Shape(16, 4096, 4096, (64, 128, 256, 512), tuple(range(1, 513)), 512, True, False),
-        fused.Shape(16, 32, 131_072, (512,), (512,), 0, True, False),
-    ):
-        step = fused.FusedStep(shape, torch.device("cpu"))
+    for name in args.shapes or SHAPES:
+        step = fused.FusedStep(SHAPES[name], torch.device("cpu"))
         step.train(dead_possible=True)
         step.evaluate()
 

@@ -265,9 +265,12 @@ def test_a_gpu_without_bfloat16_falls_back_and_says_so(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled by every other test")
-def test_every_kernel_compiles_for_a_gpu():
+@pytest.mark.parametrize(
+    "shape", ["notebook", "odd", *(pytest.param(shape, marks=pytest.mark.slow) for shape in ("widest", "most"))]
+)
+def test_every_kernel_compiles_for_a_gpu(shape):
     script = Path(__file__).with_name("compile_kernels.py")
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, str(script), shape], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
     assert "_update_weights" in done.stdout
