@@ -92,10 +92,14 @@ def kill(process: subprocess.Popen) -> None:
 
 def lose_workers(driver: subprocess.Popen, folder: Path) -> None:
     """Kill the trials' workers as soon as one of them has saved a state, and let the driver go on to the end."""
-    since = time.time()
+    wait_until(lambda: workers_of(driver.pid), driver)
+    since = time.time()  # those of a driver that was killed have ended by now
     states = (folder / "sweeps/small/trials").glob
     wait_until(lambda: any(written_since(state, since) for state in states("*/state.pt")), driver)
-    assert kill_workers(driver.pid)
+    workers = workers_of(driver.pid)
+    assert workers
+    for worker in workers:
+        worker.kill()
     driver.wait(timeout=240)
     assert re.search(r"^block\d+-\d+ starts again from its last state: The actor", output(folder), re.MULTILINE)
     assert "Traceback" not in output(folder)
@@ -122,10 +126,14 @@ def output(folder: Path) -> str:
     return (folder / "out").read_text()
 
 
-def kill_workers(driver: int) -> int:
-    """kill -9 every trial worker of one driver's Ray."""
+def workers_of(driver: int) -> list[psutil.Process]:
+    """Every trial worker of one driver's Ray."""
     children = psutil.Process(driver).children(recursive=True)
-    workers = [child for child in children if "Trainable" in " ".join(child.cmdline())]
-    for worker in workers:
-        worker.kill()
-    return len(workers)
+    return [child for child in children if "Trainable" in command_line(child)]
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
