@@ -358,9 +358,10 @@ def _plain_errors() -> Iterator[None]:
     """
     try:
         yield
-    except MsaeSweepError:
-        raise
     except Exception as error:
+        # A task's exception can be of its own kind and of Ray's at once, with a trace as its text.
+        if isinstance(error, MsaeSweepError) and not isinstance(error, ray.exceptions.RayTaskError):
+            raise
         ours = re.findall(r"^msae_sweep\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
         if not ours:
             raise

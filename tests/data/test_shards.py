@@ -358,7 +358,10 @@ def test_values_that_overflow_are_refused(ray_session, tmp_path):
         prepare(write_npy(tmp_path / "data", x), tmp_path / "storage")
 
 
-def test_an_error_in_a_task_comes_out_without_rays_wrapping(ray_session, tmp_path, rows, monkeypatch):
+@pytest.mark.parametrize("original", [False, True], ids=["wrapped", "as_raised"])
+def test_an_error_in_a_task_comes_out_without_rays_wrapping(ray_session, tmp_path, rows, monkeypatch, original):
+    # An extraction in the same process turns this on.
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "raise_original_map_exception", original)
     path = write_npy(tmp_path / "data", rows)
     source = shards.open_source(DataConfig(path=path))
     source.infos()
