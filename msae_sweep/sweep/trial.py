@@ -71,8 +71,6 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         Args:
             rehearsals: training settings to be tried while the block of the first trial is not ready.
         """
-        if gpus:
-            kernels.expect_fused()
         torch.set_num_threads(max(1, int(cpus)))
         self._prepared, self._folder, self._notice = prepared, folder, Notice()
         self._holds_gpu, self._checkpoint_seconds = gpus > 0, checkpoint_seconds

@@ -1,7 +1,6 @@
 """Every kernel of the fused step against its plain reference: on a GPU natively, elsewhere in Triton's interpreter."""
 
 import importlib
-import threading
 from unittest.mock import Mock
 
 import pytest
@@ -10,7 +9,6 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed, and without it the fused step is not taken")
 
-from msae_sweep.sae import kernels
 from msae_sweep.sae.kernels import by_latent, dead, decode, fused, launch, rows, topk, update, words
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -494,31 +492,45 @@ def test_rows_beyond_the_windows_end_do_not_count_in_validation():
     assert counter.item() == 3
 
 
-def test_triton_hashes_itself_once_before_kernels_are_compiled_side_by_side(monkeypatch):
+def compile_three(monkeypatch) -> list[str]:
+    """Compile three kernels side by side; what that asked for, in its order."""
     cache = importlib.import_module("triton.runtime.cache")
-    seen = []
-    monkeypatch.setattr(cache, "triton_key", lambda: seen.append("hash"), raising=False)
+    asked: list[str] = []
+    monkeypatch.setattr(cache, "triton_key", lambda: asked.append("hash"), raising=False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    kernels = [Mock() for _ in range(3)]
-    for kernel in kernels:
-        kernel.warmup.side_effect = lambda *args, **options: seen.append("kernel") or Mock()
     with launch.compiling(torch.device("cuda", 0)):
-        for kernel in kernels:
+        for _ in range(3):
+            kernel = Mock()
+            kernel.warmup.side_effect = lambda *args, **options: (cache.triton_key(), asked.append("kernel"))
             launch.launch(kernel, (1,), 1.0)
-        assert seen == []
-    assert seen == ["hash", "kernel", "kernel", "kernel"]
+        assert asked == []
+    return asked
 
 
-def test_triton_is_hashed_beside_what_comes_before_a_first_step(monkeypatch):
-    cache = importlib.import_module("triton.runtime.cache")
-    began, may_end = threading.Event(), threading.Event()
-    monkeypatch.setattr(cache, "triton_key", lambda: began.set() or may_end.wait(60), raising=False)
-    kernels.expect_fused()
-    assert began.wait(60)  # the hash is not ended, and we are here
-    compiling = threading.Thread(target=launch.hash_triton)
-    compiling.start()
-    compiling.join(0.2)
-    assert compiling.is_alive()  # it waits for that one hash
-    may_end.set()
-    compiling.join(60)
-    assert not compiling.is_alive()
+def test_an_installed_triton_need_not_hash_itself(monkeypatch):
+    asked = compile_three(monkeypatch)
+    assert asked == ["kernel"] * 3
+    importlib.import_module("triton.runtime.cache").triton_key()
+    assert asked[-1] == "hash", "others find Triton as it was"
+
+
+def test_a_triton_without_its_installers_digests_hashes_itself_before_the_threads_ask(monkeypatch):
+    monkeypatch.setattr(launch, "_installed_triton", lambda: None)
+    asked = compile_three(monkeypatch)
+    assert asked[0] == "hash"
+    assert asked.count("kernel") == 3
+
+
+def test_what_tells_a_triton_from_another_are_the_digests_of_its_files(tmp_path, monkeypatch):
+    package = tmp_path / "triton" / "__init__.py"
+    monkeypatch.setattr(importlib.import_module("triton"), "__file__", str(package))
+    assert launch._installed_triton() is None
+    record = tmp_path / "triton-3.9.0.dist-info" / "RECORD"
+    record.parent.mkdir()
+    record.write_text("triton-3.9.0.dist-info/METADATA,sha256=a,1\n")  # as of one that is installed to be edited
+    assert launch._installed_triton() is None
+    keys = []
+    for digest in ("b", "c", "b"):
+        record.write_text(f"triton/_C/libtriton.so,sha256={digest},1\n")
+        keys.append(launch._installed_triton())
+    assert keys[0] == keys[2] != keys[1]

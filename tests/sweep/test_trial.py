@@ -15,7 +15,7 @@ from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data import shards
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.ladder import rungs
-from msae_sweep.sae import kernels, modelfile
+from msae_sweep.sae import modelfile
 from msae_sweep.sweep.space import plan
 from msae_sweep.sweep.trial import MSAETrial
 
@@ -64,7 +64,7 @@ class Workers:
     def worker(
         self, spec: dict[str, Any], checkpoint_seconds: float = 30, kind: Any = MSAETrial, **options: Any
     ) -> MSAETrial:
-        options = {"cpus": 1, "gpus": 0, "checkpoint_seconds": checkpoint_seconds} | options
+        options |= {"cpus": 1, "gpus": 0, "checkpoint_seconds": checkpoint_seconds}
         made = tune.with_parameters(kind, prepared=self.prepared, folder=self.folder, **options)
         return made(copy.deepcopy(spec))
 
@@ -205,15 +205,6 @@ def test_a_worker_rehearses_while_its_block_is_not_ready_and_trains_the_same(wor
     assert [expansion for expansion, _ in begun] == [2, 4, 4]
     assert metrics(to_the_end(worker)) == metrics(to_the_end(workers.worker(spec, rehearsals=rehearsals)))
     assert_same_model(workers.model_file(spec), rehearsing.model_file(spec))
-
-
-def test_only_a_worker_with_a_gpu_expects_the_fused_step(workers, monkeypatch):
-    expected = []
-    monkeypatch.setattr(kernels, "expect_fused", lambda: expected.append(True))
-    workers.worker(workers.specs()[0])
-    assert not expected
-    workers.worker(workers.specs()[0], gpus=0.5)
-    assert expected
 
 
 def test_a_report_says_when_its_epochs_were_trained(workers):

@@ -2,17 +2,16 @@
 
 import importlib.util
 import inspect
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.sae.kernels import launch, reference, sparse_cpu
+from msae_sweep.sae.kernels import reference, sparse_cpu
 from msae_sweep.sae.kernels.reference import Reconstruction
 
-__all__ = ["Choice", "Reconstruct", "Reconstruction", "choose", "expect_fused"]
+__all__ = ["Choice", "Reconstruct", "Reconstruction", "choose"]
 
 Reconstruct = Callable[..., Reconstruction]
 
@@ -39,12 +38,6 @@ def choose(device: torch.device, config: TrainingConfig, input_dim: int) -> Choi
     if hindrance is not None:
         return Choice(reference.reconstruct, "reference", hindrance)
     return Choice(None, "fused", "one captured graph a step: bf16 products, float32 sums and weights")
-
-
-def expect_fused() -> None:
-    """Begin, beside what the caller does next, what a process's first fused step would wait for; needs no GPU."""
-    if importlib.util.find_spec("triton") is not None:
-        threading.Thread(target=launch.hash_triton, name="hash Triton", daemon=True).start()
 
 
 def _hindrance(device: torch.device, config: TrainingConfig, input_dim: int) -> str | None:

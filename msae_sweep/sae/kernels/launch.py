@@ -1,19 +1,21 @@
 """Launching kernels; or, before the first launch, compiling all that a step needs side by side."""
 
+import hashlib
 import importlib
 import os
-import threading
 from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from msae_sweep.replaced import replaced
+
 _collected: ContextVar[dict[Hashable, partial[Any]] | None] = ContextVar("collected", default=None)
-_hashing = threading.Lock()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -39,23 +41,38 @@ def compiling(device: torch.device) -> Iterator[None]:
         collected = _collected.get()
     finally:
         _collected.reset(token)
-    hash_triton()
     index = torch.cuda.current_device() if device.index is None else device.index
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(index,)) as pool:
+    with (
+        _triton_identified(),
+        ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(index,)) as pool,
+    ):
         for compiled in [pool.submit(job) for job in (collected or {}).values()]:
             compiled.result()
 
 
-def hash_triton() -> None:
-    """Let Triton hash itself, 500 MB of library, before several threads ask for that at once.
+@contextmanager
+def _triton_identified() -> Iterator[None]:
+    """Spare the process Triton's hash of itself, which is a part of every compiled kernel's name.
 
-    It keeps the hash, which is a part of every compiled kernel's name, but has no lock around it: each of 16 threads
-    would take its own 0.3 s or more of a core, in every worker of a sweep. Where it lies differs between versions, and
-    where it is nowhere a first step only begins later.
+    For it it reads its library, 500 MB, 0.4 to 0.8 s before a worker's first step; its installer has written down what
+    tells it from another. Without that it is hashed once, before many threads ask for it: it has no lock around it.
     """
-    with _hashing:
-        for name in ("triton.runtime.cache", "triton.compiler.compiler"):
-            triton_key = getattr(importlib.import_module(name), "triton_key", None)
-            if triton_key is not None:
-                triton_key()
-                return
+    key = _installed_triton()
+    with ExitStack() as stack:
+        for module in ("triton.runtime.cache", "triton.compiler.compiler"):  # one of them, depending on the version
+            if key is not None:
+                stack.enter_context(replaced(module, "triton_key", lambda: key))
+            elif hash_itself := getattr(importlib.import_module(module), "triton_key", None):
+                hash_itself()
+                break
+        yield
+
+
+def _installed_triton() -> str | None:
+    """A hash of the digests of Triton's files that its installer wrote down; None where it did not."""
+    folder = Path(importlib.import_module("triton").__file__ or "").parent
+    for record in folder.parent.glob("*triton*.dist-info/RECORD"):
+        digests = record.read_bytes()
+        if f"{folder.name}/_C/libtriton.".encode() in digests:
+            return hashlib.sha256(digests).hexdigest()
+    return None
