@@ -20,6 +20,7 @@ from msae_sweep.data import shards
 from msae_sweep.data.shards import PreparedBlock
 from msae_sweep.data.source import BlockInfo
 from msae_sweep.errors import SweepError
+from msae_sweep.sweep.resources import trials_at_once
 
 CORES_TO_PREPARE = 4
 """Fewer free cores than this, and the preparation loses more to starting workers than these gain: on two busy cores the
@@ -141,9 +142,6 @@ class _Desk:
 
 def leaves_cores(config: SweepConfig, gpus_per_trial: float) -> bool:
     """Whether half of the cluster's cores, and four at least, stay free however many trials run at once."""
-    have, resources = ray.cluster_resources(), config.resources
-    at_once = [resources.max_concurrent] if resources.max_concurrent else []
-    if gpus_per_trial:
-        at_once.append(int(have.get("GPU", 0) / gpus_per_trial))
-    cores = have.get("CPU", 0)
-    return bool(at_once) and cores - min(at_once) * resources.cpu >= max(CORES_TO_PREPARE, cores / 2)
+    at_once = trials_at_once(config, gpus_per_trial)
+    cores = ray.cluster_resources().get("CPU", 0)
+    return at_once is not None and cores - at_once * config.resources.cpu >= max(CORES_TO_PREPARE, cores / 2)

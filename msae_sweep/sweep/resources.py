@@ -44,6 +44,14 @@ def gpus_per_trial(config: SweepConfig, say: Callable[[str], None]) -> float:
     return float(gpus)
 
 
+def trials_at_once(config: SweepConfig, gpus_per_trial: float) -> int | None:
+    """How many trials the cluster as it is runs at a time; None where nothing but its cores limits them."""
+    limits = [config.resources.max_concurrent] if config.resources.max_concurrent else []
+    if gpus_per_trial:
+        limits.append(int(ray.cluster_resources().get("GPU", 0) / gpus_per_trial))
+    return min(limits, default=None)
+
+
 def _await_node(setting: str, need: dict[str, float], say: Callable[[str], None]) -> None:
     need = {name: amount for name, amount in need.items() if amount}
     if _is_there(need):

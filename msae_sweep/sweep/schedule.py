@@ -159,7 +159,8 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The first in order that can run; called on every turn, so verdicts on waiting trials are carried out here.
 
-        Always taking the first keeps the wait short and free of deadlock: the first unfinished trial waits for nobody.
+        Always taking the first keeps the wait short and free of deadlock: the first unfinished trial waits for nobody,
+        as trials of a block have their turns in the order of their numbers.
         A trial whose own worker is starting is as good as running. To choose it would have Tune give it the next worker
         that is free and kill the other: where starting takes longer than a trial, only the first few ever came up.
         """
@@ -175,9 +176,7 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
                     tune_controller.stop_trial(trial)
                 elif verdict == "pass":
                     ready.append(trial)
-        return min(
-            ready, key=lambda trial: (trial.config["trial"]["index"], trial.config["trial"]["block"]), default=None
-        )
+        return min(ready, key=lambda trial: trial.config["trial"]["turn"], default=None)
 
     def debug_string(self) -> str:
         """For Tune's log."""

@@ -17,6 +17,7 @@ from msae_sweep.results.record import TrialRecord
 from msae_sweep.sweep.monitor import Monitor
 from msae_sweep.sweep.preparation import Preparation
 from msae_sweep.sweep.progress import Display
+from msae_sweep.sweep.resources import trials_at_once
 from msae_sweep.sweep.schedule import BlockAsha
 from msae_sweep.sweep.scribe import Scribe
 from msae_sweep.sweep.space import plan
@@ -38,6 +39,7 @@ class Tuning:
     ) -> None:
         self._config, self._folder, self._preparation, self._gpus = config, folder, preparation, gpus
         self._blocks = list(preparation.input_dims)
+        self._at_once = (trials_at_once(config, gpus) or 0) if gpus else 0
         self._console, self._tracker = console, tracker
         self.records = folder.load_records()
         self.n_trials = config.n_trials_per_block() * len(self._blocks)
@@ -152,11 +154,21 @@ class Tuning:
             "trial_id": record.trial_id,
             "block": record.block,
             "index": record.index,
+            "turn": self._turn(record),
             "group": self._group(record),
             "input_dim": self._preparation.input_dims[record.block],
             "rungs": rungs(self._config.asha, training.epochs),
             "training": training.model_dump(mode="json"),
         }
+
+    def _turn(self, record: TrialRecord) -> int:
+        """Its place among trials that could start: blocks take turns.
+
+        But first come as many of the first block as run at once: other blocks are ready seconds later.
+        """
+        if record.block == self._blocks[0] and record.index < self._at_once:
+            return record.index
+        return self._at_once + record.index * len(self._blocks) + self._blocks.index(record.block)
 
     def _params(self, record: TrialRecord) -> dict[str, Any]:
         """Params of the trial's MLflow run: every training setting, defaults too, and what follows from them."""

@@ -60,7 +60,7 @@ class Controller:
         self.milestones = rungs(ASHA, epochs)
         self.trials = [
             SimpleNamespace(
-                config={"trial": {"trial_id": name, "group": name.split("-")[0], "index": i, "block": 0}},
+                config={"trial": {"trial_id": name, "group": name.split("-")[0], "index": i, "turn": i}},
                 status="PENDING", epoch=0, outcome=None,
             )
             for i, name in enumerate(curves)
@@ -143,7 +143,7 @@ def test_a_restored_scheduler_judges_as_the_undisturbed_one():
 
 
 def tune_trial(name: str, index: int, group: str = "block5") -> SimpleNamespace:
-    return SimpleNamespace(config={"trial": {"trial_id": name, "group": group, "index": index, "block": 5}})
+    return SimpleNamespace(config={"trial": {"trial_id": name, "group": group, "index": index, "turn": index}})
 
 
 def test_what_a_trial_reported_first_counts():
@@ -221,7 +221,7 @@ def test_a_worker_that_is_starting_is_not_killed_for_one_that_is_free(ray_sessio
             pass
 
     connect()  # is there already; keeps Tune quiet
-    trials = [{"trial_id": f"t{i}", "group": "t", "index": i, "block": 0} for i in range(100)]
+    trials = [{"trial_id": f"t{i}", "group": "t", "index": i, "turn": i} for i in range(100)]
     tune.Tuner(
         tune.with_resources(tune.with_parameters(SlowToStart, folder=tmp_path), {"cpu": 1}),
         param_space={"trial": tune.grid_search(trials)},
