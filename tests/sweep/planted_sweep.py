@@ -39,14 +39,21 @@ def config(folder: Path, *overrides: str) -> SweepConfig:
 
 
 def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = False) -> Any:
-    """Run one; its report is written, and the notebook's figure drawn, where a test looks at them: they take 8 s."""
+    """Run one. Where a test looks at what it leaves (`drawn`) it does all that a sweep does.
+
+    Elsewhere its report is not written and the notebook's figure not drawn, which takes 8 s, and MLflow is sent what
+    happened by a thread instead of a process, which would import for 5 s of two cores.
+    """
     from msae_sweep.sweep import run
+    from msae_sweep.track import tracker
+    from msae_sweep.track.sending import SenderThread
 
     console = Console(file=open(folder / "log", "a"), width=200)  # noqa: SIM115
     with pytest.MonkeyPatch.context() as patch:
         if not drawn:
             patch.setattr(run, "_write_report", lambda folder, console: None)
             patch.setattr(run, "training_figure", lambda histories: b"")
+            patch.setattr(tracker, "SenderProcess", SenderThread)
         return run.run(config(folder, *overrides), resume=resume, command="test", console=console)
 
 
