@@ -18,7 +18,10 @@ def language_patched_once() -> Iterator[None]:
     except ImportError:
         yield
         return
-    language, patch_language = interpreter.tl, interpreter._patch_lang
+    language, patch_language = interpreter.tl, getattr(interpreter, "_patch_lang", None)
+    if patch_language is None:  # a version that does it in another way
+        yield
+        return
     patched: set[str] = set()
 
     def patch(function: Any) -> Any:
@@ -27,6 +30,8 @@ def language_patched_once() -> Iterator[None]:
         if used and not new:
             return None  # a call within a kernel, where nothing is asked back
         scope = patch_language(function)
+        if scope is None:  # a version that takes nothing back, and has to be left alone
+            return None
         patched.update(new)
         restore = scope.restore
 

@@ -54,8 +54,8 @@ def compiling(device: torch.device) -> Iterator[None]:
 def _triton_identified() -> Iterator[None]:
     """Spare the process Triton's hash of itself, which is a part of every compiled kernel's name.
 
-    For it it reads its library, 500 MB, 0.4 to 0.8 s before a worker's first step; its installer has written down what
-    tells it from another. Without that it is hashed once, before many threads ask for it: it has no lock around it.
+    Triton reads its library for it, 500 MB: 0.4 to 0.8 s before a worker's first step. Its installer has written down
+    what tells it from another. Without that it is hashed once, before many threads ask: it has no lock around it.
     """
     key = _installed_triton()
     with ExitStack() as stack:
