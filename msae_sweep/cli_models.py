@@ -179,6 +179,8 @@ def _evaluate(
     found = find(what, block if is_folder(what) else None, tracking_uri)
     others = [find(other, found.block if is_folder(other) else None, tracking_uri) for other in against]
     plan = evaluation.plan(found, config, block, side)
+    if data is None and not any(override.startswith("data.path=") for override in overrides):
+        evaluation.check_unchanged(what if sweep is None else sweep, plan, lambda line: print(line, file=sys.stderr))
     if cluster:
         from msae_sweep.sweep.evaluation import sums_on_cluster
         from msae_sweep.sweep.run import connect

@@ -4,7 +4,8 @@
     ├── ConfigError      the search-space file, --set or a command-line option says something that cannot be run
     ├── DataError        activations, games or weights are missing, malformed, or too few
     ├── DeviceError      the device asked for is not there
-    ├── SweepError       a sweep cannot be started or resumed (name taken, storage not writable)
+    ├── SweepError       a sweep cannot be started or resumed (name taken, data changed)
+    │   └── StorageError  the sweep folder cannot be written or read: a full disk, a folder that became read-only
     └── TrackingError    MLflow could not be reached or refused; never raised inside a trial
 
 Each message is one line that says what was wrong, the value seen, and what would be right.
@@ -29,6 +30,10 @@ class DeviceError(MsaeSweepError):
 
 class SweepError(MsaeSweepError):
     """A sweep cannot be started or resumed."""
+
+
+class StorageError(SweepError):
+    """The sweep folder cannot be written or read; with that mended the sweep can be resumed."""
 
 
 class TrackingError(MsaeSweepError):

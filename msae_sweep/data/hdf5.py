@@ -93,6 +93,11 @@ class Hdf5File(Source):
         info = self.infos()[block]._replace(where=self._datasets[block])
         return digest(info, file.size, file.mtime_ns)
 
+    def files(self, block: int) -> dict[str, list[int]]:
+        """See `Source`."""
+        file = self._path.info()
+        return {self._path.name: [file.size, file.mtime_ns]}
+
     def _open(self) -> h5py.File:
         try:
             return h5py.File(self._path.open() if self._path.is_remote else self._path.path, "r")

@@ -4,7 +4,7 @@ import io
 import re
 import zipfile
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -102,6 +102,14 @@ class NpyFolder(Source):
 
     def fingerprint(self, block: int) -> str:
         """See `Source`."""
+        stats = [(name, info.size, info.mtime_ns) for name, info in self._file_infos(block)]
+        return digest(self._info(block)._replace(where=""), stats)
+
+    def files(self, block: int) -> dict[str, list[int]]:
+        """See `Source`."""
+        return {name: [info.size, info.mtime_ns] for name, info in self._file_infos(block)}
+
+    def _file_infos(self, block: int) -> list[tuple[str, Any]]:
         folder, groups = self._folders[block], self._groups[block]
         found = folder.files()
         known = [(chunk.file.name, found[chunk.file]) for chunk in self._chunks[block]]
@@ -109,8 +117,7 @@ class NpyFolder(Source):
             known.append((groups.file.name, found.get(groups.file) or groups.file.info()))
         if (file := folder / "normalization_stats.npz") in found:
             known.append((file.name, found[file]))
-        stats = [(name, info.size, info.mtime_ns) for name, info in known]
-        return digest(self._info(block)._replace(where=""), stats)
+        return known
 
     def given_stats(self, block: int) -> tuple[np.ndarray, np.ndarray] | None:
         """See `Source`."""

@@ -147,6 +147,11 @@ class ParquetTables(Source):
         stats = [(part.file.name, part.column, info.size, info.mtime_ns) for part, info in infos]
         return digest(self._info(block)._replace(where=""), stats)
 
+    def files(self, block: int) -> dict[str, list[int]]:
+        """See `Source`."""
+        infos = [(part.file.name, part.file.info()) for part in self._parts[block]]
+        return {name: [info.size, info.mtime_ns] for name, info in infos}
+
 
 def _header(file: Place) -> tuple[pa.Schema, tuple[int, ...]]:
     try:

@@ -3,11 +3,12 @@
 Plain functions of a batch `{"i": [number of the range]}`, as Ray Data calls them; they know nothing of Ray.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
-from msae_sweep.data.source import RowRange, Source
+from msae_sweep.data.source import BlockInfo, RowRange, Source
 from msae_sweep.data.split import Moments, is_validation, standardise
 from msae_sweep.data.store import ShardFolder
 
@@ -31,14 +32,31 @@ class Job(NamedTuple):
         return x, is_validation(ids, self.seed, self.val_split), finite
 
 
+def rows_per_range(info: BlockInfo) -> int:
+    """A 64th of the block, but 32 to 64 MiB of float32; by the data alone, as the order of streaming depends on it.
+
+    Measured on two cores at 500,000 × 256: 8 MiB ranges take 7.1 s in all, as each task costs some 20 ms of its own.
+    """
+    row_bytes = 4 * info.input_dim
+    return max(1, min(max(info.n_rows // 64, (32 << 20) // row_bytes), (64 << 20) // row_bytes))
+
+
+def range_digest(x: np.ndarray, held_out: np.ndarray) -> str:
+    """Changes with any bit of a range's rows, and with the side that a row is on."""
+    sha = hashlib.sha256(np.ascontiguousarray(x).data)
+    sha.update(np.ascontiguousarray(held_out).data)
+    return sha.hexdigest()
+
+
 def measure(batch: dict[str, np.ndarray], job: Job) -> dict[str, object]:
-    """Counts, the place of non-finite rows (-1: none), and the moments of the finite training rows."""
+    """Digest, counts, the place of non-finite rows (-1: none), and the moments of the finite training rows."""
     i = int(batch["i"][0])
     x, held_out, finite = job.read(i)
     bad = np.flatnonzero(~finite)
     n, mean, m2 = Moments.of(x[~held_out & finite])
     return {
         "i": [i],
+        "digest": [range_digest(x, held_out)],
         "n_train": [n],
         "n_val": [int((held_out & finite).sum())],
         "n_bad": [len(bad)],

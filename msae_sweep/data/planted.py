@@ -57,6 +57,10 @@ class PlantedSource(Source):
         """See `Source`."""
         return digest("planted 1", self._config.model_dump(), block)
 
+    def files(self, block: int) -> dict[str, list[int]]:
+        """See `Source`."""
+        return {}
+
 
 def true_dictionary(config: PlantedConfig, block: int) -> Float[np.ndarray, "dictionary_size input_dim"]:
     """The directions of a block in raw units, not normalised."""

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ from ray.data.block import BlockAccessor
 from msae_sweep import errors
 from msae_sweep.config import DataConfig
 from msae_sweep.data.catalog import check, open_source, select
-from msae_sweep.data.passes import Job, measure, read_shard, standardise_range
+from msae_sweep.data.passes import Job, measure, read_shard, rows_per_range, standardise_range
 from msae_sweep.data.source import BlockInfo, RowRange, Source, digest
 from msae_sweep.data.split import Moments
 from msae_sweep.data.store import ShardFolder
@@ -74,6 +74,8 @@ class PreparedBlock:
     """Source fingerprint, split, counts, shards: the `manifest.json` beside the shards."""
     refs: list[ray.ObjectRef]
     """A shard each: training rows, then validation rows."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """The source's files and the digest of their rows, for `data.changes`."""
 
     def train_shards(self) -> list[Callable[[], np.ndarray]]:
         """Functions that fetch the training rows [rows, input_dim] of a shard each.
@@ -163,7 +165,9 @@ def _begin(
         made, refs = make()
         mean, std = folder.stats()
         on_progress(_say(made, how, time.monotonic() - started))
-        return PreparedBlock(info.block, info.input_dim, made["n_train"], made["n_val"], mean, std, made, refs)
+        return PreparedBlock(
+            info.block, info.input_dim, made["n_train"], made["n_val"], mean, std, made, refs, folder.origin()
+        )
 
     return finish
 
@@ -196,15 +200,6 @@ def _split_by(info: BlockInfo, config: DataConfig) -> str:
     return ("game_id" if info.has_groups else "row") if config.split_by == "auto" else config.split_by
 
 
-def _rows_per_range(info: BlockInfo) -> int:
-    """A 64th of the block, but 32 to 64 MiB of float32; by the data alone, as the order of streaming depends on it.
-
-    Measured on two cores at 500,000 × 256: 8 MiB ranges take 7.1 s in all, as each task costs some 20 ms of its own.
-    """
-    row_bytes = 4 * info.input_dim
-    return max(1, min(max(info.n_rows // 64, (32 << 20) // row_bytes), (64 << 20) // row_bytes))
-
-
 class _Measured(NamedTuple):
     """What the first pass found."""
 
@@ -217,6 +212,8 @@ class _Measured(NamedTuple):
     n_train: int
     n_val: int
     n_dropped: int
+    content: str
+    """Digest of the rows."""
 
 
 def _measure(
@@ -224,17 +221,19 @@ def _measure(
 ) -> _Measured:
     """The first pass, and whether the rows can be used."""
     folder.create()
-    ranges = source.row_ranges(info.block, _rows_per_range(info))
+    ranges = source.row_ranges(info.block, rows_per_range(info))
     split_by = _split_by(info, config)
     job = Job(source, ranges, split_by, config.seed, config.val_split)
 
     moments = Moments.of(np.empty((0, info.input_dim)))
     counts: dict[int, tuple[int, int]] = {}
+    digests: dict[int, str] = {}
     bad: list[tuple[RowRange, int, int, int]] = []
     said = started = time.monotonic()
     with _plain_errors():
         for row in _over(range(len(ranges)), functools.partial(measure, job=job)).iter_rows():
             counts[int(row["i"])] = int(row["n_train"]), int(row["n_val"])
+            digests[int(row["i"])] = row["digest"]
             moments = moments.merge(Moments(int(row["n_train"]), row["mean"], row["m2"]))
             if row["n_bad"]:
                 bad.append((ranges[int(row["i"])], int(row["n_bad"]), int(row["bad_first"]), int(row["bad_last"])))
@@ -265,14 +264,15 @@ def _measure(
         raise DataError(f"{info.where}: values of channel {channel} overflow when squared in float64; scale them down")
     if time.monotonic() - started > PROGRESS_SECONDS:
         on_progress(f"block {info.block}: measured in {time.monotonic() - started:.0f} s; standardising")
-    return _Measured(job, counts, mean, std, moments.n, n_val, n_dropped)
+    content = digest(*(digests[i] for i in range(len(ranges))))
+    return _Measured(job, counts, mean, std, moments.n, n_val, n_dropped, content)
 
 
 def _standardise(
     measured: _Measured, info: BlockInfo, config: DataConfig, folder: ShardFolder, key: str
 ) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
     """The second pass; the manifest is written last, as the mark that the shards are whole."""
-    job, counts, mean, std, n_train, n_val, n_dropped = measured
+    job, counts, mean, std, n_train, n_val, n_dropped, content = measured
     # A range without a usable row makes no shard.
     kept = [i for i in range(len(job.ranges)) if sum(counts[i])]
     with _plain_errors():
@@ -300,6 +300,7 @@ def _standardise(
         "constant_channels": constant.tolist(),
         "shards": [[i, *counts[i]] for i in kept],
     }
+    folder.save_origin({"files": job.source.files(info.block), "content": content})
     folder.save_manifest(manifest)
     return manifest, _refs(made, manifest)
 

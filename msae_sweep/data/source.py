@@ -80,6 +80,10 @@ class Source(ABC):
     def fingerprint(self, block: int) -> str:
         """Changes when the block's rows may have changed; read from names, sizes, times and headers."""
 
+    @abstractmethod
+    def files(self, block: int) -> dict[str, list[int]]:
+        """Files that the block's rows come from: name → [size in bytes, time of the last change in ns]."""
+
     def given_stats(self, block: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean and std that came with the data, if any.
 

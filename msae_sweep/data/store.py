@@ -14,7 +14,7 @@ from msae_sweep.places import Place
 
 
 class ShardFolder:
-    """`shard-{i}.npy` per range of the source, `stats.npy`, and `manifest.json`, written last.
+    """`shard-{i}.npy` per range of the source, `stats.npy`, `origin.json`, and `manifest.json`, written last.
 
     Every file appears whole or not at all, so that two sweeps may prepare the same data at once: both write the same.
     """
@@ -50,10 +50,19 @@ class ShardFolder:
 
     def save_manifest(self, manifest: dict[str, Any]) -> None:
         """Mark the preparation as finished."""
+        self._write_json("manifest.json", manifest)
+
+    def origin(self) -> dict[str, Any]:
+        """What the rows were made from, as `save_origin` had it; empty where an earlier version prepared them."""
         try:
-            (self.path / "manifest.json").write(json.dumps(manifest, indent=1).encode())
-        except OSError as error:
-            raise SweepError(f"storage: {self.path}: cannot be written: {error.strerror or error}") from None
+            found: dict[str, Any] = json.loads((self.path / "origin.json").read())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found
+
+    def save_origin(self, origin: dict[str, Any]) -> None:
+        """Write down the source's files and the digest of their rows."""
+        self._write_json("origin.json", origin)
 
     def shard(self, i: int, rows: slice = slice(None)) -> Float32[np.ndarray, "rows input_dim"]:
         """Shard `i`, or some rows of it; of a file on a disk no others are read."""
@@ -71,6 +80,12 @@ class ShardFolder:
     def save_stats(self, mean: np.ndarray, std: np.ndarray) -> None:
         """Write mean and std as float32."""
         self._write(self.path / "stats.npy", np.stack([mean, std]).astype(np.float32))
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        try:
+            (self.path / name).write(json.dumps(content, indent=1).encode())
+        except OSError as error:
+            raise SweepError(f"storage: {self.path}: cannot be written: {error.strerror or error}") from None
 
     def _shard(self, i: int) -> Place:
         return self.path / f"shard-{i:05d}.npy"

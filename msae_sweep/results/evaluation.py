@@ -13,6 +13,7 @@ from rich.table import Table
 
 from msae_sweep.config import DataConfig, parse
 from msae_sweep.data.catalog import open_source, select
+from msae_sweep.data.changes import what_changed
 from msae_sweep.data.passes import Job
 from msae_sweep.data.source import BlockInfo
 from msae_sweep.data.split import standardise
@@ -177,6 +178,30 @@ def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> 
     ranges = source.row_ranges(block, max(1, RANGE_BYTES // (8 * info.input_dim)))
     job = Job(source, ranges, split_by, data.seed, data.val_split)
     return Plan(job, info, side, data.drop_nonfinite, found.file.mean, found.file.std)
+
+
+def check_unchanged(sweep: str, plan: Plan, say: Callable[[str], None] = lambda line: None) -> None:
+    """Whether a sweep's data still is what its models were trained on; nothing is known of what older sweeps read.
+
+    Raises:
+        DataError: it has changed since; the message names what.
+    """
+    manifests, origins = (_json_of(Place(sweep) / name) for name in ("data.json", "origins.json"))
+    block = str(plan.info.block)
+    if block in manifests:
+        changed = what_changed(plan.job.source, plan.info, manifests[block], origins.get(block, {}), say)
+        if changed:
+            raise DataError(
+                f"{changed}: not the rows that {sweep} was about; bring them back, or give rows with --data"
+            )
+
+
+def _json_of(place: Place) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(place.read())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def choose_device(name: str) -> torch.device:

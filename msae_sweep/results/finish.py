@@ -1,16 +1,15 @@
 """What a sweep leaves behind when it ends: summary, reconstruction, figure, each block's best model."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.data import planted
+from msae_sweep.errors import DataError
 from msae_sweep.results.folder import SweepFolder
-from msae_sweep.results.record import TrialRecord
+from msae_sweep.results.record import TrialRecord, ranked
 from msae_sweep.results.summary import best_entry, block_entry, reconstruction
 from msae_sweep.sae import modelfile
 
@@ -30,6 +29,37 @@ class Written(NamedTuple):
     """Of each block's best trial, as `figures.training_figure` takes them; empty where no trial has ended."""
 
 
+def lost_models(folder: SweepFolder, records: Sequence[TrialRecord]) -> dict[str, str]:
+    """The blocks' best trials whose models cannot be read, by trial_id, and what is wrong with their files."""
+    lost = {}
+    for block in {record.block for record in records}:
+        best = next((r for r in ranked([r for r in records if r.block == block]) if r.has_model), None)
+        if best is None:
+            continue
+        try:
+            load_model(folder, best.trial_id)
+        except DataError as error:
+            lost[best.trial_id] = str(error)
+    return lost
+
+
+def load_model(folder: SweepFolder, trial_id: str) -> modelfile.ModelFile:
+    """A trial's best model.
+
+    Raises:
+        DataError: its file is missing or damaged.
+    """
+    file = folder.model_file(trial_id)
+    content = folder.read(file)
+    if content is None:
+        raise DataError(f"{file} is missing")
+    try:
+        modelfile.check_sums(content)
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error})") from None
+    return modelfile.load(file, content)
+
+
 def write(
     config: SweepConfig,
     folder: SweepFolder,
@@ -39,6 +69,8 @@ def write(
     seconds: float,
 ) -> Written:
     """Write everything that follows from the records; an interrupted sweep gets it too, for what there is.
+
+    The blocks' best models are there: `lost_models` found none.
 
     Args:
         seconds: wall time of this run, without preparation.
@@ -58,17 +90,19 @@ def write(
     for name, block in blocks.items():
         if (best := best_entry(block)) is None:
             continue
-        file = folder.fetch(folder.model_file(best["trial_id"]))
-        assert file is not None, f"{best['trial_id']} ended without a model"
-        model = modelfile.load(file)
+        file = folder.model_file(best["trial_id"])
+        content = folder.read(file)
+        assert content is not None, f"{file} was there a moment ago"
+        model = modelfile.load(file, content)
         if config.data.path == "planted":
             dictionary = planted.true_dictionary(config.data.planted, int(name.removeprefix("block")))
             block["dictionary_recovery"] = planted.recovery(model.model.W_dec.detach().numpy(), model.std, dictionary)
         histories[name] = {**model.history, "best_epoch": best["best_epoch"]}
         target = folder.path / "models" / f"msae_{name}.pt"
-        folder.write(target, partial(shutil.copyfile, file))
-        modelfile.save_safetensors(model, target.with_suffix(".safetensors"))
-        folder.written(target.with_suffix(".safetensors"), target.with_suffix(".json"))
+        tensors, beside = modelfile.to_safetensors(model)
+        folder.write(target, content)
+        folder.write(target.with_suffix(".safetensors"), tensors)
+        folder.write(target.with_suffix(".json"), beside)
     folder.write_text(folder.path / "results" / "reconstruction.json", json.dumps(reconstruction(summary), indent=2))
     folder.write_text(folder.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
     return Written(summary, histories)
@@ -77,7 +111,7 @@ def write(
 def write_figure(folder: SweepFolder, png: bytes) -> Path:
     """Write the notebook's figure; returns its file."""
     target = folder.path / FIGURE
-    folder.write(target, lambda path: path.write_bytes(png))
+    folder.write(target, png)
     return target
 
 

@@ -15,18 +15,23 @@ In an object store it looks the same, but that journal/events.jsonl lies there i
 
 import atexit
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from msae_sweep.errors import SweepError, first_line
+from msae_sweep.errors import StorageError, SweepError, first_line
 from msae_sweep.places import Place
 from msae_sweep.results import lease, mirror
 from msae_sweep.results.record import TrialRecord
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Errors of the system that say that a disk is full, read-only or broken."""
 
 
 class SweepFolder:
@@ -125,7 +130,9 @@ class SweepFolder:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise _not_ours(file, error) from None
+            raise SweepError(
+                f"{file} is damaged ({first_line(error)}); `msae-sweep resume {self}` writes it again"
+            ) from None
         return found
 
     def exists(self) -> bool:
@@ -194,27 +201,54 @@ class SweepFolder:
         if self._shared is not None:
             (self._shared / "trials").delete()
 
-    def write(self, path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
-        """Let `write` fill a file beside `path`, then put it in its place: readers see the old file or the new one.
+    def write(self, path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
+        """Replace a file in one step: readers see the old one or the new one.
 
         `durable` waits until it is safe from a power cut, which takes milliseconds.
+
+        Raises:
+            StorageError: the disk is full, the folder is read-only, or the store refuses.
         """
-        if self._shared is not None and self._mirror is None:
-            with tempfile.TemporaryDirectory() as folder:
-                part = Path(folder) / path.name
-                write(part)
-                self._place(path).write(part.read_bytes())
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            write(part)
-            if durable and self._mirror is None:
-                self.make_durable(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+            if self._shared is not None and self._mirror is None:
+                self._place(path).write(content)
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.{os.getpid()}.part")
+            try:
+                part.write_bytes(content)
+                if durable and self._mirror is None:
+                    _sync(part)
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise self.unwritable(path, error) from error
         self.written(path)
+
+    @contextlib.contextmanager
+    def storage_errors(self) -> Iterator[None]:
+        """Turn what a full disk or a folder that became read-only makes anybody raise into a `StorageError`."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _OF_THE_DISK:
+                raise
+            raise self.unwritable(Path(error.filename or self.path), error) from error
+
+    def unwritable(self, path: Path, error: OSError) -> StorageError:
+        """The error to raise where writing `path` failed: what failed, and the way out."""
+        reason = error.strerror or first_line(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            there = next(folder for folder in (path, *path.parents) if folder.exists())
+            with contextlib.suppress(OSError):
+                reason += f", {shutil.disk_usage(there).free / 2**20:,.0f} MiB are free"
+            reason += "; make room"
+        elif error.errno in _OF_THE_DISK:
+            reason += "; make it writable"
+        is_remote = self._shared is not None and path.is_relative_to(self.path)
+        file = self._place(path) if is_remote else path
+        return StorageError(f"{file} cannot be written: {reason}, then go on with: msae-sweep resume {self}")
 
     def written(self, *paths: Path) -> None:
         """Files were written here by other means than `write`, or removed: bring them to where others find them."""
@@ -228,15 +262,24 @@ class SweepFolder:
         except FileNotFoundError:
             return None
 
+    def has(self, path: Path) -> bool:
+        """Whether a file is there, here or in the store."""
+        return path.exists() or (self._shared is not None and self._place(path).is_file())
+
     def fetch(self, path: Path) -> Path | None:
-        """The same as a path on this machine."""
-        if self._shared is not None and not path.exists():
-            content = self.read(path)
-            if content is None:
-                return None
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        return path if path.exists() else None
+        """A file as a path on this machine; None where there is none.
+
+        A file that is only in the store comes as a temporary copy of the same name, alone in a folder. Whoever asked
+        for it removes that folder; otherwise every ended trial would leave its model on the driver's disk.
+        """
+        if path.exists() or self._shared is None:
+            return path if path.exists() else None
+        content = self.read(path)
+        if content is None:
+            return None
+        copy = Path(tempfile.mkdtemp(dir=self.path, prefix="fetched-")) / path.name
+        copy.write_bytes(content)
+        return copy
 
     def remove(self, path: Path) -> None:
         """Remove a file, if it is there."""
@@ -244,13 +287,19 @@ class SweepFolder:
         self.written(path)
 
     def make_durable(self, path: Path) -> None:
-        """Wait until a file is safe from a power cut, whoever wrote it."""
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        """Wait until a file is safe from a power cut, whoever wrote it.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        try:
+            _sync(path)
+        except OSError as error:
+            raise self.unwritable(path, error) from error
 
     def write_text(self, path: Path, text: str) -> None:
         """`write` for text."""
-        self.write(path, lambda part: part.write_text(text, encoding="utf-8"))
+        self.write(path, text.encode())
 
     def save_record(self, record: TrialRecord) -> None:
         """Write a trial's `trial.json`."""
@@ -260,21 +309,35 @@ class SweepFolder:
         """Every trial that was written so far, by trial_id.
 
         Raises:
-            SweepError: a file of one holds something else.
+            SweepError: a file is damaged.
         """
-        records = {}
+        records, damaged = self.read_records()
+        for what in damaged.values():
+            raise SweepError(f"{what}; `msae-sweep resume {self}` trains this trial again")
+        return records
+
+    def read_records(self) -> tuple[dict[str, TrialRecord], dict[str, str]]:
+        """Every trial that was written so far, and what is wrong with each file that is damaged, both by trial_id."""
+        records, damaged = {}, {}
         for file in sorted(self.path.glob("trials/*/trial.json")):
             try:
-                record = TrialRecord.from_json(file.read_text(encoding="utf-8"))
+                records[file.parent.name] = TrialRecord.from_json(file.read_text(encoding="utf-8"))
             except (ValueError, TypeError) as error:
-                raise _not_ours(file, error) from None
-            records[record.trial_id] = record
-        return records
+                damaged[file.parent.name] = f"{file} is damaged ({first_line(error)})"
+        return records, damaged
+
+    def models(self) -> set[str]:
+        """Trials of which a model file is there that is not cut off, as far as its size and its end tell."""
+        if self._shared is not None:
+            files = (self._shared / "trials").files(recursive=True)
+            return {file.parent.name for file, info in files.items() if file.name == "model.pt" and info.size > 0}
+        return {file.parent.name for file in self.path.glob("trials/*/model.pt") if zipfile.is_zipfile(file)}
 
     def _place(self, path: Path) -> Place:
         assert self._shared is not None
         return self._shared / path.relative_to(self.path).as_posix()
 
 
-def _not_ours(file: Path, error: Exception) -> SweepError:
-    return SweepError(f"{file}: not what a sweep writes there: {first_line(error)}; restore it from a copy")
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from msae_sweep.errors import SweepError
+from msae_sweep.errors import StorageError, SweepError, first_line
 from msae_sweep.places import Place
 
 AT_ONCE = 16
@@ -85,8 +85,10 @@ class Mirror:
     def __init__(self, copy: Path, shared: Place) -> None:
         self._copy, self._shared = copy, shared
         self._changed: dict[Path, None] = {}
-        self._lock, self._wake, self._idle = threading.Lock(), threading.Event(), threading.Event()
-        self._idle.set()
+        self._news = threading.Condition()
+        self._asked = 0
+        """Counts what was asked of the thread; a round that begins at some count has brought all until then."""
+        self._brought = 0
         self._closing = False
         self._error: str | None = None
         self._journal_end = self._events_size()
@@ -101,62 +103,64 @@ class Mirror:
         """Bring these files across, or remove them there if they are gone; returns at once.
 
         Raises:
-            SweepError: the store has failed for too long.
+            StorageError: the store has failed for too long.
         """
         if self._error is not None:
-            raise SweepError(self._error)
-        with self._lock:
+            raise StorageError(self._error)
+        with self._news:
             for path in paths:
                 self._changed.pop(path, None)
                 self._changed[path] = None
-            self._idle.clear()
-        self._wake.set()
+            self._asked += 1
+            self._news.notify_all()
 
     def flush(self) -> None:
-        """Wait until everything is there.
+        """Wait until everything that was written before this call is there, the journal's last line too.
 
         Raises:
-            SweepError: the store has failed for too long.
+            StorageError: the store has failed for too long.
         """
         self.changed()
-        self._idle.wait()
+        with self._news:
+            asked = self._asked
+            self._news.wait_for(lambda: self._brought >= asked)
         if self._error is not None:
-            raise SweepError(self._error)
+            raise StorageError(self._error)
 
     def close(self) -> None:
         """Bring what is left across and end; a failure is no more news then."""
-        self._closing = True
-        self._idle.clear()
-        self._wake.set()
-        self._idle.wait()
+        with self._news:
+            self._closing = True
+            self._news.notify_all()
+        self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            closing = self._closing
-            with self._lock:
+        closing = False
+        while not closing:
+            with self._news:
+                self._news.wait_for(lambda: self._closing or self._asked > self._brought)
+                closing, asked = self._closing, self._asked
                 batch, self._changed = list(self._changed), {}
             if self._error is None:
-                self._patiently(batch)
-            with self._lock:
-                if not self._changed:
-                    self._idle.set()
-            if closing:
-                return
+                self._error = self._patiently(batch)
+            with self._news:
+                self._brought = asked
+                self._news.notify_all()
 
-    def _patiently(self, batch: list[Path]) -> None:
+    def _patiently(self, batch: list[Path]) -> str | None:
+        """One round, tried again while the store fails; returns why it is given up."""
         started = time.monotonic()
         while True:
             try:
                 self._round(batch)
             except OSError as error:
                 if time.monotonic() - started > PATIENCE_SECONDS:
-                    self._error = f"storage: {error}; what is on its way is lost, resume when the store is back"
-                    return
+                    return f"storage: {error}; what is on its way is lost, resume when the store is back"
                 time.sleep(2)
+            except Exception as error:  # a thread that ended would have everybody wait for ever
+                return f"storage: {type(error).__name__}: {first_line(error)}; what is on its way is lost, resume it"
             else:
-                return
+                return None
 
     def _round(self, batch: list[Path]) -> None:
         contents = {path: path.read_bytes() if path.is_file() else None for path in batch}

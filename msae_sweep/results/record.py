@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from msae_sweep.config import TrainingConfig
 
@@ -45,6 +45,11 @@ class TrialRecord:
         """Whether it has a status that lasts."""
         return self.status in FINAL
 
+    @property
+    def has_model(self) -> bool:
+        """Whether it ended in a way that leaves a model which may be the best."""
+        return self.status in ("completed", "stopped_early")
+
     def add_points(self, points: list[dict[str, float]]) -> list[dict[str, float]]:
         """Append epochs that are not known yet and return them; a restarted trial reports some twice."""
         new = [point for point in points if point["epoch"] > self.epochs]
@@ -61,8 +66,17 @@ class TrialRecord:
 
     @classmethod
     def from_json(cls, text: str) -> "TrialRecord":
-        """Read `to_json` back."""
-        return cls(**json.loads(text))
+        """Read `to_json` back.
+
+        Raises:
+            ValueError, TypeError: it is something else.
+        """
+        record = cls(**json.loads(text))
+        if record.status not in get_args(Status) or not isinstance(record.params, dict):
+            raise ValueError(f"status {record.status!r} or params {record.params!r} is none of a trial")
+        if not isinstance(record.points, list) or not all(isinstance(point, dict) for point in record.points):
+            raise ValueError("its points are not a list of metrics")
+        return record
 
 
 def ranked(records: list[TrialRecord]) -> list[TrialRecord]:

@@ -52,7 +52,7 @@ def block_entry(
 
     `best_by_k_levels` names the best trial of every set of levels, whose objectives mean different things.
     """
-    order = [record for record in ranked(records) if record.status in ("completed", "stopped_early")]
+    order = [record for record in ranked(records) if record.has_model]
     rest = [record for record in records if record not in order]
     best = order[0] if order else None
     by_levels: dict[str, str] = {}

@@ -1,9 +1,11 @@
 """Model files: the notebook's `msae_block{B}.pt`, and the same as safetensors with JSON beside it."""
 
+import io
 import json
 import re
 import threading
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +36,9 @@ class ModelFile(NamedTuple):
         return StandardisedMSAE(self.model, mean, std)
 
 
-def save(file: ModelFile, path: str | Path) -> None:
-    """Write the notebook's format: model_state_dict, config, normalization (numpy), history."""
+def to_bytes(file: ModelFile) -> bytes:
+    """The notebook's format: model_state_dict, config, normalization (numpy), history."""
+    buffer = io.BytesIO()
     torch.save(
         {
             "model_state_dict": {name: tensor.detach().cpu() for name, tensor in file.model.state_dict().items()},
@@ -43,12 +46,26 @@ def save(file: ModelFile, path: str | Path) -> None:
             "normalization": {"mean": np.asarray(file.mean), "std": np.asarray(file.std)},
             "history": file.history,
         },
-        path,
+        buffer,
     )
+    return buffer.getvalue()
 
 
-def load(path: str | Path) -> ModelFile:
+def save(file: ModelFile, path: str | Path) -> None:
+    """Write the notebook's format.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # torch reports a full disk as "unexpected pos 3520 vs 3414" when it writes to the path itself.
+    Path(path).write_bytes(to_bytes(file))
+
+
+def load(path: str | Path, content: bytes | None = None) -> ModelFile:
     """Read the notebook's format without running any code from it (`weights_only`).
+
+    Args:
+        content: the file's bytes, where they have been read already; `path` then only names them in messages.
 
     Its tensors may have other names and orientations than ours: they are told by their shapes, and the encoder from the
     decoder by `enc` or `dec` in its name.
@@ -59,7 +76,8 @@ def load(path: str | Path) -> ModelFile:
     try:
         with _ALLOWING, warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_globals()):
             warnings.simplefilter("ignore")  # of a foreign pickle's version; why it is refused is said below
-            raw = torch.load(path, map_location="cpu", weights_only=True)
+            source = path if content is None else io.BytesIO(content)
+            raw = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such model file") from None
     except Exception as error:
@@ -79,16 +97,40 @@ def load(path: str | Path) -> ModelFile:
         raise DataError(f"{path}: not an MSAE model file: {first_line(error)}") from None
 
 
-def save_safetensors(file: ModelFile, path: str | Path) -> None:
-    """Write tensors with mean and std as safetensors, and config with history as `.json` beside it."""
+def check_sums(content: bytes) -> None:
+    """Compare what torch saved with the checksums in it, which `torch.load` does not look at.
+
+    Raises:
+        ValueError: the bytes are not those that were saved.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"it is cut off or no file of torch's: {first_line(error)}") from None
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} in it is wrong")
+
+
+def to_safetensors(file: ModelFile) -> tuple[bytes, bytes]:
+    """Tensors with mean and std as safetensors, and config with history as the JSON that lies beside them."""
     from safetensors.numpy import save as serialise
 
-    path = Path(path)
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in file.model.state_dict().items()}
     tensors |= {"normalization.mean": np.asarray(file.mean), "normalization.std": np.asarray(file.std)}
-    path.write_bytes(serialise(tensors))
     beside = {"config": file.model.config, "history": file.history}
-    path.with_suffix(".json").write_text(json.dumps(beside, indent=2), encoding="utf-8")
+    return serialise(tensors), json.dumps(beside, indent=2).encode()
+
+
+def save_safetensors(file: ModelFile, path: str | Path) -> None:
+    """Write `to_safetensors` to `path` and, with the suffix `.json`, beside it.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    tensors, beside = to_safetensors(file)
+    Path(path).write_bytes(tensors)
+    Path(path).with_suffix(".json").write_bytes(beside)
 
 
 def load_safetensors(path: str | Path) -> ModelFile:

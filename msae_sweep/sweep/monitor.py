@@ -1,5 +1,6 @@
 """The driver's side of a running sweep: turns what trials report into records, files, tracking and display."""
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
+from msae_sweep.errors import StorageError
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.ladder import STOPPED_AT
 from msae_sweep.results.record import FINAL, Status, TrialRecord
@@ -65,6 +67,8 @@ class Monitor(tune.Callback):  # type: ignore[misc]
     ) -> None:
         """New epochs."""
         record = self._record(trial)
+        for note in result.get("notes", []):
+            self._display.say(note)
         runs_on = result.get("runs_on", {})
         # Said once for each kind: how many bytes are free differs from worker to worker.
         kind = {key: text.split(":")[0] for key, text in runs_on.items()}
@@ -94,10 +98,14 @@ class Monitor(tune.Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Its worker or node was lost, or it failed; Tune starts it again."""
+        if self._cannot_be_kept(trial):
+            return
         self._display.say(f"{self._record(trial).trial_id} starts again from its last state: {_what_failed(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """It failed, and was not to be started again; Tune calls this only after `max_failures`."""
+        if self._cannot_be_kept(trial):
+            return
         self._end(self._record(trial), "failed", _what_failed(trial))
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -106,6 +114,14 @@ class Monitor(tune.Callback):  # type: ignore[misc]
 
     def _record(self, trial: Trial) -> TrialRecord:
         return self._records[trial.config["trial"]["trial_id"]]
+
+    def _cannot_be_kept(self, trial: Trial) -> bool:
+        """Whether a trial failed because its worker could not write to the sweep folder, which ends the sweep."""
+        # Ray hands on the text of a worker's exception, not the exception.
+        found = re.search(r"^msae_sweep\.errors\.StorageError: (.+)$", _error_text(trial), re.MULTILINE)
+        if found:
+            self._scribe.fail(StorageError(found[1]))
+        return found is not None
 
     def _save(self, record: TrialRecord) -> None:
         self._scribe.post(partial(self._folder.write_text, self._folder.record_file(record.trial_id), record.to_json()))
@@ -119,8 +135,10 @@ class Monitor(tune.Callback):  # type: ignore[misc]
     def _write_end(self, record: TrialRecord, tags: dict[str, str]) -> None:
         """In the scribe's thread. What is said last is what a resumed sweep goes by, so all else comes before it."""
         ended_well = record.status in ("completed", "stopped_early")
-        model = self._folder.fetch(self._folder.model_file(record.trial_id)) if ended_well else None
-        if model is not None:
+        model = self._folder.model_file(record.trial_id) if ended_well else None
+        if model is not None and not self._folder.has(model):
+            model = None
+        if model is not None and model.exists():
             self._folder.make_durable(model)
         # The journal before the record: a trial whose record says that it ended is never spoken of again, while saying
         # twice that it ended changes nothing.
@@ -140,6 +158,14 @@ class Monitor(tune.Callback):  # type: ignore[misc]
 
 def _what_failed(trial: Trial) -> str:
     """The last error that Tune noted of a trial, in one line."""
-    # The driver's own file: Tune's `get_pickled_error` looks in the storage, where the file comes to lie later.
-    lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines() if trial.error_file else []
+    lines = _error_text(trial).strip().splitlines()
     return (lines[-1] if lines else "the worker was lost")[:300]
+
+
+def _error_text(trial: Trial) -> str:
+    """All that Tune noted of a trial's errors."""
+    # The driver's own file: Tune's `get_pickled_error` looks in the storage, where the file comes to lie later.
+    try:
+        return Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+    except FileNotFoundError:
+        return ""

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -21,8 +21,10 @@ import ray
 from rich.console import Console
 
 import msae_sweep
-from msae_sweep.config import SweepConfig, load
+from msae_sweep.config import SweepConfig, load, parse
 from msae_sweep.data import shards
+from msae_sweep.data.catalog import open_source
+from msae_sweep.data.changes import what_changed
 from msae_sweep.data.source import BlockInfo
 from msae_sweep.errors import ConfigError, SweepError, first_line
 from msae_sweep.results import finish
@@ -33,6 +35,7 @@ from msae_sweep.sweep.drawing import beside, side_by_side
 from msae_sweep.sweep.preparation import Preparation, leaves_cores
 from msae_sweep.sweep.resources import gpus_per_trial
 from msae_sweep.sweep.tuning import Tuning
+from msae_sweep.track import journal
 from msae_sweep.track.tracker import SyncReport, Tracker
 from msae_sweep.track.uri import redact, resolve_uri
 
@@ -77,6 +80,8 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     infos = shards.check(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
     for info in infos:
         config.check_width(info.input_dim, info.block)
+    if resume:
+        _check_same_data(folder, config, infos, console)
 
     if not ray.is_initialized():
         size = f"{len(infos)} x {config.n_trials_per_block()} trials"
@@ -84,7 +89,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     connect()
     gpus = gpus_per_trial(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
     folder.create()
-    with folder.driven():
+    with folder.driven(), folder.storage_errors():
         return _drive(config, folder, infos, gpus, command, console)
 
 
@@ -102,6 +107,8 @@ def _drive(
     def begin() -> None:
         manifests = {block: p.manifest for block, p in preparation.wait().items()}
         # From here on the sweep exists, and can be resumed.
+        origins = {block: p.origin for block, p in preparation.wait().items()}
+        folder.write_text(folder.path / "origins.json", json.dumps(origins, indent=1))
         folder.write_text(folder.path / "data.json", json.dumps(manifests, indent=1))
         folder.write_text(folder.config_file, redact(config.to_yaml()))
         tracker.sweep_started(
@@ -129,7 +136,7 @@ def _drive(
         raise
     finally:
         preparation.close()
-    interrupted = len(records) < tuning.n_trials or any(not record.finished for record in records)
+    interrupted = not tuning.is_whole
     seconds = time.monotonic() - started
     manifests = {block: p.manifest for block, p in prepared.items()}
     summary, histories = finish.write(config, folder, records, manifests, seconds=seconds)
@@ -172,7 +179,7 @@ def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConf
     """`load_config` of a folder that is there already."""
     if not folder.exists():
         raise SweepError(f"{folder}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
-    config = load(folder.config_file, source=f"{folder}/sweep.yaml")
+    config = _config_file(folder)
     uri = tracking_uri or config.tracking.uri
     if uri and uri != tracking_uri and "***" in uri:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -184,6 +191,26 @@ def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConf
     # The folder may have been moved, or mounted elsewhere, since.
     moved = {"storage": folder.storage, "name": folder.name}
     return config.model_copy(update={**moved, "tracking": config.tracking.model_copy(update={"uri": uri})})
+
+
+def _config_file(folder: SweepFolder) -> SweepConfig:
+    """The resolved search-space file; where it is damaged, as the journal has it."""
+    source = f"{folder}/sweep.yaml"
+    try:
+        config = load(folder.config_file, source=source)
+        # `to_yaml` writes every key, and this one last. A file that was cut off can still be YAML.
+        if "storage" not in config.model_fields_set:
+            raise ConfigError(f"{source}: is cut off")
+        return config
+    except ConfigError as error:
+        if (started := _started(folder)) is None:
+            raise
+        try:
+            config = parse(started["config_yaml"], source=source)
+        except ConfigError:  # it is not the file that is wrong, e.g. another version wrote it
+            raise error from None
+        logging.getLogger(__name__).warning("%s; taken from the journal instead", error)
+        return config
 
 
 def connect() -> None:
@@ -263,6 +290,44 @@ def _check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
                 )
 
 
+def _check_same_data(folder: SweepFolder, config: SweepConfig, infos: Sequence[BlockInfo], console: Console) -> None:
+    """A resumed sweep trains on the rows that its finished trials were trained on.
+
+    Raises:
+        SweepError: the data has changed since; the message names what.
+    """
+    manifests = _undamaged(folder, "data.json") or (_started(folder) or {}).get("datasets", {})
+    origins, source = _undamaged(folder, "origins.json"), open_source(config.data)
+    for info in infos:
+        if (manifest := manifests.get(str(info.block))) is None:
+            continue
+        changed = what_changed(
+            source,
+            info,
+            manifest,
+            origins.get(str(info.block), {}),
+            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        )
+        if changed:
+            raise SweepError(
+                f"{changed}: not the data that sweep {config.name} was started with; bring that back, or give "
+                "another --name"
+            )
+
+
+def _undamaged(folder: SweepFolder, name: str) -> dict[str, Any]:
+    """A JSON file of the sweep; empty where it is missing or damaged, as the run that reads it here writes it again."""
+    try:
+        return folder.read_json(name)
+    except SweepError:
+        return {}
+
+
+def _started(folder: SweepFolder) -> dict[str, Any] | None:
+    """What the journal says of the sweep's last start, which is all that the files beside it say."""
+    return journal.last(folder.path, "sweep_started")
+
+
 def _import_ahead(preparation: Preparation) -> None:
     """Once the data is ready: before, this process is busy enough with that and with starting workers."""
     with contextlib.suppress(Exception):  # which the main thread hears of
@@ -290,7 +355,10 @@ def _write_report(folder: SweepFolder, console: Console) -> str | None:
 
 def _identity(folder: SweepFolder, config: SweepConfig, command: str, gpus: float) -> dict[str, Any]:
     """The sweep's id, made once, and where each run of it came from."""
-    identity = folder.read_json("identity.json") or {"sweep_id": uuid.uuid4().hex}
+    # Under another id MLflow would get every run twice.
+    identity = _undamaged(folder, "identity.json") or {
+        "sweep_id": (_started(folder) or {}).get("sweep_id") or uuid.uuid4().hex
+    }
     started = datetime.now(UTC).isoformat(timespec="seconds")
     run = {"command": redact(command), "started": started, "host": platform.node()}
     if accelerators := sorted(

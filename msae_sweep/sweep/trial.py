@@ -28,7 +28,7 @@ from ray import tune
 from msae_sweep.config import TrainingConfig
 from msae_sweep.data.loader import Batches, ResidentBatches, default_budget, make_batches
 from msae_sweep.data.shards import PreparedBlock
-from msae_sweep.errors import MsaeSweepError, first_line
+from msae_sweep.errors import MsaeSweepError, StorageError, first_line
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.sae import kernels, modelfile
 from msae_sweep.sae.step_cache import StepCache
@@ -93,6 +93,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         self._training = TrainingConfig.model_validate(spec["training"])
         self._state: TrainState | None = None
         self._progress: Iterator[Progress] | None = None
+        self._notes: list[str] = []
         self._n_reported = 0
         self._seconds = 0.0
         self._trained: tuple[float, float] | None = None
@@ -111,6 +112,9 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             if "can't allocate memory" not in str(error):
                 raise
             return self._give_up(_out_of_memory(error))
+        except StorageError:
+            # No other trial can save anything either: the driver ends the sweep.
+            raise
         except MsaeSweepError as error:
             return self._give_up(str(error))
         assert self._state is not None
@@ -128,6 +132,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             "status": ("diverged" if reason == "diverged" else "completed") if done else "running",
             "reason": reason,
             "runs_on": self._runs_on,
+            "notes": self._take_notes(),
             "done": done,
         }
 
@@ -184,20 +189,33 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         train, validation = self._load_data(device)
         input_dim = self._prepared[self._block].input_dim
         assert self._training.seed is not None, "the driver gives every trial its seed"
-        saved = self._folder.read(self._folder.state_file(self._trial_id))
-        fresh = saved is None
-        self._state = TrainState.create(
-            self._training, input_dim, seed=self._training.seed, device=device, train=train if fresh else None
+        self._state = self._saved_state(input_dim, device) or TrainState.create(
+            self._training, input_dim, seed=self._training.seed, device=device, train=train
         )
-        if saved is not None:
-            try:
-                raw = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
-            except Exception as error:  # of many kinds, none of which names the file
-                file = self._folder.state_file(self._trial_id)
-                raise RuntimeError(f"{file} holds no saved state; delete it to begin the trial anew") from error
-            self._seconds = raw["seconds"]
-            self._state.load_state_dict(raw["train_state"])
         self._progress = fit(self._state, train, validation, self._training, self._steps)
+
+    def _saved_state(self, input_dim: int, device: torch.device) -> TrainState | None:
+        """The state that the trial saved last; None where there is none, or a damaged one, which counts as lost."""
+        assert self._training.seed is not None
+        file = self._folder.state_file(self._trial_id)
+        saved = self._folder.read(file)
+        if saved is None:
+            return None
+        state = TrainState.create(self._training, input_dim, seed=self._training.seed, device=device)
+        try:
+            modelfile.check_sums(saved)
+            raw = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+            seconds = float(raw["seconds"])
+            state.load_state_dict(raw["train_state"])
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # torch raises many kinds, none of which names the file
+            self._notes.append(
+                f"{file} is damaged ({first_line(error)}): {self._trial_id} is trained from its beginning"
+            )
+            return None
+        self._seconds = seconds
+        return state
 
     def _load_data(self, device: torch.device) -> tuple[Batches, Batches]:
         """Train and validation rows of the block, kept for later trials; blocks make room for one another in turn."""
@@ -241,14 +259,20 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             block = self._prepared[self._block]
             model = modelfile.ModelFile(self._state.best_model(), block.mean, block.std, self._state.history())
             file = self._folder.model_file(self._trial_id)
-            self._folder.write(file, lambda part: modelfile.save(model, part), durable=False)
+            self._folder.write(file, modelfile.to_bytes(model), durable=False)
 
     def _save_state(self) -> None:
         """Write the state, with the best weights in it."""
         assert self._state is not None
-        raw = {"train_state": self._state.state_dict(), "seconds": self._seconds}
-        self._folder.write(self._folder.state_file(self._trial_id), lambda part: torch.save(raw, part))
+        content = io.BytesIO()
+        torch.save({"train_state": self._state.state_dict(), "seconds": self._seconds}, content)
+        self._folder.write(self._folder.state_file(self._trial_id), content.getbuffer())
         self._saved_at = time.monotonic()
+
+    def _take_notes(self) -> list[str]:
+        """Lines for the user that no report has carried yet."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def _give_up(self, reason: str) -> dict[str, Any]:
         """End this trial alone: drop what it holds, so that the next one in this process finds the memory free."""
@@ -265,6 +289,8 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             "seconds": self._seconds,
             "status": "failed",
             "reason": reason,
+            "runs_on": self._runs_on,
+            "notes": self._take_notes(),
             "done": True,
         }
 

@@ -10,7 +10,9 @@ from ray.tune.search.sample import Domain
 from rich.console import Console
 
 from msae_sweep.config import SweepConfig
+from msae_sweep.errors import SweepError
 from msae_sweep.replaced import replaced
+from msae_sweep.results import finish
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.ladder import rungs
 from msae_sweep.results.record import TrialRecord
@@ -20,8 +22,9 @@ from msae_sweep.sweep.progress import Display
 from msae_sweep.sweep.resources import trials_at_once
 from msae_sweep.sweep.schedule import BlockAsha
 from msae_sweep.sweep.scribe import Scribe
-from msae_sweep.sweep.space import plan
+from msae_sweep.sweep.space import plan, trial_record
 from msae_sweep.sweep.trial import MSAETrial
+from msae_sweep.track import journal
 from msae_sweep.track.tracker import Tracker
 
 
@@ -41,15 +44,41 @@ class Tuning:
         self._blocks = list(preparation.input_dims)
         self._at_once = (trials_at_once(config, gpus) or 0) if gpus else 0
         self._console, self._tracker = console, tracker
-        self.records = folder.load_records()
+        self.records = self._known_records()
         self.n_trials = config.n_trials_per_block() * len(self._blocks)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every trial has ended."""
+        return len(self.records) >= self.n_trials and all(record.finished for record in self.records.values())
+
     def run(self, begin: Callable[[], None]) -> list[TrialRecord]:
-        """Run what is left to run; returns every trial's record.
+        """Run what is left to run, and again those of the best whose models turn out to be damaged.
 
         Args:
             begin: writes what must be on disk before anything about a trial is.
+
+        Returns:
+            Every trial's record; the best ones' models can be read.
+
+        Raises:
+            SweepError: a model that was trained again is damaged again.
         """
+        self._run(begin)
+        trained_again: set[str] = set()
+        while lost := finish.lost_models(self._folder, list(self.records.values())):
+            is_whole = self.is_whole
+            for trial_id, what in lost.items():
+                if trial_id in trained_again:
+                    raise SweepError(f"{what}; it was trained again just now, so the disk or the store loses data")
+                self._train_again(self.records[trial_id], what)
+            # An interrupted sweep leaves them to the one that resumes it.
+            if is_whole:
+                trained_again |= lost.keys()
+                self._run(lambda: None)
+        return list(self.records.values())
+
+    def _run(self, begin: Callable[[], None]) -> None:
         config, scheduler = self._config, BlockAsha(self._config.asha)
         if config.search.algorithm != "optuna":
             # The order of the plan, on disk and in the table.
@@ -71,7 +100,7 @@ class Tuning:
             self._tracking_note,
         )
         display.show(known)
-        scribe = Scribe()
+        scribe = Scribe(begin)
         monitor = Monitor(self.records, self._folder, scheduler, scribe, self._tracker, display, self._params)
         if config.search.algorithm == "optuna":
             from msae_sweep.sweep.optuna_search import BlockOptuna
@@ -86,14 +115,47 @@ class Tuning:
             search = BasicVariantGenerator(max_concurrent=config.resources.max_concurrent or 0)
             param_space, samples, left = {"trial": _InOrder(specs)}, len(specs), len(specs)
         with scribe:
-            scribe.post(begin)
             if left:
                 with display:
                     try:
                         self._fit(param_space, search, scheduler, samples, monitor, _Failure(scribe))
                     finally:
                         self._preparation.abandon()
-        return list(self.records.values())
+
+    def _known_records(self) -> dict[str, TrialRecord]:
+        """What an earlier run wrote down. What is damaged or missing and can be trained again counts as not done."""
+        records, damaged = self._folder.read_records()
+        for trial_id, what in damaged.items():
+            self._say(f"{what}: {trial_id} is trained again")
+            if self._config.search.algorithm == "optuna":
+                records[trial_id] = self._proposed_before(trial_id)
+        models = self._folder.models()
+        for record in records.values():
+            if record.has_model and record.trial_id not in models:
+                self._train_again(record, f"{self._folder.model_file(record.trial_id)} is missing or cut off")
+        return records
+
+    def _train_again(self, record: TrialRecord, what: str) -> None:
+        """Have a trial that ended run once more: from its number follow the same settings, seed, epochs and model."""
+        self._say(f"{what}: {record.trial_id} is trained again")
+        record.status, record.reason = "pending", ""
+
+    def _proposed_before(self, trial_id: str) -> TrialRecord:
+        """A trial as Optuna proposed it, which the journal knows too: proposed again, it could be another one.
+
+        Raises:
+            SweepError: the journal does not know the trial.
+        """
+        event = journal.last(self._folder.path, "trial_started", trial_id=trial_id)
+        if event is None:
+            file = self._folder.record_file(trial_id)
+            raise SweepError(f"{file}: damaged, and the journal does not know the trial; restore the file from a copy")
+        params = {key: event["params"][key] for key in self._config.space}
+        index = int(trial_id.rpartition("-")[2])
+        return trial_record(self._config, int(event["block"]), index, params)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _fit(
         self,

@@ -10,6 +10,8 @@ A driver killed in the middle of a line leaves it torn: readers stop before it, 
 Nothing here knows MLflow.
 """
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -52,7 +54,8 @@ class Journal:
         """
         folder = sweep_folder / "journal"
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(_events(sweep_folder), "ab")  # noqa: SIM115 - open as long as the sweep runs
+        # Unbuffered: what a full disk refuses must not be tried again, and refused again, when the file is closed.
+        self._file = open(_events(sweep_folder), "ab", buffering=0)  # noqa: SIM115 - open as long as the sweep runs
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,16 +67,29 @@ class Journal:
         for entry in read(sweep_folder):
             self.seq, end = entry.seq, entry.end
         self._file.truncate(end)
+        self._end = end
 
     def append(self, event: str, *, durable: bool = False, **fields: Any) -> None:
-        """Write one event, without the secrets of any URI in it; `durable` waits until it is safe from a power cut."""
+        """Write one event, without the secrets of any URI in it; `durable` waits until it is safe from a power cut.
+
+        Raises:
+            OSError: the disk is full, or cannot be written any more; the event is not in the journal then.
+        """
         record = {"seq": self.seq + 1, "time_ms": int(time.time() * 1000), "event": event, **fields}
-        line = redact(json.dumps(record, ensure_ascii=False, default=_plain))
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        self.seq += 1
-        if durable:
-            os.fsync(self._file.fileno())
+        line = redact(json.dumps(record, ensure_ascii=False, default=_plain)).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if durable:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            # Half a line must not stand before the next one.
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            error.filename = error.filename or str(self._file.name)
+            raise
+        self.seq, self._end = self.seq + 1, self._end + len(line)
 
     def close(self) -> None:
         """Let another process write."""
@@ -93,6 +109,15 @@ def read(sweep_folder: Path, position: int = 0, seq: int = 0) -> Iterator[Entry]
                 return
             position, seq = position + len(line), seq + 1
             yield Entry(seq, _parse(line), position)
+
+
+def last(sweep_folder: Path, kind: str, **fields: Any) -> dict[str, Any] | None:
+    """The last event of a kind in which `fields` are as given; None where there is none."""
+    found = None
+    for entry in read(sweep_folder):
+        if entry.kind == kind and all(entry.event.get(key) == value for key, value in fields.items()):
+            found = entry.event
+    return found
 
 
 def lock(sweep_folder: Path) -> IO[str]:

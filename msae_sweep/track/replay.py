@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -143,24 +144,27 @@ class Replay:
         best = _metrics({f"best_{key}": value for key, value in scores.items()}, time_ms=time_ms, step=step)
         self._runs.log(trial.run_id, self._refuse(entry), metrics=best)
         self._end(entry, trial.run_id)
-        params = self._made_here.pop(event["trial_id"], None)
-        path: Path | None = None
-        if event["model_file"] is not None:
-            with self._part(entry, "model"):
-                path = self._file(event["model_file"])
-        if path is None:
+        params, name = self._made_here.pop(event["trial_id"], None), event["model_file"]
+        if name is None:
             return None
 
         def upload() -> None:
-            with self._part(entry, "model"):
+            with self._part(entry, "model"), self._file(name) as path:
                 on_model = _metrics(scores, time_ms=time_ms, step=step)
                 self._log_model(trial, path, params, on_model, step)
 
         return upload
 
-    def _file(self, name: str) -> Path:
+    @contextlib.contextmanager
+    def _file(self, name: str) -> Iterator[Path]:
+        """A file of the sweep folder; a copy that was fetched for it is removed afterwards."""
         path = self._folder / name
-        return self._fetch(path) or path
+        found = self._fetch(path) or path
+        try:
+            yield found
+        finally:
+            if found != path:
+                shutil.rmtree(found.parent, ignore_errors=True)
 
     def _log_model(
         self, trial: SentTrial, path: Path, params: Mapping[str, str] | None, metrics: Sequence[Any], step: int
@@ -194,8 +198,8 @@ class Replay:
     def _log_files(self, entry: Entry, run_id: str, names: Iterable[str]) -> None:
         for name in names:
             folder = Path(name).parent.as_posix()
-            with self._part(entry, name):
-                self._client.log_artifact(run_id, str(self._file(name)), None if folder == "." else folder)
+            with self._part(entry, name), self._file(name) as path:
+                self._client.log_artifact(run_id, str(path), None if folder == "." else folder)
 
     def _register(self, block: int, trial_id: str, metrics: Mapping[str, float]) -> None:
         trial = self._cursor.trials.get(trial_id)

@@ -26,7 +26,7 @@ LONGEST_PAUSE_SECONDS = 30.0
 LAST_TRIES = 3
 """Failures in a row after which a sender that is asked to finish gives up."""
 Fetch = Callable[[Path], Path | None]
-"""Makes a file of the sweep folder be there that may lie elsewhere so far; None where there is none."""
+"""Gives a file of the sweep folder as a path on this machine: itself, a temporary copy alone in a folder, or None."""
 _MOST_TOGETHER = 200
 """Events of metrics sent in one go."""
 UPLOADS_AT_ONCE = 4

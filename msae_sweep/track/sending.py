@@ -224,7 +224,7 @@ class _Driver:
         self._write(status._asdict())
 
     def fetch(self, path: Path) -> Path | None:
-        """Have it make a file be there."""
+        """Ask it for a file of the sweep folder."""
         self._write({"wanted": str(path)})
         answer = self._answers.get()
         if "fault" in answer:

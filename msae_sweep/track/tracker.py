@@ -50,7 +50,7 @@ class Shared(Protocol):
         """Have `call` called when it has more."""
 
     def fetch(self, path: Path) -> Path | None:
-        """Make a file of the folder be there; None where there is none."""
+        """A file of the folder, or a temporary copy of it alone in a folder; None where there is none."""
 
 
 class Tracker:

@@ -102,7 +102,7 @@ def test_every_format_gives_the_shards_that_numpy_gives(ray_session, tmp_path, r
 def test_neither_split_nor_statistics_depend_on_how_the_rows_are_cut(ray_session, tmp_path, rows, form, monkeypatch):
     path = WRITERS[form](tmp_path / "data", rows)
     few = prepare(path, tmp_path / "few")[5]
-    monkeypatch.setattr(shards, "_rows_per_range", lambda info: 23)
+    monkeypatch.setattr(shards, "rows_per_range", lambda info: 23)
     many = prepare(path, tmp_path / "many")[5]
     assert len(many.refs) > 3 * len(few.refs)
     np.testing.assert_allclose(many.mean, few.mean, rtol=1e-6)
@@ -118,7 +118,7 @@ def test_a_pass_takes_a_worker_for_every_four_row_ranges(ray_session, tmp_path, 
         return strategy(size=size)
 
     monkeypatch.setattr(ray.data, "TaskPoolStrategy", recording)
-    monkeypatch.setattr(shards, "_rows_per_range", lambda info: len(rows) // 9)
+    monkeypatch.setattr(shards, "rows_per_range", lambda info: len(rows) // 9)
     path = write_npy(tmp_path / "data", rows, chunks=1)
     n_ranges = len(prepare(path, tmp_path / "storage")[5].refs)
     assert n_ranges >= 9

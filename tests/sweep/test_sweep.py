@@ -18,7 +18,7 @@ import torch
 from planted_sweep import config, results, sweep
 
 from msae_sweep.data.planted import PlantedSource
-from msae_sweep.errors import ConfigError, DataError, DeviceError, SweepError
+from msae_sweep.errors import ConfigError, DataError, DeviceError, StorageError, SweepError
 from msae_sweep.sae import modelfile
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -392,24 +392,144 @@ def test_data_that_cannot_be_used_leaves_no_sweep_though_workers_started(tmp_pat
 
 
 def test_a_sweep_folder_that_fills_up_ends_the_sweep_and_it_can_be_resumed(finished, tmp_path, monkeypatch):
-    from msae_sweep.results.folder import SweepFolder
+    write, n_written = Path.write_bytes, []
 
-    write, n_written = SweepFolder.write, []
-
-    def until_full(self, path, *arguments, **options):
-        n_written.append(path)
+    def until_full(self, content):
+        n_written.append(self)
         if len(n_written) > 15:
-            raise OSError(28, "No space left on device")
-        write(self, path, *arguments, **options)
+            write(self, content[: len(content) // 2])
+            raise OSError(28, "No space left on device", str(self))
+        return write(self, content)
 
+    line = (
+        r"^\S+ cannot be written: No space left on device, [\d,]+ MiB are free; make room, then go on with: msae-sweep"
+    )
     with monkeypatch.context() as disk:
-        disk.setattr(SweepFolder, "write", until_full)
-        with pytest.raises(OSError, match="No space left"):
+        disk.setattr(Path, "write_bytes", until_full)
+        with pytest.raises(StorageError, match=line):
             sweep(tmp_path)
-    known = {f.parent.name: json.loads(f.read_text()) for f in (tmp_path / "sweeps/small/trials").glob("*/trial.json")}
+    folder = tmp_path / "sweeps" / "small"
+    known = {f.parent.name: json.loads(f.read_text()) for f in (folder / "trials").glob("*/trial.json")}
     assert 0 < len(known) <= 8
+    assert not list((folder / "trials").rglob("*.part"))
     resumed = sweep(tmp_path, resume=True)
     assert results(resumed.summary) == results(finished.summary)
+
+
+def test_a_worker_that_cannot_save_ends_the_sweep_in_one_line_and_no_trial_counts_as_failed(tmp_path, monkeypatch):
+    from msae_sweep.sweep import tuning
+
+    class OnAFullDisk(tuning.MSAETrial):
+        def _save_model(self):
+            error = OSError(28, "No space left on device")
+            raise self._folder.unwritable(self._folder.model_file(self._trial_id), error)
+
+    changes = ["data.blocks=[5]", "search.trials_per_block=2", "training.epochs=2"]
+    with monkeypatch.context() as disk:
+        disk.setattr(tuning, "MSAETrial", OnAFullDisk)
+        with pytest.raises(StorageError, match=r"block5-00\d/model.pt cannot be written: No space left on device, "):
+            sweep(tmp_path, *changes)
+    assert "failed" not in (tmp_path / "log").read_text()
+    resumed = sweep(tmp_path, *changes, resume=True).summary["blocks"]["block5"]["trials"]
+    assert {trial["status"] for trial in resumed} <= {"completed", "stopped_early"}
+
+
+def copy_of(finished: Any, folder: Path) -> Path:
+    """A finished sweep, to be damaged; its MLflow is another one, and empty."""
+    shutil.copytree(finished.folder.path.parent, folder / "sweeps")
+    return folder / "sweeps" / "small"
+
+
+def test_what_is_damaged_and_can_be_made_again_is_and_the_sweep_ends_as_before(finished, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    entries = {name: block["trials"] for name, block in finished.summary["blocks"].items()}
+    best, other = (entries["block5"][0]["trial_id"], entries["block20"][0]["trial_id"])
+    last = entries["block20"][-1]["trial_id"]
+    (folder / "trials" / best / "model.pt").unlink()
+    cut_off = folder / "trials" / other / "model.pt"
+    cut_off.write_bytes(cut_off.read_bytes()[:3000])
+    record = folder / "trials" / last / "trial.json"
+    record.write_text(record.read_text()[:100])
+    for name in ("identity.json", "data.json", "origins.json", "sweep.yaml"):
+        (folder / name).write_text((folder / name).read_text()[:30])
+    sweep_id = json.loads((finished.folder.path / "identity.json").read_text())["sweep_id"]
+
+    again = sweep(tmp_path, resume=True)
+    assert results(again.summary) == results(finished.summary)
+    assert json.loads((folder / "identity.json").read_text())["sweep_id"] == sweep_id
+    assert json.loads((folder / "data.json").read_text()) == json.loads(
+        (finished.folder.path / "data.json").read_text()
+    )
+    said = (tmp_path / "log").read_text()
+    for trial_id, what in (
+        (best, "missing or cut off"),
+        (other, "missing or cut off"),
+        (last, "trial.json is damaged"),
+    ):
+        assert re.search(rf"^\S+.*{what}.*: {trial_id} is trained again$", said, re.MULTILINE)
+    assert_same_weights(folder, finished.folder.path)
+
+
+def test_a_best_model_that_turns_out_to_be_damaged_at_the_end_is_trained_again(finished, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    best = finished.summary["blocks"]["block20"]["best"]
+    model = folder / "trials" / best / "model.pt"
+    content = bytearray(model.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = bytes(400)
+    model.write_bytes(content)
+    again = sweep(tmp_path, resume=True)
+    assert results(again.summary) == results(finished.summary)
+    assert f"{best} is trained again" in (tmp_path / "log").read_text()
+    assert_same_weights(folder, finished.folder.path)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for name in ("models/msae_block5.pt", "models/msae_block20.pt"):
+        weights = [modelfile.load(folder / name).model.state_dict() for folder in (one, other)]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_damaged_record_of_a_trial_that_optuna_proposed_is_proposed_again(tmp_path):
+    changes = ["search.algorithm=optuna", "data.blocks=[5]", "search.trials_per_block=3", "training.epochs=2",
+               "resources.max_concurrent=1", "asha=null"]  # fmt: skip
+    first = sweep(tmp_path, *changes)
+    record = tmp_path / "sweeps/small/trials/block5-001/trial.json"
+    record.write_text("{")
+    again = sweep(tmp_path, *changes, resume=True)
+    assert results(again.summary) == results(first.summary)
+    assert not again.interrupted
+
+
+def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_the_same_is_not(tmp_path):
+    rng = np.random.default_rng(0)
+    chunks = tmp_path / "data" / "block5"
+    chunks.mkdir(parents=True)
+    x = rng.standard_normal((600, 16), dtype=np.float32)
+    np.save(chunks / "chunk_0000.npy", x)
+    changes = [f"data.path={tmp_path}/data", "data.blocks=[5]", "search.trials_per_block=2", "training.epochs=1"]
+    first = sweep(tmp_path, *changes)
+    left = {f: f.read_bytes() for f in first.folder.path.rglob("*") if f.is_file()}
+
+    np.save(chunks / "chunk_0000.npy", x[::-1])
+    line = (
+        rf"^{chunks}: chunk_0000.npy was written again \(.*\) and holds other rows: not the data that sweep small was "
+        "started with; bring that back, or give another --name$"
+    )
+    with pytest.raises(SweepError, match=line):
+        sweep(tmp_path, *changes, resume=True)
+    assert {f: f.read_bytes() for f in first.folder.path.rglob("*") if f.is_file()} == left
+    evaluated = subprocess.run(
+        [sys.executable, "-m", "msae_sweep", "eval", str(first.folder.path)], capture_output=True, text=True
+    )
+    assert evaluated.returncode == 2
+    assert "and holds other rows: not the rows that" in evaluated.stderr
+
+    np.save(chunks / "chunk_0000.npy", x)
+    again = sweep(tmp_path, *changes, resume=True)
+    assert "files were written again; comparing their rows" in (tmp_path / "log").read_text()
+    trials = [results(sw.summary)["blocks"]["block5"]["trials"] for sw in (again, first)]
+    assert trials[0] == trials[1]
 
 
 def test_a_diverged_and_an_oversized_trial_end_alone(tmp_path):
@@ -434,15 +554,18 @@ def test_a_diverged_and_an_oversized_trial_end_alone(tmp_path):
     assert "Infinity" not in text
 
 
-def test_a_trial_that_fails_says_of_what(tmp_path):
+def test_a_trial_that_fails_says_of_what(tmp_path, monkeypatch):
+    from msae_sweep.sweep import tuning
+
+    class Failing(tuning.MSAETrial):
+        def step(self):
+            raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(tuning, "MSAETrial", Failing)
     changes = ["data.blocks=[5]", "search.trials_per_block=1", "training.epochs=1"]
-    trial = sweep(tmp_path, *changes).folder.trial("block5-000")
-    (trial / "trial.json").unlink()
-    (trial / "state.pt").write_bytes(b"rubbish")
-    again = sweep(tmp_path, *changes, "resources.max_failures=1", resume=True)
-    (entry,) = again.summary["blocks"]["block5"]["trials"]
+    (entry,) = sweep(tmp_path, *changes, "resources.max_failures=1").summary["blocks"]["block5"]["trials"]
     assert entry["status"] == "failed"
-    assert "state.pt holds no saved state; delete it to begin the trial anew" in entry["reason"]
+    assert "the device is on fire" in entry["reason"]
     assert "block5-000 starts again from its last state: " in (tmp_path / "log").read_text()
 
 

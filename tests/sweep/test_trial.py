@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ray import tune
 
 from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data import shards
+from msae_sweep.errors import StorageError
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.ladder import rungs
 from msae_sweep.sae import modelfile
@@ -160,9 +162,63 @@ def test_a_saved_state_that_would_run_code_is_refused(workers, capsys):
     spec = workers.specs()[0]
     workers.state_file(spec).parent.mkdir(parents=True)
     torch.save({"train_state": Evil(), "seconds": 0.0}, workers.state_file(spec))
-    with pytest.raises(RuntimeError, match=r"state.pt holds no saved state; delete it"):
-        workers.worker(spec).step()
+    (note,) = workers.worker(spec).step()["notes"]
+    assert "state.pt is damaged (Weights only load failed" in note
     assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut off", "rubbish", "of another trial", "some bytes are others"])
+def test_a_damaged_state_counts_as_lost_and_the_trial_ends_as_it_would_have(
+    workers, tmp_path, config, prepared, damage
+):
+    spec, wider = workers.specs()[0], workers.specs()[-1]
+    interrupted, other = Workers(config, prepared, tmp_path / "a"), Workers(config, prepared, tmp_path / "b")
+    interrupted.worker(spec, checkpoint_seconds=0).train()
+    other.worker(wider, checkpoint_seconds=0).train()
+    state = interrupted.state_file(spec)
+    whole = state.read_bytes()
+    damaged = {
+        "cut off": whole[: len(whole) // 2],
+        "rubbish": b"rubbish",
+        "of another trial": other.state_file(wider).read_bytes(),
+        "some bytes are others": whole[: len(whole) // 2] + bytes(300) + whole[len(whole) // 2 + 300 :],
+    }
+    state.write_bytes(damaged[damage])
+    reports = to_the_end(interrupted.worker(spec))
+    assert [len(report["notes"]) for report in reports] == [1] + [0] * (len(reports) - 1)
+    assert reports[0]["notes"][0].startswith(f"{state} is damaged (")
+    assert reports[0]["notes"][0].endswith("is trained from its beginning")
+    assert metrics(reports) == metrics(to_the_end(workers.worker(spec)))
+    assert_same_model(interrupted.model_file(spec), workers.model_file(spec))
+
+
+def test_a_state_that_cannot_be_saved_is_an_error_that_names_disk_and_way_out(workers, monkeypatch):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    worker = workers.worker(workers.specs()[0], checkpoint_seconds=0)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError) as raised:
+        worker.step()
+    file, folder = workers.state_file(workers.specs()[0]), workers.folder
+    assert re.fullmatch(
+        rf"{file.parent}/(state|model).pt cannot be written: No space left on device, [\d,]+ MiB are free; make room, "
+        rf"then go on with: msae-sweep resume {folder}",
+        str(raised.value),
+    )
+
+
+def test_a_trial_that_gives_up_says_what_it_ran_on(workers, monkeypatch):
+    worker = workers.worker(workers.specs()[0])
+    worker.train()
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(worker, "_train_until_report", no_memory)
+    report = worker.step()
+    assert report["status"] == "failed"
+    assert {"device", "kernel", "data"} <= report["runs_on"].keys()
 
 
 def test_a_trial_on_a_node_that_was_told_to_go_saves_its_state_whatever_its_settings(workers, monkeypatch):

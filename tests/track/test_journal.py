@@ -98,3 +98,36 @@ def test_a_cursor_is_what_was_saved_and_a_broken_one_begins_anew(tmp_path):
     assert Cursor.load(tmp_path) == cursor
     (tmp_path / "journal" / "cursor.json").write_text('{"position": 5')
     assert Cursor.load(tmp_path) == Cursor()
+
+
+class FullAfter:
+    """A file whose disk takes `n_bytes` more, and then no more."""
+
+    def __init__(self, file, n_bytes):
+        self._file, self._left, self.name = file, n_bytes, file.name
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, content):
+        if not self._left:
+            raise OSError(28, "No space left on device")
+        taken = self._file.write(content[: self._left])
+        self._left -= taken
+        return taken
+
+
+@pytest.mark.parametrize("n_bytes", [0, 20])
+def test_an_event_that_does_not_fit_on_the_disk_leaves_no_half_line_and_closing_says_nothing_new(tmp_path, n_bytes):
+    write(tmp_path, 1)
+    full = Journal(tmp_path)
+    room = full._file
+    full._file = FullAfter(room, n_bytes)
+    with pytest.raises(OSError, match="No space left") as raised:
+        full.append("metrics", number=2)
+    assert raised.value.filename == str(events(tmp_path))
+    full._file = room
+    full.append("metrics", number=3)
+    full.close()
+    assert numbers(tmp_path) == [1, 3]
+    assert [entry.seq for entry in journal.read(tmp_path)] == [1, 2]

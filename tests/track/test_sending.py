@@ -1,6 +1,7 @@
 """The sender in a process of its own: what a sweep takes. Everything else of it is tested in a thread."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def test_what_fails_is_told_and_closing_does_not_wait_for_ever(tmp_path):
 
 
 class Elsewhere:
-    """A sweep folder that lies in a store: files come when they are asked for, or not at all."""
+    """A sweep folder that lies in a store: files come as copies when they are asked for, or not at all."""
 
     def __init__(self, folder: Path, gone: str = "") -> None:
         self.folder, self.gone, self.fetched = folder, gone, []
@@ -164,9 +165,11 @@ class Elsewhere:
         if path.name == self.gone:
             raise OSError("no answer from the store")
         hidden = path.with_name(path.name + ".elsewhere")
-        if hidden.exists():
-            hidden.rename(path)
-        return path if path.exists() else None
+        if not hidden.exists():
+            return path if path.exists() else None
+        copy = Path(tempfile.mkdtemp(dir=self.folder, prefix="fetched-")) / path.name
+        shutil.copyfile(hidden, copy)
+        return copy
 
 
 def test_files_that_lie_elsewhere_are_fetched_by_the_driver(uri, tmp_path):
@@ -182,6 +185,7 @@ def test_files_that_lie_elsewhere_are_fetched_by_the_driver(uri, tmp_path):
     assert (report.pending, report.refused) == (0, 0), report
     assert "model.pt" in shared.fetched
     assert Store(uri).models("block5-000")
+    assert not list(folder.glob("fetched-*")), "a copy outlived its upload"
 
 
 def test_a_store_that_does_not_answer_loses_no_event(uri, tmp_path):

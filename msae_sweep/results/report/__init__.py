@@ -6,7 +6,6 @@ matplotlib take seconds.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -96,7 +95,7 @@ def _write(
             if elsewhere is not None:
                 (elsewhere / name).write(content)
             else:
-                folder.write(folder.path / within / name, partial(_fill, content), durable=False)
+                folder.write(folder.path / within / name, content, durable=False)
     except OSError as error:
         raise SweepError(f"{where} cannot be written: {error.strerror or error}") from None
     unfinished = [
@@ -110,7 +109,3 @@ def _write(
         for block, why in measured.missing.items()
     ]
     return Written(where, [f"{advice.name}.yaml" for advice in report.advice.values()], [*unfinished, *missing])
-
-
-def _fill(content: bytes, path: Path) -> None:
-    path.write_bytes(content)

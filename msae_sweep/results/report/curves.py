@@ -10,8 +10,8 @@ from torch import Tensor
 from msae_sweep.data.store import ShardFolder
 from msae_sweep.errors import DataError
 from msae_sweep.places import Place
+from msae_sweep.results.finish import load_model
 from msae_sweep.results.report.data import Curve, Group, Sweep, Trial
-from msae_sweep.sae import modelfile
 from msae_sweep.sae.evaluation import evaluate
 
 CACHE = "results/r2_by_k.json"
@@ -99,10 +99,7 @@ def _measure(sweep: Sweep, trial: Trial, shards: ShardFolder, manifest: Mapping[
     Raises:
         DataError: the trial's model cannot be read.
     """
-    file = sweep.folder.fetch(sweep.folder.model_file(trial.trial_id))
-    if file is None:
-        raise DataError(f"the model of {trial.trial_id} is gone")
-    model = modelfile.load(file).model
+    model = load_model(sweep.folder, trial.trial_id).model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluation = evaluate(model, _validation_rows(shards, manifest), device)
     return {

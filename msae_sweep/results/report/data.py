@@ -38,7 +38,7 @@ class Trial:
     @property
     def ended_well(self) -> bool:
         """Whether it may be the best one: it has a model, and will not change."""
-        return self.record.status in ("completed", "stopped_early") and bool(self.record.points)
+        return self.record.has_model and bool(self.record.points)
 
     @cached_property
     def best(self) -> dict[str, float]:
