@@ -207,12 +207,13 @@ class SweepFolder:
         `durable` waits until it is safe from a power cut, which takes milliseconds.
 
         Raises:
-            StorageError: the disk is full, the folder is read-only, or the store refuses.
+            StorageError: the disk is full, or the folder is read-only.
+            OSError: the store fails, which may pass.
         """
+        if self._shared is not None and self._mirror is None:
+            self._place(path).write(content)
+            return
         try:
-            if self._shared is not None and self._mirror is None:
-                self._place(path).write(content)
-                return
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{path.name}.{os.getpid()}.part")
             try:
@@ -246,9 +247,7 @@ class SweepFolder:
             reason += "; make room"
         elif error.errno in _OF_THE_DISK:
             reason += "; make it writable"
-        is_remote = self._shared is not None and path.is_relative_to(self.path)
-        file = self._place(path) if is_remote else path
-        return StorageError(f"{file} cannot be written: {reason}, then go on with: msae-sweep resume {self}")
+        return StorageError(f"{path} cannot be written: {reason}, then go on with: msae-sweep resume {self}")
 
     def written(self, *paths: Path) -> None:
         """Files were written here by other means than `write`, or removed: bring them to where others find them."""
@@ -261,10 +260,6 @@ class SweepFolder:
             return path.read_bytes() if self._shared is None else self._place(path).read()
         except FileNotFoundError:
             return None
-
-    def has(self, path: Path) -> bool:
-        """Whether a file is there, here or in the store."""
-        return path.exists() or (self._shared is not None and self._place(path).is_file())
 
     def fetch(self, path: Path) -> Path | None:
         """A file as a path on this machine; None where there is none.

@@ -136,9 +136,7 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         """In the scribe's thread. What is said last is what a resumed sweep goes by, so all else comes before it."""
         ended_well = record.status in ("completed", "stopped_early")
         model = self._folder.model_file(record.trial_id) if ended_well else None
-        if model is not None and not self._folder.has(model):
-            model = None
-        if model is not None and model.exists():
+        if model is not None and model.exists():  # in a store it is safe already
             self._folder.make_durable(model)
         # The journal before the record: a trial whose record says that it ended is never spoken of again, while saying
         # twice that it ended changes nothing.
