@@ -9,24 +9,20 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from msae_sweep.config_file import apply_override, complaint, read_text, read_yaml, section, suggest
+from msae_sweep.distribution import Distribution
 from msae_sweep.errors import ConfigError
-from msae_sweep.places import Place
+from msae_sweep.frozen_model import FrozenModel, shown
+
+__all__ = ["Distribution", "SweepConfig", "TrainingConfig", "load", "parse"]
 
 DEAD_RATIO_ALLOWED = 0.30
 """Share of dead latents above which the objective falls; the notebook's success criterion."""
@@ -38,14 +34,9 @@ KLevels = Annotated[
     Annotated[tuple[Annotated[int, Field(ge=1)], ...], Tag("[list]")] | Annotated[str, Tag("[all]")],
     Discriminator(lambda levels: "[all]" if isinstance(levels, str) else "[list]"),
 ]
-DistributionKind = Literal["loguniform", "uniform", "quniform", "randint", "choice", "grid"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class PlantedConfig(_Frozen):
+class PlantedConfig(FrozenModel):
     """Built-in data with a known answer: sparse combinations of a random dictionary (`data.path: planted`)."""
 
     rows: int = Field(40_000, ge=100)
@@ -66,7 +57,7 @@ class PlantedConfig(_Frozen):
     """Seed of dictionary and rows."""
 
 
-class DataConfig(_Frozen):
+class DataConfig(FrozenModel):
     """Where the activations are and how they are split."""
 
     path: str = Field(min_length=1)
@@ -86,6 +77,11 @@ class DataConfig(_Frozen):
     planted: PlantedConfig = PlantedConfig()
     """Settings of the built-in data; used only when `path` is `planted`."""
 
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _blocks_as_list(cls, blocks: object) -> object:
+        return [blocks] if isinstance(blocks, int) else blocks
+
     @field_validator("blocks")
     @classmethod
     def _blocks_distinct(cls, blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -94,7 +90,7 @@ class DataConfig(_Frozen):
         return blocks
 
 
-class TrainingConfig(_Frozen):
+class TrainingConfig(FrozenModel):
     """One trial's settings, in the notebook's words; the defaults are the notebook's setting."""
 
     k_levels: KLevels = (16, 32, 64, 128)
@@ -192,63 +188,7 @@ class TrainingConfig(_Frozen):
         return hidden_dim
 
 
-class Distribution(_Frozen):
-    """How one training key varies: exactly one of the six kinds, e.g. `{loguniform: [1.0e-4, 4.0e-3]}`."""
-
-    kind: DistributionKind
-    """`loguniform`, `uniform`, `quniform` (low, high, step), `randint` (high excluded), `choice` or `grid`."""
-    values: tuple[Any, ...]
-    """Bounds (with the step for `quniform`), or the options of `choice` and `grid`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_yaml(cls, raw: object) -> object:
-        if isinstance(raw, Mapping) and set(raw) == {"kind", "values"}:
-            return raw
-        kinds = get_args(DistributionKind)
-        if not isinstance(raw, Mapping) or len(raw) != 1 or next(iter(raw)) not in kinds:
-            raise ValueError(f"{raw!r} must be one of {', '.join(kinds)} with a list, e.g. {{choice: [8, 16, 32]}}")
-        ((kind, values),) = raw.items()
-        if not isinstance(values, list | tuple):
-            raise ValueError(f"{kind}: {values!r} must be a list")
-        frozen = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-        return {"kind": kind, "values": frozen}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        kind, values = self.kind, self.values
-        if kind in ("choice", "grid"):
-            if not values:
-                raise ValueError(f"{kind}: needs at least one option")
-            if len({repr(v) for v in values}) != len(values):
-                raise ValueError(f"{kind}: {list(values)} repeats an option")
-            return self
-        n_bounds = 3 if kind == "quniform" else 2
-        form = "[low, high, step]" if kind == "quniform" else "[low, high]"
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-        if len(values) != n_bounds or not numbers:
-            hint = " (YAML reads 1e-4 as a word; write 1.0e-4)" if any(isinstance(v, str) for v in values) else ""
-            raise ValueError(f"{kind}: {list(values)} must be numbers {form}{hint}")
-        low, high = values[:2]
-        if low >= high:
-            raise ValueError(f"{kind}: low {low} must be below high {high}")
-        if kind == "loguniform" and low <= 0:
-            raise ValueError(f"loguniform: low {low} must be above 0")
-        if kind == "randint" and not all(isinstance(v, int) for v in values):
-            raise ValueError(f"randint: {list(values)} must be whole numbers")
-        if kind == "quniform" and not 0 < values[2] <= high - low:
-            raise ValueError(f"quniform: step {values[2]} must be above 0 and at most high - low")
-        return self
-
-    def corners(self) -> tuple[Any, ...]:
-        """Values that show whether a whole distribution is legal: every option, or both ends (inclusive)."""
-        if self.kind in ("choice", "grid"):
-            return self.values
-        low, high = self.values[:2]
-        return (low, high - 1) if self.kind == "randint" else (low, high)
-
-
-class SearchConfig(_Frozen):
+class SearchConfig(FrozenModel):
     """How many trials, and who proposes them."""
 
     algorithm: Literal["random", "grid", "optuna"] = "random"
@@ -259,7 +199,7 @@ class SearchConfig(_Frozen):
     """Seed of the proposals and of the trials' own seeds."""
 
 
-class AshaConfig(_Frozen):
+class AshaConfig(FrozenModel):
     """Asynchronous successive halving. Source: arXiv 1810.05934."""
 
     grace_epochs: int = Field(3, ge=1)
@@ -268,7 +208,7 @@ class AshaConfig(_Frozen):
     """Rungs are grace_epochs × reduction_factor^i; about one in `reduction_factor` trials passes each."""
 
 
-class ResourcesConfig(_Frozen):
+class ResourcesConfig(FrozenModel):
     """What one trial holds while it runs."""
 
     cpu: float = Field(1, gt=0)
@@ -290,7 +230,7 @@ class ResourcesConfig(_Frozen):
         return gpu
 
 
-class TrackingConfig(_Frozen):
+class TrackingConfig(FrozenModel):
     """Where MLflow keeps the runs."""
 
     uri: str | None = None
@@ -301,7 +241,7 @@ class TrackingConfig(_Frozen):
     """Register each block's best model as `msae-block{B}` with the alias `champion`."""
 
 
-class SweepConfig(_Frozen):
+class SweepConfig(FrozenModel):
     """A whole search-space file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -323,16 +263,27 @@ class SweepConfig(_Frozen):
     storage: str = "sweeps"
     """Folder (or URI) that holds the sweep folders and the prepared shards."""
 
+    @field_validator("space", mode="before")
+    @classmethod
+    def _null_varies_nothing(cls, space: object) -> object:
+        """Leave out keys that are null, so that `--set space.KEY=null` takes one out of a file's space."""
+        if not isinstance(space, Mapping):
+            return {} if space is None else space
+        return {key: distribution for key, distribution in space.items() if distribution is not None}
+
     @model_validator(mode="after")
     def _space_is_legal(self) -> Self:
         for key, distribution in self.space.items():
             if key not in TrainingConfig.model_fields:
-                raise ValueError(f"space.{key}: no such training key; {_suggest(key, TrainingConfig.model_fields)}")
-            for value in distribution.corners():
-                try:
+                raise ValueError(f"space.{key}: no such training key; {suggest(key, TrainingConfig.model_fields)}")
+            try:
+                for value in distribution.corners():
                     TrainingConfig.model_validate({**self.training.model_dump(), key: value})
-                except ValidationError as error:
-                    raise ValueError(f"space.{key}: {_first_line(error, with_place=False)}") from None
+                distribution.check_fits(TrainingConfig.model_fields[key].annotation)
+            except ValidationError as error:
+                raise ValueError(f"space.{key}: {complaint(error)}") from None
+            except ValueError as error:
+                raise ValueError(f"space.{key}: {error}") from None
         if self.search.algorithm == "grid":
             for key, distribution in self.space.items():
                 if distribution.kind not in ("grid", "choice"):
@@ -381,7 +332,7 @@ class SweepConfig(_Frozen):
     def to_yaml(self) -> str:
         """The resolved file; `load` reads it back to an equal object."""
         raw = self.model_dump(mode="json")
-        raw["space"] = {key: {d.kind: _plain(d.values)} for key, d in self.space.items()}
+        raw["space"] = {key: {d["kind"]: d["values"]} for key, d in raw["space"].items()}
         return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
     def digest(self) -> str:
@@ -399,110 +350,36 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, source: str | None 
     Raises:
         ConfigError: unreadable file, bad YAML, unknown key or illegal value; the message names the first one.
     """
-    place, source = Place(path), source or str(path)
-    try:
-        text = place.read().decode() if place.is_remote else Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{source}: no such search-space file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: cannot be read as text: {error}") from None
-    return parse(text, overrides, source=source)
+    source = source or str(path)
+    return parse(read_text(path, source), overrides, source=source)
 
 
 def parse(text: str, overrides: Iterable[str] = (), *, source: str = "search space") -> SweepConfig:
     """`load` for text already read; `source` names it in messages."""
     try:
-        raw = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not YAML: {_one_line(str(error))}") from None
+        raw = read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: must be a mapping with the keys {', '.join(SweepConfig.model_fields)}")
-    for override in overrides:
-        _apply(raw, override)
+    overridden = dict(apply_override(raw, override) for override in overrides)
     try:
-        return SweepConfig.model_validate(raw)
+        config = SweepConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_first_line(error)}") from None
+        raise ConfigError(f"{source}: {complaint(error, SweepConfig)}") from None
+    _check_varied(overridden, config)
+    return config
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; here it is a number, as everybody who writes it means."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _no_repeated_keys(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=deep)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_repeated_keys)
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    dotted, separator, text = override.partition("=")
-    if not separator or not dotted:
-        raise ConfigError(f"--set {override}: must be key=value, e.g. --set training.epochs=5")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not YAML") from None
-    *parents, last = dotted.split(".")
-    target = raw
-    for parent in parents:
-        below = target.get(parent)
-        if below is None:
-            below = target[parent] = {}
-        if not isinstance(below, dict):
-            raise ConfigError(f"--set {override}: {parent} is {below!r}, not a section")
-        target = below
-    target[last] = value
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _first_line(error: ValidationError, *, with_place: bool = True) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("["))
-    message = _one_line(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = f"no such key; {_suggest(str(first['loc'][-1]), _fields_at(first['loc'][:-1]))}"
-    elif first["type"] == "missing":
-        message = "is missing"
-    elif first["type"] != "value_error":
-        message = f"{message}, got {first['input']!r}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{place}: {message}{more}" if with_place and place else f"{message}{more}"
-
-
-def _fields_at(location: tuple[int | str, ...]) -> Iterable[str]:
-    model: Any = SweepConfig
-    for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if model is None:
-            return ()
-    return tuple(model.model_fields)
-
-
-def _suggest(key: str, known: Iterable[str]) -> str:
-    import difflib
-
-    known = list(known)
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+def _check_varied(overridden: Mapping[str, Any], config: SweepConfig) -> None:
+    """Refuse a `--set` of a training key that the space varies: no trial would take its value."""
+    settings = {key: value for key, value in overridden.items() if key.startswith("training.")}
+    settings |= {f"training.{key}": value for key, value in section(overridden, "training").items()}
+    for dotted, value in settings.items():
+        key = dotted.removeprefix("training.")
+        if key in config.space:
+            fixed = f"space.{key}={yaml.safe_dump({'choice': [value]}, default_flow_style=True).strip()}"
+            raise ConfigError(
+                f"--set {dotted}: space varies {key}, so no trial would take {shown(value)}; write "
+                f"--set {shlex.quote(fixed)}, or --set space.{key}=null to vary it no more"
+            )

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ space:
   expansion_factor: {choice: [8, 16, 32]}
   weighting: {choice: [uniform, reverse]}
 """
+
+
+BOMB = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in itertools.pairwise("abcdefghi"))
+"""Aliases that stand for 10⁹ values."""
 
 
 def parse_with(*overrides: str) -> SweepConfig:
@@ -67,13 +72,13 @@ def test_a_resolved_file_reads_back_to_an_equal_configuration(path):
 def test_overrides_are_yaml_and_reach_every_section():
     config = parse_with(
         "data.blocks=[5]", "training.epochs=7", "asha=null", "search.algorithm=optuna", "resources.gpu=0.25",
-        "training.learning_rate=1e-3", "tracking.uri=http://127.0.0.1:5000", "space.expansion_factor={choice: [4]}",
+        "training.adam_eps=1e-7", "tracking.uri=http://127.0.0.1:5000", "space.expansion_factor={choice: [4]}",
     )  # fmt: skip
     assert config.data.blocks == (5,)
     assert config.training.epochs == 7
     assert config.asha is None
     assert config.resources.gpu == 0.25
-    assert config.training.learning_rate == 1e-3
+    assert config.training.adam_eps == 1e-7
     assert config.tracking.uri == "http://127.0.0.1:5000"
     assert config.space["expansion_factor"].values == (4,)
 
@@ -94,6 +99,24 @@ def test_overrides_are_yaml_and_reach_every_section():
         ("space.weighting={choice: [unifrom]}", "space.weighting: .*'uniform' or 'reverse'.*'unifrom'"),
         ("space.epochs={randint: [0, 5]}", "space.epochs: .*greater than or equal to 1.*0"),
         ("space.epochs={quniform: [1, 9, 0]}", "step 0 must be above 0"),
+        ("space.epochs={uniform: [3, 9]}", r"space.epochs: uniform proposes fractions.*write randint: \[3, 10\]"),
+        ("space.batch_size={loguniform: [64, 512]}", "space.batch_size: loguniform proposes fractions"),
+        ("space.batch_size={quniform: [64, 512, 0.5]}", "space.batch_size: quniform proposes fractions"),
+        ("space.batch_size={quniform: [64.5, 512, 1]}", "space.batch_size: .*valid integer"),
+        ("space.k_levels={quniform: [4, 16, 4]}", "space.k_levels: "),
+        ("space.normalize_decoder={uniform: [0, 1]}", "space.normalize_decoder: uniform proposes numbers"),
+        ("space.seed={randint: [0, 99999999999999999999]}", "must lie between"),
+        ("space.learning_rate={uniform: [-1e308, 1e308]}", "wider than a float can say"),
+        ("space.learning_rate={quniform: [1, 2, 1e-300]}", "step 1e-300 is too small"),
+        ("training.epochs=yes", "training.epochs: must be a number, not true or false"),
+        ("training.seed=off", "training.seed: must be a number, not true or false"),
+        ("training.k_levels=[yes]", "training.k_levels: must be a number"),
+        ("data.planted.rows=true", "data.planted.rows: must be a number"),
+        ("resources.gpu=yes", "resources.gpu: must be a number"),
+        ("space.learning_rate={choice: [true]}", "space.learning_rate: must be a number"),
+        ("data.blocks='5,20'", r"data.blocks: '5,20' must be a list in brackets, e.g. \[5, 20\]"),
+        ("training..epochs=1", "must be key=value"),
+        ("space.learning_rate=" + 30 * "[" + 30 * "]", "--set .*more than 20 levels of nesting"),
         ("training.k_levels=[32, 16]", r"training.k_levels: \[32, 16\] must ascend.*write \[16, 32\]"),
         ("training.k_levels=[16, 16]", r"must ascend without repeats; write \[16\]"),
         ("training.k_levels=[]", "must ascend"),
@@ -145,6 +168,13 @@ def test_k_above_hidden_dim_is_found_for_the_smallest_expansion_in_the_space():
         ("- a", "must be a mapping"),
         ("name: a\nname: b\ndata: {path: x}", "'name' stands twice"),
         ("name: a", "data: is missing"),
+        ("name: a\ndata: {[1, 2]: x}", "line 2: a list or mapping as a key"),
+        ("name: a\ndata: {path: x, seed: !!int abc}", "not YAML: .*'abc'"),
+        ("name: a\ndata: {path: x, seed: 2026-13-45}", "data.seed: .*'2026-13-45'"),
+        ("name: a\ndata: " + 3000 * "[" + 3000 * "]", "more than 20 levels of nesting"),
+        ("name: a\ndata: &d {path: [*d]}", r"alias \*d lies within what it stands for"),
+        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + BOMB, "more than 20,000 values"),
+        ("#" * (1 << 18) + "\nname: a", "larger than 256 KiB"),
     ],
 )
 def test_a_file_that_is_no_search_space_is_one_line(tmp_path, text, says):
@@ -159,3 +189,58 @@ def test_a_file_that_is_no_search_space_is_one_line(tmp_path, text, says):
 
 def test_numbers_in_scientific_notation_are_numbers():
     assert parse_with().space["learning_rate"].values == (1e-4, 4e-3)
+
+
+def test_a_set_of_a_key_that_the_space_varies_is_refused_with_what_to_write_instead():
+    with pytest.raises(ConfigError) as caught:
+        parse_with("training.learning_rate=1e-3")
+    says = str(caught.value)
+    assert "space varies learning_rate, so no trial would take 0.001" in says
+    assert "--set 'space.learning_rate={choice: [0.001]}'" in says
+    with pytest.raises(ConfigError, match="space varies weighting"):
+        parse_with("training={weighting: reverse, epochs: 5}")
+    assert parse_with("space.learning_rate={choice: [0.001]}").space["learning_rate"].values == (0.001,)
+
+
+def test_null_takes_a_key_out_of_the_space_so_that_its_setting_counts():
+    config = parse_with("training.learning_rate=1e-3", "space.learning_rate=null")
+    assert "learning_rate" not in config.space
+    assert config.training.learning_rate == 1e-3
+    assert parse(config.to_yaml()) == config
+
+
+def test_a_file_may_state_both_a_setting_and_its_distribution():
+    config = parse(SPACE + "training: {learning_rate: 5e-4}")
+    assert config.training.learning_rate == 5e-4
+    assert "learning_rate" in config.space
+
+
+def test_a_single_block_needs_no_brackets():
+    assert parse_with("data.blocks=5").data.blocks == (5,)
+
+
+def test_whole_numbers_may_be_drawn_in_steps():
+    config = parse_with("space.epochs={quniform: [4, 10, 4]}")
+    assert config.corners("epochs") == (4, 8)
+
+
+def test_merge_keys_bring_a_mappings_keys_and_those_written_beside_them_win():
+    config = parse(
+        """
+name: 2026-11-27
+data: {path: planted, planted: &small {rows: 1000, input_dim: 8}}
+space: {learning_rate: &rate {choice: [1e-3, 2e-3]}, adam_eps: {<<: *rate}}
+"""
+    )
+    assert config.name == "2026-11-27"
+    assert config.space["adam_eps"] == config.space["learning_rate"]
+    merged = parse("name: a\ndata: {path: x}\ntraining: {<<: {epochs: 4, aux_k: 8}, epochs: 6}").training
+    assert (merged.epochs, merged.aux_k) == (6, 8)
+    with pytest.raises(ConfigError, match="line 3: key 'epochs' stands twice"):
+        parse("name: a\ndata: {path: x}\ntraining: {epochs: 4, <<: {aux_k: 8}, epochs: 6}")
+
+
+def test_messages_cut_long_values():
+    with pytest.raises(ConfigError) as caught:
+        parse_with(f"training.epochs={'x' * 5000}")
+    assert len(str(caught.value)) < 300

@@ -19,6 +19,8 @@ ORDER = [
     ["track", "data"],
     ["sae"],
     ["config"],
+    ["config_file", "distribution"],
+    ["frozen_model"],
     ["places", "replaced"],
     ["errors"],
 ]

@@ -112,7 +112,7 @@ def _to_optuna(distribution: Distribution) -> BaseDistribution:
     if kind == "randint":
         return IntDistribution(values[0], values[1] - 1)
     if kind == "quniform":
-        return FloatDistribution(values[0], values[1], step=values[2])
+        return FloatDistribution(values[0], distribution.largest, step=values[2])
     return FloatDistribution(values[0], values[1], log=kind == "loguniform")
 
 

@@ -55,11 +55,7 @@ def sample(distribution: Distribution, seed: int, index: int, key: str) -> Any:
     if kind == "loguniform":
         return float(np.exp(rng.uniform(np.log(low), np.log(high))))
     value = float(rng.uniform(low, high))
-    if kind == "quniform":
-        step = values[2]
-        # Rounded again to the decimals of the step, so that 0.1 × 3 reads 0.3.
-        return float(np.clip(round(round(value / step) * step, 12), low, high))
-    return value
+    return distribution.nearest(value) if kind == "quniform" else value
 
 
 def _digest(*parts: object) -> int:

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,42 @@ def test_uniform_fills_its_range():
 
 def test_quniform_gives_multiples_of_its_step():
     assert set(draws({"quniform": [0.1, 0.5, 0.1]})) == {0.1, 0.2, 0.3, 0.4, 0.5}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "lattice"),
+    [
+        ([0.1, 0.5, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]),
+        ([0.05, 0.4, 0.1], [0.05, 0.15, 0.25, 0.35]),
+        ([1, 10, 4], [1, 5, 9]),
+        ([0, 0.7, 0.4], [0, 0.4]),
+        ([0.9, 1.2, 0.3], [0.9, 1.2]),
+    ],
+)
+def test_quniform_is_low_and_steps_from_there_whoever_proposes(bounds, lattice):
+    from msae_sweep.sweep.optuna_search import BlockOptuna
+
+    config = parse(
+        "name: a\ndata: {path: x}\nsearch: {algorithm: optuna, trials_per_block: 60}",
+        [f"space.aux_coefficient={{quniform: {bounds}}}"],
+    )
+    search = BlockOptuna(config, [5], [], lambda record: record.params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Optuna would say that it shortens a range
+        proposed = [search.suggest(str(i))["trial"]["aux_coefficient"] for i in range(60)]
+    for values in (proposed, draws({"quniform": bounds}, 300)):
+        assert sorted(set(np.round(values, 12))) == lattice
+
+
+@pytest.mark.parametrize(
+    ("bounds", "values"),
+    [
+        ([0.1, 0.5, 0.1], [0.1, 0.4, 0.3, 0.2, 0.3, 0.4]),
+        ([64, 1024, 32], [64.0, 800.0, 416.0, 320.0, 416.0, 800.0]),
+    ],
+)
+def test_quniform_from_a_multiple_of_its_step_proposes_what_it_always_did(bounds, values):
+    assert list(draws({"quniform": bounds}, 6)) == values
 
 
 def test_randint_excludes_its_upper_end():

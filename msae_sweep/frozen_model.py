@@ -1,0 +1,38 @@
+"""Base class of everything that a search-space file is validated into."""
+
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+SHOWN_CHARACTERS = 100
+"""Length to which messages cut a value that they repeat."""
+
+
+class FrozenModel(BaseModel):
+    """A pydantic model that cannot change, knows no further keys, and takes neither NaN nor true for a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what pydantic would read as 0 or 1: YAML reads yes, no, on and off as true and false."""
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, bool) for number in numbers):
+            assert info.field_name is not None
+            kinds = plain_types(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("must be a number, not true or false (YAML reads yes, no, on and off as these)")
+        return value
+
+
+def plain_types(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of: {int, NoneType} for `Annotated[int, …] | None`."""
+    parts = get_args(annotation)
+    return set().union(*map(plain_types, parts)) if parts else {annotation} if isinstance(annotation, type) else set()
+
+
+def shown(value: object) -> str:
+    """A value as messages repeat it: its representation, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
