@@ -17,6 +17,10 @@ TRIAL_TAG = "msae_sweep.trial_id"
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 """Most entities that MLflow takes in one `log_batch`."""
 
+MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS = 6000, 8000
+"""MLflow's limits. It would cut longer values itself, with a warning on the user's terminal for each; and a resumed
+sweep would then take what was cut for changed."""
+
 Refuse = Callable[[str, str], None]
 """Told of a part that MLflow will never take, and of its reason."""
 
@@ -88,12 +92,12 @@ class Runs:
         Returns:
             Its run id.
         """
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Param
 
-        params, run_id = dict(run.params), self._known.get(trial_id)
+        params, run_id = _cut(run.params, MAX_PARAM_CHARACTERS), self._known.get(trial_id)
         if run_id is None:
             created = self._client.create_run(
-                self.experiment_id, start_time=run.time_ms, tags=dict(run.tags), run_name=run.name
+                self.experiment_id, start_time=run.time_ms, tags=_cut(run.tags, MAX_TAG_CHARACTERS), run_name=run.name
             )
             run_id = self._known[trial_id] = str(created.info.run_id)
         else:
@@ -102,15 +106,13 @@ class Runs:
             changed = {key: value for key, value in params.items() if before.get(key, value) != value}
             params = {key: value for key, value in params.items() if key not in before}
             tags = {**run.tags, "reason": ""} | ({"changed_on_resume": json.dumps(changed)} if changed else {})
-            self.log(run_id, refuse, tags=[RunTag(key, value) for key, value in tags.items()])
+            self.log(run_id, refuse, tags=_tags(tags))
         self.log(run_id, refuse, params=[Param(key, value) for key, value in params.items()])
         return run_id
 
     def end(self, run_id: str, status: str, time_ms: int, tags: Mapping[str, str], refuse: Refuse) -> None:
         """Set the last tags and MLflow's own status."""
-        from mlflow.entities import RunTag
-
-        self.log(run_id, refuse, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.log(run_id, refuse, tags=_tags(tags))
         self._client.set_terminated(run_id, status, end_time=time_ms)
 
     def log(self, run_id: str, refuse: Refuse, **entities: Sequence[Any]) -> None:
@@ -149,3 +151,13 @@ class Runs:
         if found.lifecycle_stage != "active":
             raise TrackingError(f"experiment {name} is deleted; restore it, or set another tracking.experiment")
         return str(found.experiment_id)
+
+
+def _cut(texts: Mapping[str, str], n_characters: int) -> dict[str, str]:
+    return {key: text[:n_characters] for key, text in texts.items()}
+
+
+def _tags(texts: Mapping[str, str]) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(key, value) for key, value in _cut(texts, MAX_TAG_CHARACTERS).items()]

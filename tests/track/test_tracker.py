@@ -163,6 +163,27 @@ def test_settings_changed_on_resume_become_a_tag_and_the_params_stay(uri, tmp_pa
     assert json.loads(data.tags["changed_on_resume"]) == {"resources.cpu": "2"}
 
 
+def test_long_values_are_cut_without_a_word_of_mlflows_and_do_not_count_as_changed(uri, tmp_path):
+    class Heard(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    said: list[str] = []
+    mlflows, handler = logging.getLogger("mlflow"), Heard()
+    mlflows.addHandler(handler)
+    try:
+        for _ in range(2):
+            tracker = start(tmp_path / "sweep", uri)
+            tell_start(tracker, **{"space.aux_k": "x" * 7000})
+            assert tracker.close(timeout_seconds=60).refused == 0
+    finally:
+        mlflows.removeHandler(handler)
+    data = Store(uri).sweep.data
+    assert data.params["space.aux_k"] == "x" * 6000
+    assert "changed_on_resume" not in data.tags
+    assert not [line for line in said if "truncated" in line]
+
+
 def test_an_interrupted_sweep_is_killed_until_it_is_resumed(uri, tmp_path):
     tracker = start(tmp_path / "sweep", uri)
     tell_start(tracker)
