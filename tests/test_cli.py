@@ -73,6 +73,8 @@ WRONG_SETTINGS = {
     "unwritable storage": (["--storage", "space.yaml"], "storage: .* cannot be (made|written)"),
     "a password in a URI": (["--storage", "s3://me:hidden@bucket/sweeps"], "s3://bucket/sweeps.*: a URI must not hold"),
     "folder as tracking URI": (["--tracking-uri", "mlruns"], "write sqlite:///mlflow.db"),
+    "no such store": (["--tracking-uri", "foo://bar"], "tracking.uri: foo://bar: MLflow knows no scheme foo"),
+    "no such device": (["--set", "training.device=mps"], "training.device: mps is not there"),
     "no such file": (["--set", "data.path=/nowhere/at/all"], "/nowhere/at/all does not exist"),
 }
 

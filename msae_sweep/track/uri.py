@@ -3,11 +3,17 @@
 import os
 import re
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from msae_sweep.errors import ConfigError
 
 _SQLITE = "sqlite:///"
+# What MLflow registers by itself (`mlflow.tracking._tracking_service.utils`); `+driver` may follow a database.
+_DATABASES = ("postgresql", "mysql", "mssql")
+_DATABRICKS = ("databricks", "databricks-uc", "uc")
+_WRITE = "write sqlite:///mlflow.db, the http:// address of a tracking server, or a database's URI"
 # Neither part crosses a quote, a blank or a backslash, so that both are safe on a line of JSON that holds YAML.
 _USER_INFO = re.compile(r"(?<=://)[^/\s\"'\\]*@")
 _SECRET_PARAMETER = re.compile(r"([?&](?:password|passwd|pwd|token|secret|access_key|sig)=)[^&\s\"'\\]+", re.IGNORECASE)
@@ -19,19 +25,59 @@ def resolve_uri(configured: str | None, environ: Mapping[str, str] = os.environ)
     A SQLite path is made absolute, because the working folder is not the same everywhere in a sweep.
 
     Raises:
-        ConfigError: a folder or `file:` URI, which MLflow no longer writes to.
+        ConfigError: a folder or `file:` URI, which MLflow no longer writes to; a scheme that MLflow does not know; or a
+            URI that lacks its host or path.
     """
     uri = configured or environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
-    if uri.startswith(_SQLITE):
-        path, mark, query = uri.removeprefix(_SQLITE).partition("?")
-        return f"{_SQLITE}{Path(path).absolute()}{mark}{query}"
-    is_databricks = uri.partition(":")[0] in ("databricks", "databricks-uc")
-    if uri.startswith("file:") or not (is_databricks or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", uri)):
-        raise ConfigError(
-            f"tracking.uri: {redact(uri)} is a folder, and MLflow has retired its file store; "
-            "write sqlite:///mlflow.db, or the http:// address of a tracking server"
-        )
+    scheme = _scheme(uri)
+    if scheme in ("", "file"):
+        raise ConfigError(f"{_named(uri)} is a folder, and MLflow has retired its file store; {_WRITE}")
+    base = scheme.partition("+")[0]
+    if base == "sqlite":
+        return _absolute(uri)
+    if scheme in ("http", "https"):
+        _check_address(uri)
+    elif not (scheme in _DATABRICKS or base in _DATABASES or scheme in _plugins()):
+        raise ConfigError(f"{_named(uri)}: MLflow knows no scheme {scheme}; {_WRITE}")
     return uri
+
+
+def _scheme(uri: str) -> str:
+    """The scheme, lower-case; empty for a path (on Windows, too, where a drive looks like one)."""
+    if uri in _DATABRICKS:
+        return uri
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
+    return match[1].lower() if match else ""
+
+
+def _absolute(uri: str) -> str:
+    if not uri.startswith(_SQLITE):
+        if "+" in uri.partition(":")[0]:  # with a driver, whose path is its own affair
+            return uri
+        raise ConfigError(f"{_named(uri)}: SQLite wants three slashes before a path; {_WRITE}")
+    path, mark, query = uri.removeprefix(_SQLITE).partition("?")
+    if path in ("", ":memory:"):
+        raise ConfigError(f"{_named(uri)} names no file, and what is in memory would be lost; {_WRITE}")
+    return f"{_SQLITE}{Path(path).absolute()}{mark}{query}"
+
+
+def _check_address(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+        is_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port that is no number up to 65535
+        is_address = False
+    if not is_address:
+        raise ConfigError(f"{_named(uri)} has no host, or no port that can be; write e.g. http://mlflow:5000")
+
+
+def _plugins() -> set[str]:
+    """Schemes of the tracking stores that installed packages bring along."""
+    return {entry.name for entry in entry_points(group="mlflow.tracking_store")}
+
+
+def _named(uri: str) -> str:
+    return f"tracking.uri: {redact(uri)}"
 
 
 def artifact_root(uri: str) -> str | None:

@@ -26,9 +26,56 @@ def test_a_folder_is_refused_with_what_to_write_instead(uri):
         resolve_uri(uri, {})
 
 
-@pytest.mark.parametrize("uri", ["http://h:5000", "postgresql://u:p@h/db", "databricks", "databricks://profile"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://h:5000", "HTTPS://h", "http://[::1]:5000", "postgresql://u:p@h/db", "postgresql+psycopg2:///db",
+        "mysql+pymysql://h/db", "mssql+pyodbc://h/db", "databricks", "databricks://profile", "databricks-uc", "uc:http://h",
+    ],
+)  # fmt: skip
 def test_what_mlflow_understands_passes_unchanged(uri):
     assert resolve_uri(uri, {}) == uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("foo://bar", "foo://bar: MLflow knows no scheme foo; write sqlite:///mlflow.db"),
+        ("localhost:5000", "no scheme localhost; .* the http:// address"),
+        ("postgres://h/db", "no scheme postgres"),
+        ("foo://me:secret@bar", r"foo://\*\*\*@bar: "),
+        ("http://", "http:// has no host"),
+        ("http:///path", "has no host"),
+        ("http://:5000", "has no host"),
+        ("https://h:99999", "no port that can be"),
+        ("http://[::1", "has no host"),
+        ("http://me:secret@", r"http://\*\*\*@ has no host"),
+        ("sqlite://mlflow.db", "three slashes"),
+        ("sqlite:mlflow.db", "three slashes"),
+        ("sqlite:///", "names no file"),
+        ("sqlite:///:memory:", "in memory would be lost"),
+    ],
+)
+def test_what_mlflow_cannot_use_is_refused_in_one_line_without_secrets(uri, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        resolve_uri(uri, {})
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_schemes_are_those_that_mlflow_registers():
+    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
+
+    for scheme in set(_tracking_store_registry._registry) - {"", "file", "sqlite"}:
+        assert resolve_uri(f"{scheme}://h/db", {})
+
+
+def test_a_plugins_scheme_is_known(monkeypatch):
+    class Entry:
+        name = "foo"
+
+    monkeypatch.setattr("msae_sweep.track.uri.entry_points", lambda group: [Entry] * (group == "mlflow.tracking_store"))
+    assert resolve_uri("foo://bar", {}) == "foo://bar"
 
 
 def test_only_a_sqlite_file_gets_its_artifacts_beside_it():
