@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from msae_sweep.config import SweepConfig
+    from msae_sweep.track.sender import TrackingStatus
 
 app = typer.Typer(
     name="msae-sweep",
@@ -273,7 +274,7 @@ def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     folder = SweepFolder.at(sweep)
     tracking = config_of(folder, tracking_uri).tracking
     with folder.driven():
-        report = sync(folder.path, tracking.uri, tracking, fetch=folder.fetch)
+        report = sync(folder.path, tracking.uri, tracking, fetch=folder.fetch, on_progress=_Waiting().heard)
     if report.pending:
         raise TrackingError(str(report))
     print(report)
@@ -281,6 +282,18 @@ def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
 
 for _name, _command in (("export", cli_models.export), ("eval", cli_models.evaluate), ("import", cli_models.import_)):
     app.command(_name)(_command)
+
+
+class _Waiting:
+    """Says why nothing is sent, once for each reason: a silent server takes a minute to be given up."""
+
+    def __init__(self) -> None:
+        self._said = ""
+
+    def heard(self, status: "TrackingStatus") -> None:
+        if status.last_error and status.last_error != self._said:
+            print(f"waiting for MLflow: {status.last_error}; trying again", flush=True)
+        self._said = status.last_error
 
 
 def _console() -> "Console":

@@ -1,10 +1,12 @@
 """What one trial holds, settled against the cluster as it is when the sweep begins, or against nodes still to come."""
 
 import os
+import platform
 import time
 from collections.abc import Callable
 
 import ray
+import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from msae_sweep.config import SweepConfig
@@ -39,9 +41,19 @@ def gpus_per_trial(config: SweepConfig, say: Callable[[str], None]) -> float:
     else:
         gpus = resources.gpu
         _await_node("gpu", {"CPU": resources.cpu, "GPU": gpus}, say)
-    if config.training.device == "cuda" and not gpus:
+    if "cuda" in config.corners("device") and not gpus:
         raise DeviceError("training.device: cuda, but no GPU for a trial; write resources.gpu: 1 where there is one")
     return float(gpus)
+
+
+def check_device(config: SweepConfig) -> None:
+    """Check what can be known of the trials' device before the cluster is.
+
+    Raises:
+        DeviceError: a trial is to train on MPS, which this machine does not have.
+    """
+    if "mps" in config.corners("device") and not torch.backends.mps.is_available():
+        raise DeviceError(f"training.device: mps is not there on {platform.system()}; write auto or cpu")
 
 
 def trials_at_once(config: SweepConfig, gpus_per_trial: float) -> int | None:

@@ -33,7 +33,7 @@ from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.table import best_table, criteria_table
 from msae_sweep.sweep.drawing import beside, side_by_side
 from msae_sweep.sweep.preparation import Preparation, leaves_cores
-from msae_sweep.sweep.resources import gpus_per_trial
+from msae_sweep.sweep.resources import check_device, gpus_per_trial
 from msae_sweep.sweep.tuning import Tuning
 from msae_sweep.track import journal
 from msae_sweep.track.tracker import SyncReport, Tracker
@@ -76,6 +76,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
         raise SweepError(
             f"name: sweep {config.name} exists in {config.storage}; go on with --resume, or give another --name"
         )
+    check_device(config)
     # Row counts and widths from headers: most mistakes in the data are found before Ray starts.
     infos = shards.check(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
     for info in infos:
@@ -162,7 +163,8 @@ def _drive(
         console.print(f"sending the last {pending} events to MLflow", highlight=False)
     folder.flush()
     patience = FLUSH_SECONDS + FLUSH_SECONDS_A_TRIAL * len(records)
-    return SweepResult(folder, summary, tracker.close(timeout_seconds=patience), interrupted, report)
+    tracking = tracker.close(timeout_seconds=patience, say=lambda line: console.print(line, highlight=False))
+    return SweepResult(folder, summary, tracking, interrupted, report)
 
 
 def load_config(sweep: str | Path, tracking_uri: str | None = None) -> SweepConfig:
@@ -279,7 +281,8 @@ def _with_whole_paths(config: SweepConfig) -> SweepConfig:
 
 def _check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
     """A resumed sweep must ask what it asked before; where it runs and who tracks it may change."""
-    before = config_of(folder)
+    # The URI that is given now: the one in the folder has lost its password.
+    before = config_of(folder, config.tracking.uri)
     for section in ("data", "space", "training", "search", "asha"):
         old, new = (_flatten({section: c.model_dump(mode="json")[section]}) for c in (before, config))
         for key in sorted(old.keys() | new.keys()):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -36,6 +37,9 @@ main()
 """
 
 
+GoesOn = Callable[[], bool]
+
+
 class Sending(Protocol):
     """A sender at work."""
 
@@ -51,8 +55,12 @@ class Sending(Protocol):
     def wake(self) -> None:
         """There are more events; may be called from any thread."""
 
-    def finish(self, timeout_seconds: float) -> None:
-        """No more will come: send what is left, at most so long, and less where MLflow keeps failing; then end."""
+    def finish(self, timeout_seconds: float, goes_on: GoesOn = lambda: True) -> None:
+        """No more will come: send what is left, at most so long, and less where MLflow keeps failing; then end.
+
+        Args:
+            goes_on: asked every second; False ends the waiting.
+        """
 
 
 class SenderThread:
@@ -79,11 +87,11 @@ class SenderThread:
         """See `Sending`."""
         self._wake.set()
 
-    def finish(self, timeout_seconds: float) -> None:
+    def finish(self, timeout_seconds: float, goes_on: GoesOn = lambda: True) -> None:
         """See `Sending`."""
         self._closing.set()
         self._wake.set()
-        self._thread.join(timeout_seconds)
+        _join(self._thread, timeout_seconds, goes_on)
 
 
 class SenderProcess:
@@ -120,11 +128,11 @@ class SenderProcess:
         """See `Sending`."""
         self._news.set()
 
-    def finish(self, timeout_seconds: float) -> None:
+    def finish(self, timeout_seconds: float, goes_on: GoesOn = lambda: True) -> None:
         """See `Sending`."""
         self._closing.set()
         self._news.set()
-        self._listener.join(timeout_seconds)
+        _join(self._listener, timeout_seconds, goes_on)
         self._given_up = True
         self._process.kill()
         self._listener.join()
@@ -194,6 +202,13 @@ class SenderProcess:
         except Exception as error:
             return {"fault": f"{type(error).__name__}: {error}"}
         return {"fetched": None if found is None else str(found)}
+
+
+def _join(thread: threading.Thread, timeout_seconds: float, goes_on: GoesOn) -> None:
+    """Wait for a thread's end, at most so long and only while `goes_on` says so."""
+    deadline = time.monotonic() + timeout_seconds
+    while thread.is_alive() and (left := deadline - time.monotonic()) > 0 and goes_on():
+        thread.join(min(left, 1.0))
 
 
 class _Driver:

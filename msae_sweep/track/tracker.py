@@ -9,6 +9,7 @@ sweep folder that cannot be written, where nothing else of the sweep could be ke
 import contextlib
 import getpass
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,11 @@ from msae_sweep.track import journal
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.sender import Fetch, Sender, TrackingStatus
 from msae_sweep.track.sending import SenderProcess, Sending
-from msae_sweep.track.uri import resolve_uri
+from msae_sweep.track.uri import redact, resolve_uri
+
+SAY_SECONDS, SILENT_SECONDS = 5.0, 30.0
+"""A sweep that ends says after so many seconds without a word from MLflow that it waits, and gives it up after so many;
+one request may take 20 s. A server that is slow, but takes one event after the other, is waited for."""
 
 
 class SyncReport(NamedTuple):
@@ -56,8 +61,10 @@ class Shared(Protocol):
 class Tracker:
     """Writes a sweep's journal and has it sent. `start` makes one; it is for one thread, and `close` ends it."""
 
-    def __init__(self, sweep_folder: Path, sweep_id: str, written: Journal, sending: Sending) -> None:
+    def __init__(self, sweep_folder: Path, sweep_id: str, written: Journal, sending: Sending, where: str) -> None:
+        """`where`: MLflow's address, without secrets."""
         self._folder, self._sweep_id, self._journal, self._sending = sweep_folder, sweep_id, written, sending
+        self._where = where
 
     @classmethod
     def start(
@@ -88,7 +95,7 @@ class Tracker:
             # What MLflow was told must never be lost, or a resumed sweep would tell it differently.
             sent = begin(sweep_folder, uri, tracking, lambda: shared.n_events(written.seq), shared.fetch)
             shared.on_events(sent.wake)
-        return cls(sweep_folder, sweep_id, written, sent)
+        return cls(sweep_folder, sweep_id, written, sent, redact(uri))
 
     @property
     def status(self) -> TrackingStatus:
@@ -192,12 +199,15 @@ class Tracker:
         """More files of the sweep folder to go with its run, also after its end, at the same relative paths."""
         self._append("artifacts", files=[self._relative(path) for path in files])
 
-    def close(self, *, timeout_seconds: float) -> SyncReport:
+    def close(self, *, timeout_seconds: float, say: Callable[[str], object] = lambda line: None) -> SyncReport:
         """Wait until everything is sent, at most so long, and less where MLflow keeps failing; then let go.
 
         What is pending then is sent by `sync`, or when the sweep is resumed.
+
+        Args:
+            say: told in one line when MLflow has been silent for some seconds.
         """
-        self._sending.finish(timeout_seconds)
+        self._sending.finish(timeout_seconds, _Patience(self, self._where, say).lasts)
         self._journal.close()
         return _report(self.status, or_else=f"not done after {timeout_seconds:g} s")
 
@@ -208,6 +218,28 @@ class Tracker:
     def _relative(self, path: Path) -> str:
         """Relative to the sweep folder, so that a folder that was moved can still be sent."""
         return path.absolute().relative_to(self._folder).as_posix()
+
+
+class _Patience:
+    """How long a closing tracker waits for a silent MLflow."""
+
+    def __init__(self, tracker: Tracker, where: str, say: Callable[[str], object]) -> None:
+        self._tracker, self._where, self._say = tracker, where, say
+        self._sent, self._since, self._said = tracker.status.sent, time.monotonic(), False
+
+    def lasts(self) -> bool:
+        """Whether to wait on: it has sent something lately, or not yet failed."""
+        status = self._tracker.status
+        if status.sent != self._sent:
+            self._sent, self._since = status.sent, time.monotonic()
+        silent = time.monotonic() - self._since
+        if silent >= SAY_SECONDS and status.pending and not self._said:
+            self._said = True
+            self._say(
+                f"waiting for MLflow at {self._where}: no answer yet; {status.pending} events are safe in the sweep's "
+                "journal and can be sent later"
+            )
+        return silent < SILENT_SECONDS or not status.last_error
 
 
 def sync(

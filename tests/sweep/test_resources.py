@@ -2,6 +2,7 @@
 
 import pytest
 import ray
+import torch
 
 from msae_sweep.config import SweepConfig, parse
 from msae_sweep.errors import DeviceError
@@ -87,3 +88,19 @@ def test_on_one_machine_nothing_is_waited_for(with_nodes, monkeypatch):
         resources.gpus_per_trial(config("resources.gpu=1"), said.append)
     assert resources.gpus_per_trial(config(), said.append) == 0
     assert not said
+
+
+@pytest.mark.parametrize("change", ["training.device=mps", "space.device={choice: [cpu, mps]}"])
+def test_a_device_that_no_trial_can_have_is_refused_before_the_cluster_is_asked(change, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=r"training\.device: mps is not there on .*; write auto or cpu"):
+        resources.check_device(config(change))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    resources.check_device(config(change))
+
+
+def test_a_sweep_that_varies_the_device_needs_a_gpu_for_cuda_too(with_nodes, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with_nodes([{"CPU": 4.0}])
+    with pytest.raises(DeviceError, match=r"training\.device: cuda, but no GPU"):
+        resources.gpus_per_trial(config("space.device={choice: [cpu, cuda]}"), lambda line: None)

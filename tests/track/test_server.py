@@ -27,6 +27,8 @@ from small_sweep import (
 )
 
 from msae_sweep.sae import modelfile
+from msae_sweep.track import sender as sender_module
+from msae_sweep.track import tracker as tracker_module
 from msae_sweep.track.tracker import sync
 
 HERE = Path(__file__).parent
@@ -101,6 +103,24 @@ def test_a_silent_server_stops_no_call_and_sync_sends_everything_later(silent_ur
     shutil.copytree(folder, tmp_path / "later")
     assert sync(tmp_path / "later", uri, tracking(uri)).pending == 0
     assert_whole(Store(uri))
+
+
+def test_the_end_of_a_sweep_says_that_it_waits_for_a_silent_server_and_gives_it_up(silent_uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr(tracker_module, "SAY_SECONDS", 0.1)
+    monkeypatch.setattr(tracker_module, "SILENT_SECONDS", 1.5)
+    tracker = start(tmp_path / "sweep", silent_uri.replace("//", "//me:secret@"))
+    tell(tracker, tmp_path / "sweep")
+    said: list[str] = []
+    # Its three last tries would take longer than that.
+    monkeypatch.setattr(sender_module, "LAST_TRIES", 1000)
+    report = tracker.close(timeout_seconds=600, say=said.append)
+    assert report.pending == 21
+    assert "no answer from http://***@127.0.0.1" in report.reason
+    assert said == [
+        f"waiting for MLflow at {silent_uri.replace('//', '//***@')}: no answer yet; 21 events are safe in the sweep's "
+        "journal and can be sent later"
+    ]
 
 
 def test_a_server_that_never_was_is_given_up_soon_and_said(tmp_path):
