@@ -30,8 +30,9 @@ def load(
     """The model that `what` names, ready for raw activations.
 
     Args:
-        what: `models:/msae-block20@champion`, `models:/NAME/VERSION`, `runs:/RUN_ID` or `champion:20`; a model file,
-            `.pt` or `.safetensors`; or a sweep folder, e.g. `sweeps/quickstart`.
+        what: `models:/msae-block20@champion`, `models:/NAME/VERSION`, `runs:/RUN_ID`, `champion:20` or
+            `champion:quickstart:20` (of another `tracking.model_name` than msae); a model file, `.pt` or
+            `.safetensors`; or a sweep folder, e.g. `sweeps/quickstart`.
         block: which of a sweep's models.
         device: where to keep the weights.
         tracking_uri: where MLflow is; by default MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder.

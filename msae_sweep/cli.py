@@ -161,7 +161,8 @@ def extract(
 @app.command()
 def boards(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model file, a sweep, champion:BLOCK, or what MLflow calls it.")
+        str,
+        typer.Argument(metavar="MODEL", help="Model file, a sweep, champion:[NAME:]BLOCK, or what MLflow calls it."),
     ],
     weights: Annotated[Path, typer.Option(metavar="NET", help="The network whose activations the model knows.")],
     games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],

@@ -17,8 +17,8 @@ What = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Model file (.pt, .safetensors), sweep folder, champion:BLOCK, models:/NAME@ALIAS, models:/NAME/VERSION "
-        "or runs:/RUN_ID.",
+        help="Model file (.pt, .safetensors), sweep folder, champion:BLOCK, champion:NAME:BLOCK (another "
+        "tracking.model_name), models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID.",
     ),
 ]
 Rows = Annotated[
@@ -106,6 +106,10 @@ def import_(
     ] = None,
     block: Annotated[int | None, typer.Option(help="Its block, where the file's name does not tell.")] = None,
     rows: Rows = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Register it as NAME-blockB; as the sweep does, or msae, without."),
+    ] = None,
     champion: Annotated[bool, typer.Option("--champion", help="Give it the alias, too.")] = False,
     device: Device = "auto",
     cluster: Cluster = False,
@@ -115,7 +119,7 @@ def import_(
     """Measure a model from elsewhere, e.g. the notebook, and register it in MLflow beside the sweeps' own."""
     import json
 
-    from msae_sweep.config import TrackingConfig
+    from msae_sweep.config import parse
     from msae_sweep.results import evaluation
     from msae_sweep.results.models import find
     from msae_sweep.track.imports import Import, register_import
@@ -128,13 +132,15 @@ def import_(
         raise ConfigError(f"--block: the name of {file} tells no block; say which it is of")
     if data is None and sweep is None:
         raise ConfigError("--data: give activations, or a --sweep whose validation rows to take")
-    tracking, sweep_id = TrackingConfig(), None
+    named = {} if model_name is None else {"model_name": model_name}
+    asked = {"name": "import", "data": {"path": data or "."}, "tracking": named}
+    tracking, sweep_id = parse(json.dumps(asked), source="--model-name").tracking, None
     if sweep is not None:
         from msae_sweep.results.folder import SweepFolder
         from msae_sweep.sweep.run import config_of
 
         folder = SweepFolder.at(sweep)
-        tracking = config_of(folder, tracking_uri).tracking
+        tracking = config_of(folder, tracking_uri).tracking.model_copy(update=named)
         sweep_id = json.loads((folder.path / "identity.json").read_text(encoding="utf-8"))["sweep_id"]
     uri = resolve_uri(tracking_uri or tracking.uri)
     report = _evaluate(str(file), data, block, [], rows, None, device, cluster, overrides or [], None, sweep)
@@ -148,7 +154,12 @@ def import_(
         {"imported_from": str(file.absolute()), "measured_on": measured},
     )
     imported = register_import(
-        what, tracking_uri=uri, experiment=tracking.experiment, sweep_id=sweep_id, champion=champion
+        what,
+        tracking_uri=uri,
+        experiment=tracking.experiment,
+        model_name=tracking.model_name,
+        sweep_id=sweep_id,
+        champion=champion,
     )
     print(f"registered: models:/{imported.model}/{imported.version} (run {imported.run_id})")
 

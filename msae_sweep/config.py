@@ -27,6 +27,12 @@ __all__ = ["Distribution", "SweepConfig", "TrainingConfig", "load", "parse"]
 DEAD_RATIO_ALLOWED = 0.30
 """Share of dead latents above which the objective falls; the notebook's success criterion."""
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+PLANTED = "planted"
+"""The `data.path` of built-in data."""
+MODEL_NAME = "msae"
+"""Default of `tracking.model_name`."""
+
 Weighting = Literal["uniform", "reverse"]
 # A union that is told apart before it is checked, so that one of its kinds reports what is wrong, not both. Tags in
 # brackets are no part of a key; messages leave them out.
@@ -238,13 +244,16 @@ class TrackingConfig(FrozenModel):
     experiment: str = "msae-sweep"
     """MLflow experiment: one a study."""
     register_models: bool = True
-    """Register each block's best model as `msae-block{B}` with the alias `champion`."""
+    """Register each block's best model as `{model_name}-block{B}` with the alias `champion`."""
+    model_name: str = Field(MODEL_NAME, pattern=NAME_PATTERN)
+    """Beginning of the registered models' names. Built-in data never takes the default, which would put a toy over a
+    real network's model: left alone, it is `planted` there."""
 
 
 class SweepConfig(FrozenModel):
     """A whole search-space file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    name: str = Field(pattern=NAME_PATTERN)
     """Name of the sweep and of its folder: letters, digits, `.`, `_`, `-`."""
     data: DataConfig
     """Activations and their split."""
@@ -262,6 +271,15 @@ class SweepConfig(FrozenModel):
     """MLflow."""
     storage: str = "sweeps"
     """Folder (or URI) that holds the sweep folders and the prepared shards."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _planted_models_have_their_own_name(cls, raw: object) -> object:
+        if isinstance(raw, Mapping) and section(raw, "data").get("path") == PLANTED:
+            tracking = section(raw, "tracking")
+            if tracking.get("model_name", MODEL_NAME) == MODEL_NAME and raw.get("tracking") in (None, tracking):
+                return {**raw, "tracking": {**tracking, "model_name": PLANTED}}
+        return raw
 
     @field_validator("space", mode="before")
     @classmethod
@@ -339,6 +357,11 @@ class SweepConfig(FrozenModel):
         """Twelve hex digits that change with anything in the file."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def registered_name(model_name: str, block: int) -> str:
+    """Name of a block's registered model; `model_name` as in `TrackingConfig`."""
+    return f"{model_name}-block{block}"
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, source: str | None = None) -> SweepConfig:

@@ -244,3 +244,19 @@ def test_messages_cut_long_values():
     with pytest.raises(ConfigError) as caught:
         parse_with(f"training.epochs={'x' * 5000}")
     assert len(str(caught.value)) < 300
+
+
+def test_built_in_data_never_registers_under_the_name_of_real_models():
+    assert parse_with().tracking.model_name == "msae"
+    planted = parse_with("data.path=planted")
+    assert planted.tracking.model_name == "planted"
+    assert parse(planted.to_yaml()) == planted
+    assert parse_with("data.path=planted", "tracking.model_name=msae").tracking.model_name == "planted"
+    assert parse_with("data.path=planted", "tracking.model_name=toy").tracking.model_name == "toy"
+    with pytest.raises(ConfigError, match=r"tracking\.model_name: "):
+        parse_with("tracking.model_name=a/b")
+
+
+def test_the_quickstart_registers_under_its_own_name():
+    assert load(next(path for path in SPACES if path.stem == "quickstart")).tracking.model_name == "quickstart"
+    assert {load(path).tracking.model_name for path in SPACES if path.stem != "quickstart"} == {"msae"}

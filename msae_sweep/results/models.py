@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from msae_sweep.config import MODEL_NAME, registered_name
 from msae_sweep.errors import ConfigError, DataError, SweepError
 from msae_sweep.places import Place
 from msae_sweep.sae import modelfile
@@ -32,7 +33,8 @@ def find(what: str | Path, block: int | None = None, tracking_uri: str | None = 
     Args:
         what: a model file (`.pt` in the notebook's format, or `.safetensors` with its `.json`); a sweep folder, or any
             folder of `msae_block{B}.pt`; on a disk or in an object store; `models:/NAME@ALIAS`, `models:/NAME/VERSION`,
-            `models:/m-ID`, `runs:/RUN_ID`; or `champion:BLOCK`, short for `models:/msae-block{BLOCK}@champion`.
+            `models:/m-ID`, `runs:/RUN_ID`; or `champion:BLOCK`, short for `models:/msae-block{BLOCK}@champion`, and
+            `champion:NAME:BLOCK` for a sweep with another `tracking.model_name`.
         block: which model of a folder; of anything else, what its block must be where that is known.
         tracking_uri: where MLflow is, as for a sweep.
 
@@ -43,9 +45,10 @@ def find(what: str | Path, block: int | None = None, tracking_uri: str | None = 
     """
     text = str(what)
     if text.startswith("champion:"):
-        if not (number := text.removeprefix("champion:")).isdecimal():
-            raise ConfigError(f"{text}: must be champion:BLOCK, e.g. champion:20")
-        text = f"models:/msae-block{int(number)}@champion"
+        match = re.fullmatch(r"champion:(?:([A-Za-z0-9._-]+):)?([0-9]+)", text)
+        if match is None:
+            raise ConfigError(f"{text}: must be champion:BLOCK or champion:NAME:BLOCK, e.g. champion:20")
+        text = f"models:/{registered_name(match[1] or MODEL_NAME, int(match[2]))}@champion"
     if text.startswith(("models:/", "runs:/")):
         from msae_sweep.track.models import fetch
 

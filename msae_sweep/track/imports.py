@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msae_sweep.config import MODEL_NAME, registered_name
 from msae_sweep.errors import MsaeSweepError, TrackingError
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.modelfile import ModelFile
@@ -47,10 +48,11 @@ def register_import(
     *,
     tracking_uri: str | None,
     experiment: str,
+    model_name: str = MODEL_NAME,
     sweep_id: str | None = None,
     champion: bool = False,
 ) -> Imported:
-    """Log a model with its metrics and register it as a version of `msae-block{B}`; repeating it adds nothing.
+    """Log a model with its metrics and register it as a version of `{model_name}-block{B}`; repeating it adds nothing.
 
     Args:
         tracking_uri: as in `resolve_uri`.
@@ -67,8 +69,8 @@ def register_import(
         runs = Runs(client, experiment, artifact_root(uri))
         run_id = _run(client, runs, what, _parent(client, runs, sweep_id) if sweep_id else None)
         model = models.find_model(client, runs.experiment_id, run_id)
-        version = models.register(client, model, what.block, {**what.tags, **_texts(what.metrics)})
-        name = models.registered_name(what.block)
+        name = registered_name(model_name, what.block)
+        version = models.register(client, model, name, {**what.tags, **_texts(what.metrics)})
         if champion:
             client.set_registered_model_alias(name, models.CHAMPION, version)
         return Imported(name, version, run_id)

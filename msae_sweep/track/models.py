@@ -235,9 +235,8 @@ def _unchecked_requirements() -> AbstractContextManager[None]:
     return replaced("mlflow.utils.environment", "warn_dependency_requirement_mismatches", lambda requirements: None)
 
 
-def register(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> str:
-    """Make `model` a version of `msae-block{B}` and return its number; a run gets one version only."""
-    name = registered_name(block)
+def register(client: Any, model: Any, name: str, tags: Mapping[str, str]) -> str:
+    """Make `model` a version of the registered model `name` and return its number; a run gets one version only."""
     try:
         client.create_registered_model(name)
     except Exception as error:
@@ -263,19 +262,14 @@ def register(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> st
     return str(number)
 
 
-def register_champion(client: Any, model: Any, block: int, tags: Mapping[str, str]) -> None:
+def register_champion(client: Any, model: Any, name: str, tags: Mapping[str, str]) -> None:
     """`register`, and move the alias `champion` there.
 
     The alias goes to the sweep that finished last, not to the best of all sweeps: R² of other data, splits or levels
     cannot be compared. Older winners stay as versions, with their sweep and R² as tags.
     """
-    number = register(client, model, block, tags)
-    client.set_registered_model_alias(registered_name(block), CHAMPION, number)
-
-
-def registered_name(block: int) -> str:
-    """Name of a block's registered model."""
-    return f"msae-block{block}"
+    number = register(client, model, name, tags)
+    client.set_registered_model_alias(name, CHAMPION, number)
 
 
 class Fetched(NamedTuple):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msae_sweep.config import registered_name
 from msae_sweep.sae import modelfile
 from msae_sweep.track import models
 from msae_sweep.track.connection import Refused, refusals
@@ -53,8 +54,11 @@ class Replay:
         if cursor.sweep_id:
             self._find_runs()
 
-    def apply(self, entries: Sequence[Entry], *, register_models: bool) -> Upload | None:
+    def apply(self, entries: Sequence[Entry], *, register_as: str | None) -> Upload | None:
         """Send one event, or several of `metrics` together.
+
+        Args:
+            register_as: the beginning of the registered models' names; None registers none.
 
         Returns:
             What is left of it, for any thread: a model's upload, on which no later event of another trial depends.
@@ -72,7 +76,7 @@ class Replay:
                     case "trial_ended":
                         return self._trial_ended(entry)
                     case "sweep_ended":
-                        self._sweep_ended(entry, register_models)
+                        self._sweep_ended(entry, register_as)
                     case "artifacts":
                         self._log_files(entry, self._sweep_run(), entry.event["files"])
                     case kind:
@@ -183,16 +187,16 @@ class Replay:
         )
         models.log_model(self._client, run, file, metrics, step)
 
-    def _sweep_ended(self, entry: Entry, register_models: bool) -> None:
+    def _sweep_ended(self, entry: Entry, register_as: str | None) -> None:
         event, run_id = entry.event, self._sweep_run()
         metrics = _metrics(event["metrics"], time_ms=int(event["time_ms"]), step=0)
         self._runs.log(run_id, self._refuse(entry), metrics=metrics)
         self._end(entry, run_id)
         self._log_files(entry, run_id, event["artifacts"])
-        if register_models:
+        if register_as is not None:
             for block, trial_id in event["champions"].items():
                 with self._part(entry, f"champion of block {block}"):
-                    self._register(int(block), trial_id, event["metrics"])
+                    self._register(register_as, int(block), trial_id, event["metrics"])
         self._find_runs()
 
     def _log_files(self, entry: Entry, run_id: str, names: Iterable[str]) -> None:
@@ -201,7 +205,7 @@ class Replay:
             with self._part(entry, name), self._file(name) as path:
                 self._client.log_artifact(run_id, str(path), None if folder == "." else folder)
 
-    def _register(self, block: int, trial_id: str, metrics: Mapping[str, float]) -> None:
+    def _register(self, model_name: str, block: int, trial_id: str, metrics: Mapping[str, float]) -> None:
         trial = self._cursor.trials.get(trial_id)
         model = models.find_model(self._client, self._runs.experiment_id, trial.run_id) if trial else None
         if model is None or not models.is_ready(model):
@@ -209,7 +213,7 @@ class Replay:
         prefix = f"block{block}/"
         scores = {key.removeprefix(prefix): f"{v:.6g}" for key, v in metrics.items() if key.startswith(prefix)}
         tags = {SWEEP_TAG: self._cursor.sweep_id, TRIAL_TAG: trial_id, **scores}
-        models.register_champion(self._client, model, block, tags)
+        models.register_champion(self._client, model, registered_name(model_name, block), tags)
 
     def _sweep_run(self) -> str:
         if not self._cursor.run_id:

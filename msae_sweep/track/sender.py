@@ -126,11 +126,12 @@ class Sender:
             self._lock = journal.lock(self._folder)
         if self._replay is None:
             self._replay = self._connect()
+        register_as = self._tracking.model_name if self._tracking.register_models else None
         try:
             for entries in self._groups():
                 if self._needs_all_before(entries):
                     self._move_on(0, on_progress)
-                upload = self._replay.apply(entries, register_models=self._tracking.register_models)
+                upload = self._replay.apply(entries, register_as=register_as)
                 self._uploads.add(entries[-1], upload)
                 self._move_on(self._uploads.at_once, on_progress)
             self._move_on(0, on_progress)

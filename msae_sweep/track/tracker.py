@@ -181,7 +181,8 @@ class Tracker:
 
         Args:
             artifacts: files of the sweep folder to go with its run, at the same relative paths.
-            champions: each block's best trial, to be registered as `msae-block{B}` with the alias `champion`.
+            champions: each block's best trial, to be registered as `{model_name}-block{B}` with the alias
+                `champion`.
             metrics: of the sweep's own run, e.g. `block5/r2_k128`.
         """
         self._append(

@@ -47,6 +47,11 @@ WRONG = {
     "something else": (lambda f: f / "text.pt", {}, "text.pt: not a model file that can be read safely"),
     "safetensors without json": (lambda f: f / "alone.safetensors", {}, "not a safetensors model with its .json"),
     "no number": (lambda f: "champion:best", {}, "must be champion:BLOCK"),
+    "another name": (
+        lambda f: "champion:quickstart:5",
+        {"tracking_uri": "http://127.0.0.1:9"},
+        "models:/quickstart-block5@champion: not to be had",
+    ),
     "no MLflow": (lambda f: "models:/msae-block5@champion", {}, "mlflow.db: no such MLflow database"),
     "no server": (
         lambda f: "champion:5",

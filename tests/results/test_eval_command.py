@@ -152,7 +152,7 @@ def test_of_a_sweeps_model_it_says_what_the_sweep_said(tmp_path, ray_session, mo
         assert found["l0_by_level"][str(k)] == pytest.approx(said[f"l0_k{k}"], abs=1e-9)
     assert (tmp_path / "figures/e.svg").read_text().count("<svg") == 1
     # The champion is the same model, out of MLflow.
-    command = ["eval", "champion:5", "--data", "planted", "--rows", "validation", "--against", "sweeps/small"]
+    command = ["eval", "champion:planted:5", "--data", "planted", "--rows", "validation", "--against", "sweeps/small"]
     planted = ["rows=3000", "input_dim=16", "dictionary_size=32", "active=3"]
     sets = [word for setting in planted for word in ("--set", f"data.planted.{setting}")]
     assert not command_line(monkeypatch, *command, *sets, "--out", "c.json")

@@ -225,7 +225,7 @@ def test_mlflow_has_a_run_for_the_sweep_and_one_for_each_trial_with_every_epoch(
     assert sorted(m.source_run_id for m in models) == sorted(r.info.run_id for r in trials.values())
     assert {str(m.status) for m in models} == {"READY"}
     for block in (5, 20):
-        champion = client.get_model_version_by_alias(f"msae-block{block}", "champion")
+        champion = client.get_model_version_by_alias(f"planted-block{block}", "champion")
         assert champion.run_id == trials[finished.summary["blocks"][f"block{block}"]["best"]].info.run_id
     assert finished.tracking.pending == 0
 

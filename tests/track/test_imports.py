@@ -140,6 +140,14 @@ def test_the_command_measures_and_registers(uri, tmp_path, notebook, monkeypatch
     assert version.tags["measured_on"] == f"400 all rows of {tmp_path}/activations/block5"
 
 
+def test_another_name_keeps_it_apart_from_the_sweeps_models(uri, notebook, monkeypatch, capsys):
+    command = ["import", "msae_block5.pt", "--data", "activations", "--tracking-uri", uri, "--model-name"]
+    assert not command_line(monkeypatch, *command, "notebook")
+    assert "registered: models:/notebook-block5/1" in capsys.readouterr().out
+    assert command_line(monkeypatch, *command, "a/b") == 2
+    assert "tracking.model_name" in capsys.readouterr().err
+
+
 def test_beside_a_sweep_it_is_measured_on_the_sweeps_validation_rows(uri, tmp_path, notebook, monkeypatch):
     folder = tmp_path / "sweep"
     send(folder, uri)

@@ -230,3 +230,16 @@ def test_nothing_is_registered_where_the_file_says_so(uri, tmp_path):
     tell_end(tracker, folder)
     assert tracker.close(timeout_seconds=60).refused == 0
     assert not Store(uri).client.search_registered_models()
+
+
+def test_a_sweep_with_a_name_of_its_own_leaves_the_other_champions_alone(uri, tmp_path):
+    send(tmp_path / "real", uri)
+    folder = tmp_path / "toy"
+    tracker = start(folder, uri, sweep_id="toy", model_name="toy")
+    tell_start(tracker)
+    tell_trial(tracker, folder, "block5-000")
+    tell_end(tracker, folder)
+    tracker.close(timeout_seconds=60)
+    client = Store(uri).client
+    assert client.get_model_version_by_alias("msae-block5", "champion").tags["msae_sweep.sweep_id"] == SWEEP_ID
+    assert client.get_model_version_by_alias("toy-block5", "champion").tags["msae_sweep.sweep_id"] == "toy"
