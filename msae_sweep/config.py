@@ -102,7 +102,7 @@ class TrainingConfig(FrozenModel):
     k_levels: KLevels = (16, 32, 64, 128)
     """Ascending sparsity levels; a single one is a plain TopK SAE. `all:128` puts every k up to 128 into the loss (the
     multi-budget SAE of arXiv 2505.24473) and measures R² at k/8, k/4, k/2 and k, so that both kinds compare."""
-    expansion_factor: float = Field(16, gt=0)
+    expansion_factor: float = Field(16, gt=0, le=1e9)
     """`hidden_dim = round(input_dim × expansion_factor)`."""
     weighting: Weighting = "uniform"
     """Weights of the levels in the loss: equal, or `reverse`, heavier on small k."""

@@ -22,6 +22,7 @@ __all__ = [
     "StreamedBatches",
     "Window",
     "default_budget",
+    "machine_bytes",
     "make_batches",
 ]
 
@@ -52,7 +53,7 @@ def default_budget(device: torch.device, share: float = 1.0) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.5 * share)
-    return int(_machine_bytes() * 0.5 * share)
+    return int(machine_bytes() * 0.5 * share)
 
 
 class _Drawn(NamedTuple):
@@ -134,7 +135,7 @@ def _drawing_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _machine_bytes() -> int:
+def machine_bytes() -> int:
     """Memory of the machine, or of the container where that has a limit."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:

@@ -42,7 +42,7 @@ from msae_sweep.data.store import ShardFolder
 from msae_sweep.errors import DataError, MsaeSweepError
 from msae_sweep.places import Place
 
-__all__ = ["PreparedBlock", "check", "prepare"]
+__all__ = ["PreparedBlock", "check", "prepare", "reusable"]
 
 FORMAT = 1
 """Part of every key: raised when shards are written differently, so that old ones are not taken for new ones."""
@@ -134,6 +134,20 @@ def prepare(
     return {block: future.result() for block, future in under_way.items()}
 
 
+def reusable(config: DataConfig, storage: str) -> dict[int, dict[str, Any]]:
+    """Manifests of the wanted blocks that were prepared before and would only be loaded, by block; nothing is made."""
+    source = open_source(config)
+    folders = {info.block: _folder(source, info, config, storage) for info in select(source.infos(), config)}
+    manifests = {block: folder.manifest() for block, (folder, _) in folders.items()}
+    return {block: manifest for block, manifest in manifests.items() if manifest is not None}
+
+
+def _folder(source: Source, info: BlockInfo, config: DataConfig, storage: str) -> tuple[ShardFolder, str]:
+    """Where a block's shards lie, and their key."""
+    key = _key(source, info, config)
+    return ShardFolder(Place(storage) / "prepared" / f"block{info.block}-{key}"), key
+
+
 def _begin(
     source: Source,
     info: BlockInfo,
@@ -144,8 +158,7 @@ def _begin(
 ) -> Callable[[], PreparedBlock]:
     """Measure a block, where that has not been done; returns what is left to be done."""
     started = time.monotonic()
-    key = _key(source, info, config)
-    folder = ShardFolder(Place(storage) / "prepared" / f"block{info.block}-{key}")
+    folder, key = _folder(source, info, config, storage)
     manifest = folder.manifest()
     make: Callable[[], tuple[dict[str, Any], list[ray.ObjectRef]]]
     if manifest is None:

@@ -33,7 +33,7 @@ def gpus_per_trial(config: SweepConfig, say: Callable[[str], None]) -> float:
     _await_node("cpu", {"CPU": resources.cpu}, say)
     if resources.gpu == "auto":
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
-        if not gpus and config.training.device == "auto" and _nodes_may_join():
+        if not gpus and config.training.device == "auto" and nodes_may_join():
             say(
                 "resources.gpu: auto, and the cluster has no GPU now: all trials train on CPUs, also when GPU nodes "
                 "join later; write resources.gpu: 1 to wait for them"
@@ -64,15 +64,20 @@ def trials_at_once(config: SweepConfig, gpus_per_trial: float) -> int | None:
     return min(limits, default=None)
 
 
+def too_few(setting: str, asked: float, have: float) -> DeviceError:
+    """What is said where no node has the CPUs or GPUs (`setting`) of one trial."""
+    less = "0 or auto" if setting == "gpu" else "that or less"
+    return DeviceError(f"resources.{setting}: {asked:g} a trial, but the cluster has {have:g}; write {less}")
+
+
 def _await_node(setting: str, need: dict[str, float], say: Callable[[str], None]) -> None:
     need = {name: amount for name, amount in need.items() if amount}
     if _is_there(need):
         return
     asked, name = f"resources.{setting}: {need[setting.upper()]:g} a trial", setting.upper()
-    if not _nodes_may_join():
-        less = "0 or auto" if setting == "gpu" else "that or less"
+    if not nodes_may_join():
         have = max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
-        raise DeviceError(f"{asked}, but the cluster has {have:g}; write {less}")
+        raise too_few(setting, need[name], have)
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
     minutes = f"{JOIN_SECONDS / 60:g} minutes"
     say(f"{asked}, but no node has that yet; waiting up to {minutes} for one with {wanted}")
@@ -94,5 +99,6 @@ def _is_there(need: dict[str, float]) -> bool:
     return any(all(node.get(name, 0) >= amount for name, amount in need.items()) for node in nodes)
 
 
-def _nodes_may_join() -> bool:
+def nodes_may_join() -> bool:
+    """Whether the sweep runs on a cluster that RAY_ADDRESS names."""
     return os.environ.get("RAY_ADDRESS", "local") != "local"

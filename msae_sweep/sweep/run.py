@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from msae_sweep.results.figures import import_ahead, training_figure
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.table import best_table, criteria_table
 from msae_sweep.sweep.drawing import beside, side_by_side
+from msae_sweep.sweep.memory import check_devices, check_here
 from msae_sweep.sweep.preparation import Preparation, leaves_cores
 from msae_sweep.sweep.resources import check_device, gpus_per_trial
 from msae_sweep.sweep.tuning import Tuning
@@ -67,10 +68,36 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
         MsaeSweepError: something that the user can mend, found before the sweep exists.
     """
     console = console or Console()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    config, folder, infos = checked(config, resume=resume, say=say)
+    if not ray.is_initialized():
+        size = f"{len(infos)} x {config.n_trials_per_block()} trials"
+        console.print(f"{config.name}: {size}; connecting to Ray", highlight=False)
+    connect()
+    gpus = gpus_per_trial(config, say)
+    check_devices(config, infos, gpus)
+    folder.create()
+    with folder.driven(), folder.storage_errors():
+        return _drive(config, folder, infos, gpus, command, console)
+
+
+def checked(
+    config: SweepConfig, *, resume: bool, say: Callable[[str], None] = lambda line: None
+) -> tuple[SweepConfig, SweepFolder, list[BlockInfo]]:
+    """Everything that can be checked before Ray starts: the resolved configuration, its folder and the blocks.
+
+    Args:
+        say: takes a line for the user before something that takes time.
+
+    Raises:
+        MsaeSweepError: something that the user can mend.
+    """
     config = _with_whole_paths(config)
     folder = SweepFolder.locate(config.storage, config.name)
-    resume = resume and folder.exists()
-    if resume:
+    if resume and folder.exists():
         _check_same_question(folder, config)
     elif folder.exists():
         raise SweepError(
@@ -81,17 +108,10 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     infos = shards.check(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
     for info in infos:
         config.check_width(info.input_dim, info.block)
-    if resume:
-        _check_same_data(folder, config, infos, console)
-
-    if not ray.is_initialized():
-        size = f"{len(infos)} x {config.n_trials_per_block()} trials"
-        console.print(f"{config.name}: {size}; connecting to Ray", highlight=False)
-    connect()
-    gpus = gpus_per_trial(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
-    folder.create()
-    with folder.driven(), folder.storage_errors():
-        return _drive(config, folder, infos, gpus, command, console)
+    if resume and folder.exists():
+        _check_same_data(folder, config, infos, say)
+    check_here(config, infos)
+    return config, folder, infos
 
 
 def _drive(
@@ -304,13 +324,7 @@ def _check_same_data(folder: SweepFolder, config: SweepConfig, infos: Sequence[B
     for info in infos:
         if (manifest := manifests.get(str(info.block))) is None:
             continue
-        changed = what_changed(
-            source,
-            info,
-            manifest,
-            origins.get(str(info.block), {}),
-            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
-        )
+        changed = what_changed(source, info, manifest, origins.get(str(info.block), {}), say)
         if changed:
             raise SweepError(
                 f"{changed}: not the data that sweep {config.name} was started with; bring that back, or give "

@@ -1,0 +1,183 @@
+"""Memory and disk that a sweep needs at the least, against what is there: what cannot fit is refused before it starts.
+
+Only lower bounds are compared, so nothing is refused that might fit: a trial holds its state whatever the step needs
+besides, and rows that do not fit on a device are streamed.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from msae_sweep.config import SweepConfig
+from msae_sweep.data import shards
+from msae_sweep.data.loader import machine_bytes
+from msae_sweep.data.source import BlockInfo
+from msae_sweep.errors import ConfigError, DataError
+from msae_sweep.sweep.resources import nodes_may_join
+from msae_sweep.sweep.space import plan
+
+STATE_BYTES = 16
+"""A parameter's share of a trial's state: weight, Adam's two moments, and its weight in the best epoch, all float32."""
+
+ASK_BYTES = 2 << 30
+"""A state up to this fits any device; the cluster's are asked about larger ones, which takes a worker's imports."""
+
+ASK_SECONDS = 60.0
+"""A device that is not free for so long is not waited for."""
+
+
+class Model(NamedTuple):
+    """Size of one trial's model."""
+
+    input_dim: int
+    hidden_dim: int
+
+    @property
+    def n_parameters(self) -> int:
+        """W_enc, W_dec and pre_bias."""
+        return 2 * self.input_dim * self.hidden_dim + self.input_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """What a trial holds on its device as long as it trains, besides rows and intermediate results."""
+        return STATE_BYTES * self.n_parameters
+
+
+def check_here(config: SweepConfig, infos: Sequence[BlockInfo]) -> None:
+    """Check what can be known before Ray is: shards against the storage's disk, and all against this machine.
+
+    Raises:
+        ConfigError: a model that no device of this machine can hold, where the sweep is to run on this machine.
+        DataError: rows whose shards the disk or this machine cannot hold.
+    """
+    _check_disk(config, infos)
+    if nodes_may_join() or ray.is_initialized():
+        return
+    _check_models(config, infos, _largest_device_here)
+    need = sum(map(shard_bytes, infos))
+    room = machine_bytes() + shutil.disk_usage(_spill_folder()).free
+    if need > room and not config.data.drop_nonfinite and "RAY_object_spilling_config" not in os.environ:
+        raise DataError(
+            f"{_rows(infos)} take {size(need)} in Ray's object store, but memory and {_spill_folder()} together have "
+            f"{size(room)}; {_fewer(config)}"
+        )
+
+
+def check_devices(config: SweepConfig, infos: Sequence[BlockInfo], gpus: float) -> None:
+    """Check the models against the largest device of the cluster; asks it only about large ones.
+
+    Args:
+        gpus: of a trial.
+
+    Raises:
+        ConfigError: a model that no device there can hold.
+    """
+    _check_models(config, infos, lambda: _largest_device(gpus))
+
+
+def shard_bytes(info: BlockInfo) -> int:
+    """Size of a block's prepared shards, float32."""
+    return 4 * info.n_rows * info.input_dim
+
+
+def model_of(input_dim: int, expansion_factor: float) -> Model:
+    """The model of a trial with this expansion factor on rows of this width."""
+    return Model(input_dim, round(input_dim * expansion_factor))
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as people read them."""
+    amount = float(n_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:,.1f} PiB" if amount < 1e6 else f"{amount:.1e} PiB"
+
+
+def _check_models(config: SweepConfig, infos: Sequence[BlockInfo], capacity: Callable[[], int | None]) -> None:
+    for info in infos:
+        if _largest(info, config.corners("expansion_factor")).state_bytes <= ASK_BYTES:
+            continue
+        factors: Iterable[float] = config.corners("expansion_factor")
+        if config.search.algorithm != "optuna":
+            # What will be proposed is known, and may be less than what could be.
+            factors = {record.training(config.training).expansion_factor for record in plan(config, [info.block])}
+        largest, room = _largest(info, factors), capacity()
+        if room is not None and largest.state_bytes > room:
+            raise ConfigError(
+                f"training.expansion_factor: {largest.hidden_dim:,} latents of width {info.input_dim} (block "
+                f"{info.block}) are {largest.n_parameters:,} parameters, which take {size(largest.state_bytes)} with "
+                f"Adam's moments and the best epoch's, but the largest device has {size(room)}; lower expansion_factor"
+            )
+
+
+def _largest(info: BlockInfo, factors: Iterable[float]) -> Model:
+    return model_of(info.input_dim, max(map(float, factors)))
+
+
+def _largest_device_here() -> int:
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return max(machine_bytes(), *(torch.cuda.get_device_properties(i).total_memory for i in cuda), 0)
+
+
+def _largest_device(gpus: float) -> int | None:
+    """The largest device of the cluster that a trial could have; None where none answers in time."""
+    ask = ray.remote(num_cpus=0, num_gpus=min(gpus, 1.0), max_retries=0)(_device_bytes)
+    nodes = [node for node in ray.nodes() if node["Alive"] and (not gpus or node["Resources"].get("GPU", 0) >= gpus)]
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [ask.options(scheduling_strategy=node).remote(gpus > 0) for node in there]
+    answered, silent = ray.wait(asked, num_returns=len(asked), timeout=ASK_SECONDS) if asked else ([], [])
+    for task in silent:
+        ray.cancel(task, force=True)
+    # A node that has not answered may have the largest.
+    if silent or not answered:
+        return None
+    try:
+        return max(ray.get(answered))
+    except ray.exceptions.RayError:
+        return None
+
+
+def _device_bytes(on_gpu: bool) -> int:
+    return int(torch.cuda.get_device_properties(0).total_memory) if on_gpu else machine_bytes()
+
+
+def _check_disk(config: SweepConfig, infos: Sequence[BlockInfo]) -> None:
+    if "://" in config.storage or config.data.drop_nonfinite:
+        return
+    free = shutil.disk_usage(_existing(Path(config.storage))).free
+    if sum(map(shard_bytes, infos)) <= free:
+        return
+    reusable = shards.reusable(config.data, config.storage)
+    missing = [info for info in infos if info.block not in reusable]
+    if (need := sum(map(shard_bytes, missing))) > free:
+        raise DataError(
+            f"{_rows(missing)} take {size(need)} as prepared shards, but {config.storage} has {size(free)} free; "
+            f"{_fewer(config)}, or give another --storage"
+        )
+
+
+def _rows(infos: Sequence[BlockInfo]) -> str:
+    blocks = f"block {infos[0].block}" if len(infos) == 1 else f"{len(infos)} blocks"
+    return f"data: {sum(info.n_rows for info in infos):,} rows of {blocks}"
+
+
+def _fewer(config: SweepConfig) -> str:
+    return "lower data.planted.rows" if config.data.path == "planted" else "sweep fewer of data.blocks at a time"
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _spill_folder() -> Path:
+    """Where Ray puts what its object store does not hold, unless told otherwise."""
+    return _existing(Path(os.environ.get("RAY_TMPDIR", "/tmp")).absolute())
