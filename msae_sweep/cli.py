@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from msae_sweep import cli_models
+from msae_sweep import __version__, cli_models
 from msae_sweep.errors import MsaeSweepError, TrackingError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ app = typer.Typer(
     name="msae-sweep",
     help="Sweeps of Matryoshka sparse autoencoders over a network's activations.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -50,6 +49,24 @@ SweepPath = Annotated[
 ]
 
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, and start and write nothing.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"msae-sweep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Sweeps of Matryoshka sparse autoencoders over a network's activations."""
+
+
 def main() -> None:
     """Run the command line; what a user can mend is one line on stderr and exit code 2."""
     # Ray is connected to where that is meant. A thread that still prepares data when a command is interrupted would
@@ -76,6 +93,7 @@ def run(
         bool,
         typer.Option("--resume", help="Go on with the sweep of this name where it stopped; begin it if there is none."),
     ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a sweep: prepare the data, schedule the trials, track them, leave a finished comparison."""
     import yaml
@@ -87,15 +105,15 @@ def run(
     options = [
         f"{key}={yaml.safe_dump(value, default_style=chr(34))}" for key, value in named.items() if value is not None
     ]
-    _sweep(config.load(space, [*(overrides or []), *options]), resume=resume)
+    _sweep_or_show(config.load(space, [*(overrides or []), *options]), resume=resume, dry_run=dry_run)
 
 
 @app.command()
-def resume(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
+def resume(sweep: SweepPath, tracking_uri: TrackingUri = None, dry_run: DryRun = False) -> None:
     """Go on with a sweep that was interrupted; finished trials stay finished."""
     from msae_sweep.sweep.run import load_config
 
-    _sweep(load_config(sweep, tracking_uri), resume=True)
+    _sweep_or_show(load_config(sweep, tracking_uri), resume=True, dry_run=dry_run)
 
 
 @app.command()
@@ -302,6 +320,15 @@ def _console() -> "Console":
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _sweep_or_show(config: "SweepConfig", *, resume: bool, dry_run: bool) -> None:
+    if not dry_run:
+        _sweep(config, resume=resume)
+        return
+    from msae_sweep.sweep.dry_run import show
+
+    show(config, resume=resume, console=_console())
 
 
 def _sweep(config: "SweepConfig", *, resume: bool) -> None:

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+import msae_sweep
 from msae_sweep.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +152,20 @@ finally:
     assert done.returncode == 0
     assert "Usage" in done.stdout
     assert done.stdout.strip().endswith("loaded []")
+
+
+def test_the_version_is_printed_without_anything_else():
+    done = subprocess.run([sys.executable, "-m", "msae_sweep", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"msae-sweep {msae_sweep.__version__}\n")
+
+
+def test_shells_complete_commands():
+    environment = {"_MSAE_SWEEP_COMPLETE": "complete_bash", "COMP_WORDS": "msae-sweep ins", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['msae-sweep']; from msae_sweep.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.stdout.split() == ["inspect"]
 
 
 def test_options_replace_what_the_file_says(monkeypatch, space):
