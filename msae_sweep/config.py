@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,10 +16,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from msae_sweep.config_file import apply_override, complaint, read_text, read_yaml, section, suggest
+from msae_sweep.config_file import apply_override, check_varied, complaint, read_text, read_yaml, section, suggest
 from msae_sweep.distribution import Distribution
 from msae_sweep.errors import ConfigError
-from msae_sweep.frozen_model import FrozenModel, shown
+from msae_sweep.frozen_model import FrozenModel
 
 __all__ = ["Distribution", "SweepConfig", "TrainingConfig", "load", "parse"]
 
@@ -390,19 +389,5 @@ def parse(text: str, overrides: Iterable[str] = (), *, source: str = "search spa
         config = SweepConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{source}: {complaint(error, SweepConfig)}") from None
-    _check_varied(overridden, config)
+    check_varied(overridden, config.space)
     return config
-
-
-def _check_varied(overridden: Mapping[str, Any], config: SweepConfig) -> None:
-    """Refuse a `--set` of a training key that the space varies: no trial would take its value."""
-    settings = {key: value for key, value in overridden.items() if key.startswith("training.")}
-    settings |= {f"training.{key}": value for key, value in section(overridden, "training").items()}
-    for dotted, value in settings.items():
-        key = dotted.removeprefix("training.")
-        if key in config.space:
-            fixed = f"space.{key}={yaml.safe_dump({'choice': [value]}, default_flow_style=True).strip()}"
-            raise ConfigError(
-                f"--set {dotted}: space varies {key}, so no trial would take {shown(value)}; write "
-                f"--set {shlex.quote(fixed)}, or --set space.{key}=null to vary it no more"
-            )

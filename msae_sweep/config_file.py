@@ -5,7 +5,8 @@ lines of aliases can stand for more than any memory holds. Nothing here knows th
 """
 
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,28 @@ def apply_override(raw: dict[str, Any], override: str) -> tuple[str, Any]:
         target = below
     target[last] = value
     return dotted, value
+
+
+def check_varied(overridden: Mapping[str, Any], varied: Collection[str]) -> None:
+    """Refuse a `--set` of a training key that the space varies: no trial would take its value.
+
+    Args:
+        overridden: dotted keys and values, as `apply_override` returns them.
+        varied: keys of the space.
+
+    Raises:
+        ConfigError: with what to write instead.
+    """
+    settings = {key: value for key, value in overridden.items() if key.startswith("training.")}
+    settings |= {f"training.{key}": value for key, value in section(overridden, "training").items()}
+    for dotted, value in settings.items():
+        key = dotted.removeprefix("training.")
+        if key in varied:
+            fixed = f"space.{key}={yaml.safe_dump({'choice': [value]}, default_flow_style=True).strip()}"
+            raise ConfigError(
+                f"--set {dotted}: space varies {key}, so no trial would take {shown(value)}; write "
+                f"--set {shlex.quote(fixed)}, or --set space.{key}=null to vary it no more"
+            )
 
 
 def complaint(error: ValidationError, model: type[BaseModel] | None = None) -> str:

@@ -168,6 +168,16 @@ def test_shells_complete_commands():
     assert done.stdout.split() == ["inspect"]
 
 
+def test_a_sync_says_once_why_nothing_is_sent(capsys):
+    from msae_sweep.cli import _Waiting
+    from msae_sweep.track.sender import TrackingStatus
+
+    waiting = _Waiting()
+    for error in ("no answer from http://h", "no answer from http://h", ""):
+        waiting.heard(TrackingStatus(0, 3, 0, error))
+    assert capsys.readouterr().out == "waiting for MLflow: no answer from http://h; trying again\n"
+
+
 def test_options_replace_what_the_file_says(monkeypatch, space):
     from msae_sweep import cli
 

@@ -241,6 +241,8 @@ def test_a_second_preparation_reuses_the_files(ray_session, tmp_path, rows):
     first = prepare(path, tmp_path / "storage")[5]
     times = {f: f.stat().st_mtime_ns for f in (tmp_path / "storage").rglob("*") if f.is_file()}
     config = DataConfig(path=path, val_split=0.2)
+    assert shards.reusable(config, str(tmp_path / "storage")) == {5: first.manifest}
+    assert shards.reusable(config.model_copy(update={"seed": 1}), str(tmp_path / "storage")) == {}
     second = shards.prepare(config, str(tmp_path / "storage"), batch_size=10, on_progress=lines.append)[5]
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "storage").rglob("*") if f.is_file()} == times
     assert "reused" in lines[0]

@@ -20,6 +20,7 @@ from planted_sweep import config, results, sweep
 from msae_sweep.data.planted import PlantedSource
 from msae_sweep.errors import ConfigError, DataError, DeviceError, StorageError, SweepError
 from msae_sweep.sae import modelfile
+from msae_sweep.track.uri import redact
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -316,22 +317,17 @@ def test_a_password_in_the_tracking_uri_is_not_kept_and_has_to_be_given_again(fi
     assert load_config(tmp_path / "small").tracking.uri == given
 
 
-def test_a_sweep_whose_tracking_uri_had_a_password_is_resumed_when_it_is_given_again(finished, tmp_path, monkeypatch):
+def test_a_sweep_whose_tracking_uri_had_a_password_is_resumed_when_it_is_given_again(tmp_path, monkeypatch):
     from msae_sweep.sweep import run
 
-    class Reached(Exception):
-        """All that could be refused was not."""
-
-    def reached(*_):
-        raise Reached
-
-    shutil.copytree(finished.folder.path, tmp_path / "small")
-    file = tmp_path / "small" / "sweep.yaml"
-    file.write_text(re.sub("uri: sqlite.*", "uri: http://***@mlflow:5000", file.read_text()))
+    given = "http://me:secret@mlflow:5000"
+    begun, folder, _ = run.checked(config(tmp_path, f"tracking.uri={given}"), resume=False)
+    folder.create()
+    folder.write_text(folder.config_file, redact(begun.to_yaml()))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(run, "gpus_per_trial", reached)
-    with pytest.raises(Reached):
-        run.run(run.load_config(tmp_path / "small", "http://me:secret@mlflow:5000"), resume=True)
+    resumed, _, _ = run.checked(run.load_config(folder.path, given), resume=True)
+    assert resumed.tracking.uri == given
+    assert "secret" not in folder.config_file.read_text()
 
 
 def test_a_gpu_that_is_not_there_is_refused_before_any_trial(tmp_path):
