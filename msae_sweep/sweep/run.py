@@ -313,7 +313,9 @@ def _check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
                 )
 
 
-def _check_same_data(folder: SweepFolder, config: SweepConfig, infos: Sequence[BlockInfo], console: Console) -> None:
+def _check_same_data(
+    folder: SweepFolder, config: SweepConfig, infos: Sequence[BlockInfo], say: Callable[[str], None]
+) -> None:
     """A resumed sweep trains on the rows that its finished trials were trained on.
 
     Raises:
