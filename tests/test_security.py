@@ -1,6 +1,7 @@
 """Files, settings and paths of somebody else's that try to run code: none does, and each is refused in one line."""
 
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -166,3 +167,18 @@ def test_what_a_sweep_folder_of_others_holds_is_not_unpickled(ray_session, trap,
     (sweep / name).write_bytes(pickle.dumps(Touch(trap)))
     assert name in refused(monkeypatch, capsys, "resume", str(sweep))
     assert not trap.exists()
+
+
+def advising(text: str) -> bool:
+    """Whether code or prose switches off what keeps torch and numpy from running code that a file holds."""
+    return bool(re.search(r"weights_only\s*=\s*False|allow_pickle\s*=\s*True", text))
+
+
+def test_neither_the_package_nor_its_documents_advise_to_unpickle():
+    root = Path(__file__).parents[1]
+    folders = ("msae_sweep", ".github", "cluster", "search_spaces")
+    files = [root / "README.md", *(file for folder in folders for file in (root / folder).rglob("*.*"))]
+    texts = [file for file in files if file.suffix in (".py", ".md", ".j2", ".yaml", ".txt")]
+    assert len(texts) > 50
+    assert [file.name for file in texts if advising(file.read_text(encoding="utf-8"))] == []
+    assert advising('torch.load("{path}", weights_only=False)')

@@ -33,12 +33,17 @@ from msae_sweep.sae.modelfile import ModelFile
 Format = Literal["notebook", "safetensors", "saelens", "sparsify"]
 
 LOADERS: dict[Format, str] = {
-    "notebook": 'torch.load("{path}", weights_only=False), or msae_sweep.load("{path}")',
+    "notebook": (
+        'msae_sweep.load("{path}"), or, without this package, import torch, numpy as np; '
+        "torch.serialization.add_safe_globals([np._core.multiarray._reconstruct, np.ndarray, np.dtype, "
+        'np.dtypes.Float32DType]); torch.load("{path}", weights_only=True)'
+    ),
     "safetensors": 'safetensors.torch.load_file("{path}"), or msae_sweep.load("{path}")',
     "saelens": 'sae_lens.SAE.load_from_disk("{path}")',
     "sparsify": 'sparsify.SparseCoder.load_from_disk("{path}")',
 }
-"""How each format is read."""
+"""How each format is read. The notebook's mean and std are numpy arrays, which torch reads without unpickling arbitrary
+code only where their types are named."""
 
 
 class Folded(NamedTuple):

@@ -52,7 +52,11 @@ codes = torch.zeros(len(a), sae.num_latents).scatter(1, encoded.top_indices, enc
 out, name = sae(a).sae_out, "eai-sparsify " + version("eai-sparsify")
 """,
     "notebook": """
-saved = torch.load(path, weights_only=False)
+import numpy as np
+torch.serialization.add_safe_globals(
+    [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float32DType]
+)
+saved = torch.load(path, weights_only=True)
 w = saved["model_state_dict"]
 mean, std = (torch.from_numpy(saved["normalization"][name]) for name in ("mean", "std"))
 pre = torch.relu(((a - mean) / std - w["pre_bias"]) @ w["W_enc"].T)

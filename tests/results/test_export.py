@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from msae_sweep.cli import main
 from msae_sweep.errors import ConfigError
-from msae_sweep.results.export import export, fold
+from msae_sweep.results.export import LOADERS, export, fold
 from msae_sweep.results.models import FoundModel
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.model import MSAE
@@ -148,8 +148,10 @@ def test_our_own_formats_keep_everything(tmp_path, format, suffix):
 
 NOTEBOOK = """
 import sys, numpy as np, torch
-path, rows, out = sys.argv[1:]
-saved = torch.load(path, weights_only=False)
+rows, out, advice = sys.argv[1:]
+*allow, read = advice.split("; ")
+exec("; ".join(allow))
+saved = eval(read)
 w, k = saved["model_state_dict"], saved["config"]["k_levels"][-1]
 mean, std = (torch.from_numpy(saved["normalization"][name]) for name in ("mean", "std"))
 a = torch.from_numpy(np.load(rows))
@@ -161,11 +163,13 @@ assert not any(name.startswith("msae_sweep") for name in sys.modules)
 """
 
 
-def test_the_notebooks_format_is_read_in_a_fresh_process_without_this_package(tmp_path):
+def test_the_advice_that_export_prints_reads_the_notebooks_format_without_this_package(tmp_path):
     file = model_file()
     path, rows = export(found(file), "notebook", tmp_path / "m.pt"), raw_rows(file)
     np.save(tmp_path / "rows.npy", rows)
-    command = [sys.executable, "-c", NOTEBOOK, str(path), str(tmp_path / "rows.npy"), str(tmp_path / "out.npy")]
+    advice = LOADERS["notebook"].format(path=path).split("without this package, ")[1]
+    assert "weights_only=True" in advice
+    command = [sys.executable, "-c", NOTEBOOK, str(tmp_path / "rows.npy"), str(tmp_path / "out.npy"), advice]
     subprocess.run(command, check=True)
     expected = file.standardised()(torch.from_numpy(rows)).detach()
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=1e-5, atol=1e-5)
