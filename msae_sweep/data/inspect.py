@@ -13,6 +13,9 @@ from msae_sweep.data.source import BlockInfo, Source
 COMPONENTS = (16, 32, 64, 128)
 """Numbers of principal components whose share of the variance is shown: the notebook's k levels."""
 
+_SMALLEST_EXPONENT = -1074
+"""Every positive float64 is at least two to this power."""
+
 
 class BlockReport(NamedTuple):
     """What one pass over a block found."""
@@ -75,6 +78,9 @@ def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:
     # Sums are taken about the first finite row: a mean far from 0 costs no digits, a constant channel gives exactly 0.
     origin: np.ndarray | None = None
     total, products = np.zeros(dim), np.zeros((dim, dim))
+    # Each channel is divided by a power of two above its largest value, so that squares of values near float64's limits
+    # neither overflow nor vanish. Such a division is exact: no sum changes in any digit.
+    exponent = np.full(dim, _SMALLEST_EXPONENT)
     groups: set[int] = set()
     for row_range in source.row_ranges(info.block, max(1, (16 << 20) // (8 * dim))):
         x, numbers = source.read(row_range)
@@ -85,6 +91,13 @@ def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:
             continue
         n_finite += len(x)
         n_zeros += int((x == 0).sum())
+        largest = np.abs(x).max(axis=0)
+        grown = np.where(largest > 0, np.maximum(exponent, np.frexp(largest)[1]), exponent)
+        if (shift := exponent - grown).any():
+            total, products = np.ldexp(total, shift), np.ldexp(products, np.add.outer(shift, shift))
+            origin = None if origin is None else np.ldexp(origin, shift)
+            exponent = grown
+        x = np.ldexp(x, -exponent)
         if origin is None:
             origin = x[0].copy()
         x -= origin
@@ -94,10 +107,11 @@ def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:
     mean = total / n
     covariance = products / n - np.outer(mean, mean)
     std = np.sqrt(np.maximum(np.diag(covariance), 0))
-    centre = mean if origin is None else mean + origin
+    centre = np.ldexp(mean if origin is None else mean + origin, exponent)
     varies = std > 0
     correlation = covariance[np.ix_(varies, varies)] / np.outer(std[varies], std[varies])
     spectrum = np.linalg.eigvalsh(correlation)[::-1].cumsum() if varies.any() else np.zeros(0)
+    std = np.ldexp(std, exponent)
     return BlockReport(
         info,
         len(groups) if info.has_groups else None,

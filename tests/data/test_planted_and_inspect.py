@@ -64,6 +64,20 @@ def test_explained_variance_is_that_of_the_correlation_matrix(tmp_path):
     assert 128 not in report.explained
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("dtype", "scale"), [("f4", 2.0**127), ("f8", 2.0**664), ("f8", 2.0**1023), ("f8", 2.0**-664)])
+def test_values_near_the_limits_of_their_type_are_measured_like_any_others(tmp_path, dtype, scale):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(600, 3)) @ rng.normal(size=(3, 20))).round(3)
+    # The largest rows come last, so that sums taken before have to be scaled down.
+    x = (x[np.argsort(np.abs(x).max(axis=1))] / (np.abs(x).max() / 1.5)).astype("f4").astype(dtype)
+    (plain,) = inspect(DataConfig(path=write_npy(tmp_path / "plain", x, chunks=6)))
+    (report,) = inspect(DataConfig(path=write_npy(tmp_path / "scaled", x * x.dtype.type(scale), chunks=6)))
+    assert report.mean_range == tuple(scale * value for value in plain.mean_range)
+    assert report.std_range == tuple(scale * value for value in plain.std_range)
+    assert (report.explained, report.n_constant) == (plain.explained, 0)
+
+
 def test_the_real_activations_have_the_spectrum_that_was_measured(real_data):
     expected = {5: (0.48, 0.77, 0.90), 20: (0.33, 0.64, 0.82), 35: (0.36, 0.64, 0.82)}
     for report in inspect(DataConfig(path=str(real_data))):
