@@ -1,3 +1,5 @@
+import tracemalloc
+
 import h5py
 import numpy as np
 import pyarrow as pa
@@ -7,8 +9,10 @@ from activation_files import WRITERS, table, write_h5, write_npy, write_parquet
 
 from msae_sweep.config import DataConfig, PlantedConfig
 from msae_sweep.data.catalog import check, open_source
+from msae_sweep.data.npy import NpyFolder
 from msae_sweep.data.source import block_of
 from msae_sweep.errors import DataError
+from msae_sweep.places import Place
 
 
 def read_all(path: str, block: int = 5, rows: int = 64) -> tuple[np.ndarray, np.ndarray | None]:
@@ -52,6 +56,23 @@ def test_column_major_and_big_endian_chunks_are_read_as_they_are(tmp_path, rows)
     np.save(folder / "chunk_0.npy", np.asfortranarray(rows))
     np.save(folder / "chunk_1.npy", rows.astype(">f4"))
     np.testing.assert_array_equal(read_all(str(tmp_path))[0], np.concatenate([rows, rows]))
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("", 1 << 20), ("file://", 20 << 20)], ids=["disk", "store"])
+def test_a_range_of_a_column_major_chunk_takes_no_more_memory_than_a_few_columns(tmp_path, scheme, most):
+    n_rows, width = 1 << 21, 16
+    (folder := tmp_path / "block5").mkdir()
+    array = np.lib.format.open_memmap(folder / "chunk_0.npy", "w+", "f2", (n_rows, width), True)
+    array[70_000:70_100] = expected = np.random.default_rng(0).normal(size=(100, width)).astype("f2")
+    array.flush()
+    source = NpyFolder(Place(f"{scheme}{tmp_path}"))
+    row_range = source.row_ranges(5, 100)[0]._replace(start=70_000, stop=70_100)
+    tracemalloc.start()
+    try:
+        np.testing.assert_array_equal(source.read(row_range).x, expected)
+        assert tracemalloc.get_traced_memory()[1] < most < array.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_chunks_follow_the_order_of_their_numbers(tmp_path):
