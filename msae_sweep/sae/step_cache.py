@@ -1,5 +1,6 @@
 """Captured steps, kept from trial to trial."""
 
+import contextlib
 import gc
 from typing import TYPE_CHECKING
 
@@ -28,16 +29,14 @@ class StepCache:
         Raises:
             torch.OutOfMemoryError: it does not fit, even alone.
         """
-        from msae_sweep.sae.kernels.fused import FusedStep
-
         step = self._steps.pop((shape, device), None)
         if step is None:
-            try:
-                step = FusedStep(shape, device)
-            except torch.OutOfMemoryError:
-                self.clear()
-                step = FusedStep(shape, device)
-            step.capture()
+            # After the `except` block: within it the error's traceback still holds the memory of the failed attempt.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                step = _captured(shape, device)
+        if step is None:
+            self.clear()
+            step = _captured(shape, device)
         self._steps[shape, device] = step  # the one used last stands last
         if device.type == "cuda":
             allowed = torch.cuda.get_device_properties(device).total_memory * SHARE_OF_DEVICE
@@ -54,3 +53,12 @@ class StepCache:
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
+
+
+def _captured(shape: "Shape", device: torch.device) -> "FusedStep":
+    """A new step of a shape. Capturing takes device memory, too: for compiled kernels, graphs and cuBLAS."""
+    from msae_sweep.sae.kernels.fused import FusedStep
+
+    step = FusedStep(shape, device)
+    step.capture()
+    return step

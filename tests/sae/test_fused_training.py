@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +117,22 @@ def test_a_trial_in_a_used_process_equals_one_in_a_fresh_process(undisturbed):
     )
     assert same_bits(train(config(), steps=steps), undisturbed)
     assert len(steps) == 1, "both have one shape and share one captured step"
+
+
+def test_a_step_that_runs_out_of_memory_when_it_is_captured_gets_the_memory_of_the_others(monkeypatch):
+    steps, attempts, alive = StepCache(), weakref.WeakSet(), []
+    shapes = [fused.Shape(8, 16, 64, (4,), (4,), 0, True, False)._replace(batch=batch) for batch in (8, 16)]
+    first = weakref.ref(steps.get(shapes[0], DEVICE))
+
+    def capture(step):
+        attempts.add(step)
+        alive.append(len(attempts))
+        if first() is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fused.FusedStep, "capture", capture)
+    assert steps.get(shapes[1], DEVICE).shape == shapes[1]
+    assert (len(steps), alive) == (1, [1, 1]), "the failed attempt was still held"
 
 
 @pytest.mark.slow
