@@ -79,11 +79,15 @@ def evaluate(
     """Measure a model on any activations: R² at every k, dead and firing latents, its dictionary."""
     import json
 
+    from msae_sweep.places import check_file
     from msae_sweep.results import evaluation
     from msae_sweep.results.evaluation_figure import check_suffix, evaluation_figure
 
     if figure is not None:
         check_suffix(figure)
+        check_file("--figure", figure)
+    if out is not None:
+        check_file("--out", out)
     report = _evaluate(what, data, block, against or [], rows, max_k, device, cluster, overrides or [], tracking_uri)
     _console().print(evaluation.render(report), highlight=False)
     try:

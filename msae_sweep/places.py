@@ -9,6 +9,7 @@ opened anew by every process with its own environment: it never holds a secret.
 import contextlib
 import functools
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from msae_sweep.errors import MsaeSweepError, SweepError, first_line
+from msae_sweep.errors import ConfigError, MsaeSweepError, SweepError, first_line
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
@@ -248,6 +249,39 @@ class Place:
                     raise OSError(f"{self}: {_reason(error)}") from None
             time.sleep(2.0**attempt)
         raise AssertionError("unreachable")
+
+
+def check_file(option: str, path: Path) -> None:
+    """Find out whether the file that `option` names can be written, before the work that fills it; leaves no trace.
+
+    Raises:
+        ConfigError: it is a folder, or it or its folder cannot be written.
+    """
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{option}: {path} is a folder; give a file")
+        if path.is_file():
+            path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"{option}: {path} cannot be written: {error.strerror}") from None
+    if not path.exists():
+        check_folder(option, path.parent)
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Find out whether files can be made in a folder, which may have to be made itself; leaves no trace.
+
+    Raises:
+        ConfigError: it, or what lies on the way to it, is a file or cannot be written.
+    """
+    try:
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise ConfigError(f"{option}: {path} cannot be written: {there} is no folder")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option}: {path} cannot be written: {error.strerror}") from None
 
 
 def _path(info: "FileInfo") -> str:

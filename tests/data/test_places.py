@@ -1,4 +1,5 @@
 import pickle
+import tempfile
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -8,8 +9,8 @@ from servers import S3, SlowProxy, in_environment
 
 from msae_sweep.config import DataConfig
 from msae_sweep.data.catalog import open_source
-from msae_sweep.errors import DataError, SweepError
-from msae_sweep.places import Place
+from msae_sweep.errors import ConfigError, DataError, SweepError
+from msae_sweep.places import Place, check_file
 
 
 def test_a_place_in_a_store_is_used_as_a_folder_is(object_store, tmp_path):
@@ -111,3 +112,23 @@ def test_another_environment_leads_to_another_store(object_store, tmp_path_facto
     with S3(tmp_path_factory.mktemp("other")) as other, in_environment(other.environment()):
         assert not Place(other.bucket).files(recursive=True)
     assert (Place(object_store.bucket) / "only-here").read() == b"1"
+
+
+def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path, monkeypatch):
+    (tmp_path / "old.json").write_text("old")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("old.json", "new.json", "some/new/folder/new.json"):
+        check_file("--out", tmp_path / name)
+    with pytest.raises(ConfigError, match=f"--out: {tmp_path} is a folder; give a file"):
+        check_file("--out", tmp_path)
+    with pytest.raises(ConfigError, match=r"old.json cannot be written: .*old.json is no folder"):
+        check_file("--out", tmp_path / "old.json" / "new.json")
+
+    def full(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(ConfigError, match=r"new\.json cannot be written: Read-only file system"):
+        check_file("--out", tmp_path / "new.json")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "old.json").read_text() == "old"

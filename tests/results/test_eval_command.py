@@ -241,6 +241,8 @@ WRONG = {
     "a figure of no format": (["m.pt", "--data", "data", "--figure", "f.bmp"], "f.bmp must end in .png, .svg, .pdf"),
     "a key of a sweep": (["m.pt", "--data", "data", "--set", "training.epochs=3"], "only data.… can be set here"),
     "no MLflow": (["champion:5", "--data", "data"], "no such MLflow database"),
+    "a folder as out": (["m.pt", "--data", "data", "--block", "5", "--out", "data"], "--out: data is a folder"),
+    "a folder as figure": (["m.pt", "--data", "data", "--figure", "folder.png"], "--figure: folder.png is a folder"),
     "a file as out": (["m.pt", "--data", "data", "--block", "5", "--out", "m.pt/x.json"], "cannot be written"),
     "games without game_id": (
         ["m.pt", "--data", "data", "--block", "5", "--set", "data.split_by=game_id"],
@@ -259,6 +261,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
     modelfile.save(found.file, tmp_path / "m.pt")
     modelfile.save(model_file(input_dim=14), tmp_path / "wide.pt")
     sweep(tmp_path / "sweep")
+    (tmp_path / "folder.png").mkdir()
+    if case.endswith((" as out", " as figure")):
+        monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("rows were read before"))
     arguments, says = WRONG[case]
     assert command_line(monkeypatch, "eval", *arguments) == 2
     error = capsys.readouterr().err.strip()
