@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import ray
@@ -22,15 +22,14 @@ from torch import Tensor
 import msae_sweep
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go.board import SIZE
-from msae_sweep.go.leela import Network, Precision, gather_points, spatial_mean
+from msae_sweep.go.leela import Network, Precision, gather_points, resolve, spatial_mean
 from msae_sweep.go.output import FORMATS, INDEX, OutputFolder
 from msae_sweep.go.pipeline import BATCH, Boards, Games, read_all, run, unpacked
 from msae_sweep.go.plan import Sampling, cut, games_sha256
 from msae_sweep.go.planes import planes
 from msae_sweep.go.progress import Progress
-from msae_sweep.go.records import find_units
-from msae_sweep.go.sgf import Game
-from msae_sweep.go.weights import read_weights, weights_sha256
+from msae_sweep.go.records import Unit, find_units
+from msae_sweep.go.weights import Weights, read_weights, weights_sha256
 
 
 class Settings(NamedTuple):
@@ -135,7 +134,24 @@ def extract(
     for block in settings.blocks:
         if not 1 <= block <= len(weights.blocks):
             raise ConfigError(f"--blocks: {block} is not in this network, which has blocks 1 to {len(weights.blocks)}")
-    connect()
+    folder = OutputFolder(settings.out, settings.blocks, settings.formats)
+    settings = _as_begun(settings, folder)
+    folder.check(_identity(settings))
+    with folder.held():
+        connect()
+        return _extract(settings, folder, units, weights, report, started)
+
+
+def _extract(
+    settings: Settings,
+    folder: OutputFolder,
+    units: list[Unit],
+    weights: Weights,
+    report: Callable[[Progress], None],
+    started: float,
+) -> Summary:
+    """Everything that needs Ray; the folder is held."""
+    precision = _precision_of_the_cluster(settings, folder)
     spent = dict.fromkeys(Seconds._fields, 0.0)
     with _timed(spent, "reading"):
         games, refused, examples = read_all(units, settings.games)
@@ -152,9 +168,9 @@ def extract(
             complete_before, len(games), dict(refused), examples, n_positions, total, seconds, Seconds(**spent)
         )
 
-    folder = OutputFolder(settings.out, settings.blocks, settings.formats)
+    settings = settings._replace(precision=precision())
     try:
-        if not folder.begin(_identity(settings, games)):
+        if not folder.begin({**_identity(settings), "games_sha256": games_sha256(games)}):
             return summary(True)
         done = folder.done()
         positions = sum(chunk.n_positions for chunk in chunks if chunk.number in done)
@@ -172,6 +188,44 @@ def extract(
     return summary(False)
 
 
+def _as_begun(settings: Settings, folder: OutputFolder) -> Settings:
+    """Settings with the precision of the rows that are there already, where `auto` leaves it open.
+
+    On another device `auto` may stand for another one, and rows of both would lie in one folder.
+
+    Raises:
+        ConfigError: the folder does not tell it.
+    """
+    found = folder.found()
+    if not found or settings.precision != "auto":
+        return settings
+    precision: Any = found.get("precision")
+    if precision not in get_args(Precision) or (precision == "auto" and not found["complete"]):
+        raise ConfigError(
+            f"--out {settings.out}: was begun by a version that did not note in which precision; give another folder"
+        )
+    return settings._replace(precision=precision)
+
+
+def _precision_of_the_cluster(settings: Settings, folder: OutputFolder) -> Callable[[], Precision]:
+    """A function that waits for the precision of all rows: what `auto` stands for where the network will run."""
+    if settings.precision != "auto" or folder.found():
+        return lambda: settings.precision
+    if not ray.cluster_resources().get("GPU"):
+        return lambda: "fp32"
+    # Asked for as the actors are that hold the network. A worker takes seconds to start: games are read meanwhile.
+    asked = ray.remote(_precision_here).options(num_gpus=1).remote()
+    return lambda: ray.get(asked)
+
+
+def _precision_here() -> Precision:
+    return resolve(_device(), "auto")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextlib.contextmanager
 def _timed(spent: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
@@ -179,11 +233,10 @@ def _timed(spent: dict[str, float], name: str) -> Iterator[None]:
     spent[name] += time.perf_counter() - started
 
 
-def _identity(settings: Settings, games: list[Game]) -> dict[str, Any]:
-    """What makes two extractions the same one."""
+def _identity(settings: Settings) -> dict[str, Any]:
+    """What makes two extractions the same one, but for `games_sha256`."""
     return {
         "weights_sha256": weights_sha256(settings.weights),
-        "games_sha256": games_sha256(games),
         "blocks": list(settings.blocks),
         "taken": "after the add and the ReLU of the block; blocks are numbered from 1; points run from the top left",
         **settings.sampling._asdict(),
@@ -204,7 +257,7 @@ class _Taps:
 
     def __init__(self, weights: list[Any], settings: Settings, folder: OutputFolder) -> None:
         self.settings, self.folder = settings, folder
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = _device()
         if self.device.type == "cpu":
             torch.set_num_threads(os.cpu_count() or 1)
         self.network = Network(ray.get(weights[0]), self.device, settings.precision)

@@ -234,9 +234,8 @@ def choose(device: torch.device, precision: Precision, filters: int, fused: bool
     """
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     on_cuda = device.type == "cuda"
+    precision = resolve(device, precision)
     capability = torch.cuda.get_device_capability(device) if on_cuda else (0, 0)
-    if precision == "auto":
-        precision = "fp16" if capability >= (7, 0) else "fp32"
     if on_cuda and precision == "bf16" and capability < (8, 0):
         shown = ".".join(map(str, capability))
         raise ConfigError(f"precision: bf16 needs compute capability 8.0 and this GPU has {shown}; take fp16 or fp32")
@@ -253,6 +252,14 @@ def choose(device: torch.device, precision: Precision, filters: int, fused: bool
         return Choice(dtype, conv_relu, conv_add_relu, "plain", hindrance)
     reason = f"cuDNN's convolution + add + ReLU in one kernel, {precision}, float32 sums"
     return Choice(dtype, cudnn_conv_relu, cudnn_conv_add_relu, "fused", reason)
+
+
+def resolve(device: torch.device, precision: Precision) -> Precision:
+    """The arithmetic that `auto` stands for on `device`; any other is itself."""
+    if precision != "auto":
+        return precision
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return "fp16" if has_tensor_cores else "fp32"
 
 
 def fused_hindrance(device: torch.device, dtype: torch.dtype, filters: int) -> str | None:

@@ -3,10 +3,14 @@
 While it grows, `parts/` holds per chunk the rows of every block and, written last, an index file with everything else
 about the chunk. A chunk counts as done when its index file is there; so a run that is stopped anywhere goes on without
 repeating a chunk and without a row twice. At the end the formats that were asked for are made, and `parts/` goes.
+
+One extraction at a time writes into a folder: its driver locks it, and shows other machines, whose locks may not reach
+this far, that it lives.
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -21,11 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float64
 
-from msae_sweep.errors import ConfigError
+from msae_sweep.errors import ConfigError, SweepError
+from msae_sweep.places import Place, check_folder
+from msae_sweep.results import lease
 
 FORMATS = ("npy", "h5", "parquet")
 INDEX = ("game_id", "position_id", "ply", "point")
 """Per row, beside the activations: int64, int64, int32, int16 (−1: the mean over the board)."""
+
+_INPUTS = {"weights_sha256": "--weights", "games_sha256": "--games"}
+"""Hashes that a manifest has, and the option whose content each tells."""
+_DRIVER = "driver.json"
+"""Says who writes the folder, while somebody does."""
 
 
 class OutputFolder:
@@ -35,28 +46,77 @@ class OutputFolder:
         self.path, self.blocks, self.formats = path, tuple(blocks), tuple(formats)
         self.parts, self.manifest = path / "parts", path / "manifest.json"
 
+    def found(self) -> dict[str, Any]:
+        """The manifest of the extraction that the folder holds, whole or not; empty where there is none.
+
+        Raises:
+            ConfigError: it holds something else.
+        """
+        try:
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+            assert isinstance(manifest["complete"], bool)
+            return dict(manifest)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise ConfigError(f"--out: {self.manifest} cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, AssertionError):
+            raise ConfigError(f"--out: {self.manifest} is not an extraction's; give another folder") from None
+        if self.path.exists() and (not self.path.is_dir() or any(self._files_of_others())):
+            raise ConfigError(f"--out {self.path}: is not empty and holds no extraction; give another folder")
+        return {}
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Find out whether the folder can be begun or gone on with, as far as `identity` tells; leaves no trace.
+
+        Raises:
+            ConfigError: it holds something else or another extraction, or cannot be written.
+        """
+        found = self.found()
+        if found:
+            self._compare(found, identity)
+        if not found.get("complete"):
+            check_folder("--out", self.path)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other extractions out of the folder while this is open.
+
+        Raises:
+            ConfigError: another one is writing it, or it cannot be made.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.callback(self._remove_if_empty)
+                folder = os.open(self.path, os.O_RDONLY)
+                stack.callback(os.close, folder)
+                _lock(folder)
+                stack.enter_context(lease.held(Place(self.path / _DRIVER)))
+            except (BlockingIOError, SweepError):
+                raise ConfigError(
+                    f"--out {self.path}: {self._driver()} is writing an extraction there; wait for it, or give another "
+                    "folder"
+                ) from None
+            except OSError as error:
+                raise ConfigError(f"--out {self.path}: cannot be made: {error.strerror}") from None
+            yield
+
     def begin(self, identity: Mapping[str, Any]) -> bool:
-        """Create the folder or go on in it; False where it is complete already.
+        """Create the folder or go on in it; False where it is complete already. It must be `held`.
 
         Raises:
             ConfigError: it holds something else, or another extraction.
         """
-        if self.manifest.is_file():
-            found = json.loads(self.manifest.read_text(encoding="utf-8"))
-            for key, value in identity.items():
-                if found.get(key) != value:
-                    raise ConfigError(
-                        f"--out {self.path}: holds another extraction: its {key} is {found.get(key)!r}, here "
-                        f"{value!r}; give another folder"
-                    )
+        if found := self.found():
+            self._compare(found, identity)
             if found["complete"]:
                 return False
             for left_over in self.path.rglob(".*.part"):  # by a process that was killed while it wrote
-                left_over.unlink()
+                if not left_over.name.startswith(f".{_DRIVER}."):
+                    left_over.unlink(missing_ok=True)
             self.parts.mkdir(exist_ok=True)
             return True
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ConfigError(f"--out {self.path}: is not empty and holds no extraction; give another folder")
         # The manifest comes first: what is in a folder without one is somebody else's.
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_manifest({**identity, "complete": False})
@@ -181,9 +241,46 @@ class OutputFolder:
             values: np.ndarray = index[name]
             return values
 
+    def _compare(self, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        for key, value in identity.items():
+            if (before := found.get(key)) == value:
+                continue
+            if key in _INPUTS:
+                what = f"was begun with other {_INPUTS[key]} ({key} {str(before)[:12]}…, here {str(value)[:12]}…)"
+            else:
+                what = f"holds another extraction: its {key} is {before!r}, here {value!r}"
+            raise ConfigError(f"--out {self.path}: {what}; give another folder")
+
+    def _files_of_others(self) -> Iterator[Path]:
+        return (file for file in self.path.iterdir() if not file.name.lstrip(".").startswith(_DRIVER))
+
+    def _remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def _driver(self) -> str:
+        try:
+            return str(json.loads((self.path / _DRIVER).read_text(encoding="utf-8"))["driver"])
+        except (OSError, ValueError, KeyError):
+            return "another process"
+
     def _write_manifest(self, content: Mapping[str, Any]) -> None:
         with atomic(self.manifest) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _lock(folder: int) -> None:
+    """Lock an open folder, rather than a file, which would be left in it.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # a file system without such locks, as NFS: there the lease alone has to do
 
 
 def _save(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:

@@ -128,7 +128,7 @@ def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path, mo
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(ConfigError, match=r"new\.json cannot be written: Read-only file system"):
+    with pytest.raises(ConfigError, match=f"{tmp_path} cannot be written: Read-only file system"):
         check_file("--out", tmp_path / "new.json")
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "old.json").read_text() == "old"

@@ -1,7 +1,9 @@
 """From records and weights to an activation folder, through Ray."""
 
 import io
+import itertools
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -29,6 +31,7 @@ from msae_sweep.go.records import find_units, read_records
 from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import Game, read_games
 from msae_sweep.go.weights import random_weights, read_weights, write_weights
+from msae_sweep.results import lease
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -113,6 +116,7 @@ def test_the_folder_is_one_that_run_reads(extracted):
     manifest = json.loads((chosen.out / "manifest.json").read_text())
     assert manifest["complete"]
     assert manifest["blocks"] == [1, 3]
+    assert manifest["precision"] == "fp32", "what auto stood for"
     assert not (chosen.out / "parts").exists()
 
 
@@ -420,6 +424,99 @@ def test_what_a_killed_writer_left_half_is_taken_for_nothing_and_goes(extracted,
 
 def _raises(_: extraction.Progress) -> None:
     raise RuntimeError
+
+
+def no_ray() -> None:
+    pytest.fail("Ray was started")
+
+
+@pytest.fixture
+def begun(tmp_path, network, records) -> tuple[Settings, OutputFolder]:
+    """An extraction that has begun, and a file that is being written in it."""
+    chosen = settings(network, records, tmp_path / "out", precision="fp32")
+    folder = OutputFolder(chosen.out, chosen.blocks, chosen.formats)
+    with folder.held():
+        folder.begin(extraction._identity(chosen))
+    (folder.parts / ".block1_000000.npy.1.part").write_bytes(b"half")
+    return chosen, folder
+
+
+def test_a_second_extraction_into_a_folder_is_refused_and_touches_nothing(begun):
+    chosen, folder = begun
+    with folder.held():
+        line = f"out: process {os.getpid()} on .* is writing an extraction there; wait for it, or give another folder"
+        with pytest.raises(ConfigError, match=line):
+            extract(chosen, connect=no_ray)
+        assert (folder.parts / ".block1_000000.npy.1.part").exists()
+    assert sorted(file.name for file in folder.path.iterdir()) == ["manifest.json", "parts"]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_an_extraction_on_another_machine_is_left_alone_as_long_as_it_lives(begun, monkeypatch, alive):
+    chosen, folder = begun
+    # Its lock does not reach here.
+    (folder.path / "driver.json").write_text(json.dumps({"driver": "process 1 on elsewhere", "beat": "a"}))
+    monkeypatch.setattr(lease, "DEAD_SECONDS", 0.2)
+    read, beats = lease._read, itertools.count()
+    monkeypatch.setattr(lease, "_read", lambda place: {**read(place), **({"beat": next(beats)} if alive else {})})
+
+    class Reached(Exception):
+        pass
+
+    def reached() -> None:
+        raise Reached
+
+    with pytest.raises(ConfigError if alive else Reached, match="process 1 on elsewhere is writing" if alive else None):
+        extract(chosen, connect=reached)
+    assert (folder.path / "driver.json").exists() == alive
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_ray_starts(network, records, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--out: .*file/out cannot be written: .*file is no folder"):
+        extract(settings(network, records, tmp_path / "file" / "out"), connect=no_ray)
+
+
+def test_another_network_or_other_games_are_refused_by_name(begun, records, tmp_path):
+    chosen, folder = begun
+    write_weights(random_weights(3, 8, seed=1), tmp_path / "other.txt")
+    with pytest.raises(ConfigError, match=r"was begun with other --weights \(weights_sha256 [0-9a-f]{12}…, here"):
+        extract(chosen._replace(weights=tmp_path / "other.txt"), connect=no_ray)
+    identity = {**extraction._identity(chosen), "games_sha256": "0" * 64}
+    with pytest.raises(ConfigError, match="was begun with other --games"):
+        folder.begin(identity)
+
+
+def test_an_extraction_goes_on_in_the_precision_it_began_with(network, records, tmp_path, monkeypatch):
+    # As on a GPU, for which `auto` is fp16; then on a CPU, for which it is fp32.
+    other = settings(network, records, tmp_path / "out")
+    monkeypatch.setattr(extraction, "_precision_of_the_cluster", lambda *_: lambda: "fp16")
+    with pytest.raises(RuntimeError):
+        extract(other, _raises)
+    monkeypatch.undo()
+    assert json.loads((other.out / "manifest.json").read_text())["precision"] == "fp16"
+    with pytest.raises(ConfigError, match="its precision is 'fp16', here 'fp32'"):
+        extract(other._replace(precision="fp32"), connect=no_ray)
+    extract(other)
+    rows = contents(other.out, 3)["rows"]
+    assert np.array_equal(rows, rows.astype(np.float16)), "some were computed in fp32"
+
+
+def test_without_a_note_of_its_precision_an_extraction_is_not_gone_on_with(begun):
+    chosen, folder = begun
+    folder._write_manifest({**folder.found(), "precision": "auto"})
+    with pytest.raises(ConfigError, match="did not note in which precision"):
+        extract(chosen._replace(precision="auto"), connect=no_ray)
+    folder._write_manifest({**folder.found(), "complete": True})
+    assert extraction._as_begun(chosen._replace(precision="auto"), folder).precision == "auto"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"complete": 1}'])
+def test_a_manifest_of_something_else_is_one_line(begun, text):
+    chosen, folder = begun
+    folder.manifest.write_text(text)
+    with pytest.raises(ConfigError, match=r"manifest\.json is not an extraction's"):
+        extract(chosen, connect=no_ray)
 
 
 def test_points_and_positions_follow_from_the_game_and_the_seed_alone(records):
