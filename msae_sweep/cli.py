@@ -210,15 +210,13 @@ def boards(
     """Draw the positions of real games at which a model's latents are strongest, as Go boards on one page."""
     from msae_sweep.errors import ConfigError
     from msae_sweep.go import boards as diagrams
+    from msae_sweep.go.origin import notes
     from msae_sweep.go.plan import Sampling
     from msae_sweep.go.progress import showing
     from msae_sweep.results.models import find
     from msae_sweep.sweep.run import connect
 
-    try:
-        numbers = tuple(int(number) for number in latents.split(",") if number)
-    except ValueError:
-        raise ConfigError(f"--latents: {latents} must be how many, e.g. 40, or which, e.g. 12,77") from None
+    wanted = diagrams.latents_asked_for(latents)
     found = find(model, block, tracking_uri)
     block = found.block if block is None else block
     if block is None:
@@ -230,13 +228,16 @@ def boards(
         games=games,
         block=block,
         out=out,
-        latents=numbers if "," in latents else numbers[0],
+        latents=wanted,
         top=top,
-        k=k or found.file.model.k_levels[-1],
+        k=found.file.model.k_levels[-1] if k is None else k,
         sampling=Sampling(positions_per_game, skip_first, "all", seed),
         precision=precision,
         first_row=first_row,
+        notes=notes(found.where, weights, first_row),
     )
+    for note in settings.notes:
+        _console().print(f"note: {note}", highlight=False, soft_wrap=True)
     with showing(_console()) as report:
         summary = diagrams.show(settings, report, connect)
     _console().print(summary.text(settings), highlight=False, soft_wrap=True)

@@ -34,6 +34,7 @@ from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import Game
 from msae_sweep.go.strongest import Firing, Strongest, maxima, strongest
 from msae_sweep.go.weights import read_weights
+from msae_sweep.places import Place, check_file, check_folder
 from msae_sweep.sae.modelfile import ModelFile
 
 _PRE_ACTS = 1 << 28
@@ -60,6 +61,8 @@ class Settings(NamedTuple):
     sampling: Sampling
     precision: Precision = "auto"
     first_row: Literal["top", "bottom"] = "top"
+    notes: tuple[str, ...] = ()
+    """What a reader of the page should know of model and network."""
 
 
 class Summary(NamedTuple):
@@ -81,6 +84,26 @@ class Summary(NamedTuple):
             f"{self.alive:,} of {hidden_dim:,} latents fired\n"
             f"{settings.out}: {self.drawn} latents; all of them: {settings.out.with_suffix('.json')}"
         )
+
+
+def latents_asked_for(text: str) -> tuple[int, ...] | int:
+    """The latents that `text` names, or how many it asks for.
+
+    Raises:
+        ConfigError: it does neither, or names one twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    named = [part for part in parts if part]
+    if not named or not all(part.isascii() and part.isdigit() for part in named):
+        raise ConfigError(f"--latents: {text!r} must be how many, e.g. 40, or which, e.g. 12,77")
+    numbers = tuple(int(part) for part in named)
+    if len(parts) == 1:
+        if numbers[0] == 0:
+            raise ConfigError("--latents: 0 draws nothing; give how many, e.g. 40, or which, e.g. 12,77 (one: 0,)")
+        return numbers[0]
+    if repeated := [number for number in numbers if numbers.count(number) > 1]:
+        raise ConfigError(f"--latents: names {repeated[0]} more than once")
+    return numbers
 
 
 def show(
@@ -133,10 +156,11 @@ def show(
             f"Shown are the {len(latents)} latents that are strongest where they fire (largest mean z²), of those that "
             f"fire in at least {settings.top} games; the strongest first."
         )
+    page = draw.page(f"What block {settings.block}'s latents see", [*intro, *settings.notes], drawn)
+    record = json.dumps(_record(settings, best, firing, n_positions, by_id))
     try:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        _write(settings.out, draw.page(f"What block {settings.block}'s latents see", intro, drawn))
-        _write(settings.out.with_suffix(".json"), json.dumps(_record(settings, best, firing, n_positions, by_id)))
+        Place(settings.out).write(page.encode())
+        Place(settings.out.with_suffix(".json")).write(record.encode())
     except OSError as error:
         raise DataError(f"{settings.out}: {error.strerror}") from None
     alive = int((firing.points > 0).sum())
@@ -160,6 +184,9 @@ def _check(settings: Settings, n_blocks: int, filters: int) -> None:
                 raise ConfigError(f"--latents: {latent} is not in this model, which has 0 to {model.hidden_dim - 1}")
     if settings.out.suffix != ".html":
         raise ConfigError(f"--out: {settings.out} must end in .html")
+    check_folder("--out", settings.out.parent)
+    for file in (settings.out, settings.out.with_suffix(".json")):
+        check_file("--out", file)
 
 
 def _chosen(settings: Settings, best: Strongest, firing: Firing) -> list[int]:
@@ -268,15 +295,6 @@ def _record(
             if points
         },
     }
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class _Codes:

@@ -8,7 +8,7 @@ import torch
 
 from msae_sweep import cli
 from msae_sweep.errors import ConfigError, DataError
-from msae_sweep.go import boards
+from msae_sweep.go import boards, origin
 from msae_sweep.go.board import N_POINTS
 from msae_sweep.go.leela import Network
 from msae_sweep.go.plan import Sampling
@@ -16,7 +16,7 @@ from msae_sweep.go.planes import planes
 from msae_sweep.go.records import Record
 from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import read_games
-from msae_sweep.go.weights import random_weights, write_weights
+from msae_sweep.go.weights import random_weights, weights_sha256, write_weights
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sae.modelfile import ModelFile
@@ -165,20 +165,62 @@ def test_a_network_of_another_width_than_the_models_is_refused(settings, tmp_pat
         boards.show(settings._replace(weights=tmp_path / "other.txt"), connect=lambda: pytest.fail("Ray was started"))
 
 
-def test_the_command_line_refuses_latents_that_are_no_numbers(settings, capsys, monkeypatch):
-    model = settings.weights.parent / "model.pt"
-    arguments = [
-        "boards",
-        str(model),
-        "--weights",
-        str(settings.weights),
-        "--games",
-        str(settings.games),
-        "--block",
-        "2",
-    ]
-    monkeypatch.setattr("sys.argv", ["msae-sweep", *arguments, "--latents", "some"])
+@pytest.mark.parametrize("name", ["page.html", "page.json"])
+def test_a_page_that_cannot_be_written_is_found_before_ray_starts(settings, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("")
+    for out, line in ((tmp_path / "page.html", f"{name} is a folder"), (tmp_path / "file" / "page.html", "no folder")):
+        with pytest.raises(ConfigError, match=line):
+            boards.show(settings._replace(out=out), connect=lambda: pytest.fail("Ray was started"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["file", name])
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("40", 40), ("12,77", (12, 77)), ("0,", (0,)), (" 3, 5 ", (3, 5))])
+def test_latents_are_a_number_of_them_or_their_numbers(text, wanted):
+    assert boards.latents_asked_for(text) == wanted
+
+
+WRONG_OPTIONS = {
+    "no numbers": ("--latents=some", "--latents: 'some' must be how many, e.g. 40, or which, e.g. 12,77"),
+    "a number below 0": ("--latents=-3", "--latents: '-3' must be how many, e.g. 40, or which, e.g. 12,77"),
+    "nothing": ("--latents=", "--latents: '' must be how many, e.g. 40, or which, e.g. 12,77"),
+    "a comma": ("--latents=,", "--latents: ',' must be how many, e.g. 40, or which, e.g. 12,77"),
+    "none": ("--latents=0", "--latents: 0 draws nothing; give how many, e.g. 40, or which, e.g. 12,77 (one: 0,)"),
+    "one twice": ("--latents=5,5", "--latents: names 5 more than once"),
+    "one beyond the model's": ("--latents=24,", "--latents: 24 is not in this model, which has 0 to 23"),
+    "no k": ("--k=0", "--k: 0 must be 1 to 24, the model's latents"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_the_command_line_refuses_in_one_line(settings, capsys, monkeypatch, tmp_path, case):
+    option, line = WRONG_OPTIONS[case]
+    model = str(settings.weights.parent / "model.pt")
+    given = {"weights": settings.weights, "games": settings.games, "block": 2, "out": tmp_path / "page.html"}
+    options = [f"--{name}={value}" for name, value in given.items()]
+    monkeypatch.setattr("sys.argv", ["msae-sweep", "boards", model, *options, option])
+    monkeypatch.setattr("msae_sweep.sweep.run.connect", lambda: pytest.fail("Ray was started"))
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "msae-sweep: --latents: some must be how many, e.g. 40, or which, e.g. 12,77\n"
+    assert capsys.readouterr().err == f"msae-sweep: {line}\n"
+
+
+def test_a_network_that_the_model_was_not_trained_on_is_said(settings, tmp_path):
+    (tmp_path / "sweep" / "models").mkdir(parents=True)
+    (tmp_path / "sweep" / "sweep.yaml").write_text(f"name: s\ndata: {{path: {tmp_path}/activations}}\n")
+    (tmp_path / "activations").mkdir()
+    models = [str(tmp_path / "sweep" / name) for name in ("models/msae_block2.pt", "trials/block2-000/model.pt")]
+
+    def said(sha256: str, first_row: str) -> list[tuple[str, ...]]:
+        manifest = {"weights_sha256": sha256, "first_row": first_row}
+        (tmp_path / "activations" / "manifest.json").write_text(json.dumps(manifest))
+        return [origin.notes(model, settings.weights, "top") for model in models]
+
+    assert said(weights_sha256(settings.weights), "top") == [(), ()]
+    for notes in said("0" * 64, "bottom"):
+        assert "net.txt is not the file that the model's activations were extracted with" in notes[0]
+        assert "extracted with --first-row bottom, not top" in notes[1]
+    (tmp_path / "activations" / "manifest.json").unlink()
+    for unknown in (*models, "models:/msae-block2@champion", str(settings.weights.parent / "model.pt")):
+        assert origin.notes(unknown, settings.weights, "top") == ()
