@@ -1,7 +1,9 @@
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 
 from msae_sweep.go import draw
 from msae_sweep.go.draw import Diagram, LatentDiagrams
@@ -49,5 +51,70 @@ def test_a_page_names_points_as_go_players_do_and_needs_no_network():
 
 def test_what_a_record_is_called_runs_no_script():
     text = draw.page("<i>", [], [LatentDiagrams(1, 0.1, 0.1, [diagram(game="<script>alert(1)</script>")])])
-    assert "<script>" not in text
+    assert "<script>alert" not in text
     assert "&lt;i&gt;" in text
+
+
+def two_boards() -> str:
+    return draw.page("t", [], [LatentDiagrams(7, 0.25, 0.5, [diagram(), diagram(last_move=None)])])
+
+
+def test_every_board_is_a_link_that_makes_it_large_and_has_one_that_closes_it():
+    tags = Tags(two_boards()).found
+    figures = [attrs["id"] for tag, attrs in tags if tag == "figure"]
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    links = [(attrs["class"], attrs["href"]) for tag, attrs in tags if tag == "a" and "class" in attrs]
+    assert figures == ["n7-1", "n7-2"]
+    assert len(set(ids)) == len(ids)
+    assert links == [("large", "#n7-1"), ("close", "#n7"), ("large", "#n7-2"), ("close", "#n7")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("javascript", [True, False])
+def test_a_board_is_opened_and_closed_by_keyboard_and_tap_in_a_browser(tmp_path, javascript):
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed; pip install playwright"
+    )
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on PATH")
+    boards = [diagram(ply=ply) for ply in range(60)]
+    (tmp_path / "boards.html").write_text(draw.page("t", [], [LatentDiagrams(7, 0.25, 0.5, boards)]), encoding="utf-8")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        context = browser.new_context(
+            viewport={"width": 360, "height": 740}, has_touch=True, java_script_enabled=javascript
+        )
+        page = context.new_page()
+        page.goto((tmp_path / "boards.html").as_uri())
+        large = page.locator("figure:target svg")
+
+        def width() -> float:
+            box = large.bounding_box()
+            assert box is not None
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 360
+            assert box["y"] + box["height"] <= 740
+            return box["width"]
+
+        board = page.locator("#n7-41 .large")
+        board.scroll_into_view_if_needed()
+        before = board.bounding_box()
+        board.tap()
+        assert width() > 2 * before["width"]
+        page.locator("figure:target .close").tap()
+        playwright.expect(large).to_have_count(0)
+        board.press("Enter")
+        assert width() > 2 * before["width"]
+        if javascript:
+            page.keyboard.press("Escape")
+            playwright.expect(large).to_have_count(0)
+            playwright.expect(board).to_be_focused()
+            assert board.bounding_box() == before, "the page stands where it stood"
+        else:
+            page.keyboard.press("Tab")
+            page.keyboard.press("Tab")
+            page.keyboard.press("Enter")
+            playwright.expect(large).to_have_count(0)
+        browser.close()
