@@ -81,16 +81,16 @@ def test_the_readmes_python_runs(uri, tmp_path, monkeypatch):
     """Each block of Python in the README, over files and a registry under the names that it uses."""
     send(tmp_path / "sent", uri)
     client = Store(uri).client
-    client.create_registered_model("msae-block20")
+    client.create_registered_model("msae-block4")
     version = client.get_model_version_by_alias("msae-block5", "champion")
-    client.create_model_version("msae-block20", version.source, version.run_id, model_id=version.model_id)
-    client.set_registered_model_alias("msae-block20", "champion", "1")
+    client.create_model_version("msae-block4", version.source, version.run_id, model_id=version.model_id)
+    client.set_registered_model_alias("msae-block4", "champion", "1")
     (tmp_path / "sweeps/leela-zero/models").mkdir(parents=True)
     model = (tmp_path / "sent/trials/block5-000/model.pt").read_bytes()
-    (tmp_path / "sweeps/leela-zero/models/msae_block20.pt").write_bytes(model)
-    (tmp_path / "activations/block20").mkdir(parents=True)
+    (tmp_path / "sweeps/leela-zero/models/msae_block4.pt").write_bytes(model)
+    (tmp_path / "activations/block4").mkdir(parents=True)
     rows = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float16)
-    np.save(tmp_path / "activations/block20/chunk_0000.npy", rows)
+    np.save(tmp_path / "activations/block4/chunk_0000.npy", rows)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert len(blocks) >= 2

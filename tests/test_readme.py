@@ -1,0 +1,307 @@
+"""The README's code blocks, typed in order from the top: every command parses, and what it names is there by then.
+
+In the quick tests programs only write down how they were called; the slow one runs everything that can run here, on few
+games and in short sweeps.
+"""
+
+import ast
+import copy
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer
+
+from msae_sweep import config
+from msae_sweep.cli import app
+from msae_sweep.errors import MsaeSweepError
+from msae_sweep.go.weights import random_weights, write_weights
+
+ROOT = Path(__file__).parents[1]
+BASH = shutil.which("bash") or "bash"
+REAL_DATA = Path(os.environ.get("MSAE_SWEEP_REAL_DATA", ROOT.parent / "shared" / "data"))
+
+GIVEN = ("leelaz-6x64.txt.gz", "leelaz-40x256.txt.gz", "games.tar.gz")
+"""Files that the reader brings along."""
+OUTPUTS = ("Best trial of each block", "sweeps/leela-zero/")
+"""How blocks begin that show what a command prints or leaves."""
+NOT_RUN = {
+    "pip": "installs the package that is being tested, and its dependencies",
+    "pytest": "the suite that this test belongs to",
+    "ray": "submits a job to a cluster that is not there; tests/cluster submits such jobs to its own",
+}
+"""Programs that are not run, and why."""
+NOT_RUN_WITH = {"resources.gpu=": "needs a GPU"}
+"""What a command may hold that keeps it from running here, and why."""
+PLACEHOLDER = re.compile(r"\b[A-Z]{4,}\b|\w+://(?!/)\w|/shared/")
+"""What the reader has to replace: HEAD, s3://bucket …"""
+
+
+class Block(NamedTuple):
+    """A code block of the README."""
+
+    line: int
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> str:
+        """The lines that are typed: in a block with prompts, those behind one and those that continue them."""
+        if not self.text.startswith("$ "):
+            return self.text
+        typed, going_on = [], False
+        for line in self.text.splitlines():
+            if line.startswith("$ ") or going_on:
+                typed.append(line.removeprefix("$ "))
+                going_on = line.endswith("\\")
+        return "\n".join(typed)
+
+
+def blocks_of(text: str) -> list[Block]:
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    blocks = [Block(text.count("\n", 0, match.start()) + 1, match[1], match[2]) for match in found]
+    return [block for block in blocks if not block.text.startswith(OUTPUTS)]
+
+
+BLOCKS = blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))
+SCRIPTS, PYTHON = ([block for block in BLOCKS if block.language == language] for language in ("", "python"))
+
+RECORDING = """#!/bin/sh
+printf '%s\\037' "${{0##*/}}" "$@" >> {calls}
+printf '\\036' >> {calls}
+"""
+
+
+def shims(folder: Path, programs: tuple[str, ...], text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for program in programs:
+        (folder / program).write_text(text)
+        (folder / program).chmod(0o755)
+    return folder
+
+
+def typed(block: Block, folder: Path) -> list[list[str]]:
+    """How programs are called where a block is typed into a shell."""
+    calls = folder / "calls"
+    programs = ("msae-sweep", "python", *NOT_RUN)
+    path = shims(folder / "bin", programs, RECORDING.format(calls=shlex.quote(str(calls))))
+    calls.write_text("")
+    done = subprocess.run([BASH, "-euc", block.commands], cwd=folder, env={"PATH": str(path)}, capture_output=True)
+    assert done.returncode == 0, f"README.md, line {block.line}: {done.stderr.decode()}"
+    return [call.split("\037")[:-1] for call in calls.read_text().split("\036")[:-1]]
+
+
+class World:
+    """What lies in the reader's folder after the commands so far."""
+
+    def __init__(self) -> None:
+        self.files = {*GIVEN}
+        self.activations: dict[str, tuple[int, ...]] = {}
+        self.sweeps: dict[str, tuple[int, ...]] = {}
+        self.champions: set[int] = set()
+
+    def call(self, program: str, *arguments: str) -> None:
+        """One call: its options must exist, what it names must be there, and what it makes then is.
+
+        Raises:
+            AssertionError, click's exceptions, MsaeSweepError: it would not work.
+        """
+        if program == "ray":  # what the job runs, on a cluster's data
+            _, inner = " ".join(arguments).split(" -- python -m msae_sweep ")
+            parameters(inner.split())
+        elif program == "python":
+            for name in arguments:
+                assert name.startswith("-") or name in ("json.tool", *self.files) or self._of_a_sweep(name), name
+        elif program == "msae-sweep":
+            command, options = parameters(list(arguments))
+            getattr(self, f"_{command}")(options)
+
+    def python(self, text: str) -> None:
+        """A block of Python names only what is there."""
+        ast.parse(text)
+        for sweep, block in re.findall(r'ms\.load\("(.*?)", block=(\d+)\)', text):
+            assert int(block) in self.sweeps[sweep]
+        for folder, block in re.findall(r'np\.load\("(.*?)/block(\d+)/chunk_0000\.npy"\)', text):
+            assert int(block) in self.activations[folder]
+        for block in re.findall(r'"models:/msae-block(\d+)@champion"', text):
+            assert int(block) in self.champions
+
+    def _of_a_sweep(self, name: str) -> bool:
+        return any(name == f"{sweep}/results/reconstruction.json" for sweep in self.sweeps)
+
+    def _extract(self, options: dict[str, Any]) -> None:
+        assert {str(options["weights"]), str(options["games"])} <= self.files
+        self.activations[str(options["out"])] = tuple(int(block) for block in options["blocks"].split(","))
+
+    def _run(self, options: dict[str, Any]) -> None:
+        named = {"data.path": options["data"], "name": options["name"]}
+        overrides = [f"{key}={value}" for key, value in named.items() if value]
+        space = config.load(str(ROOT / options["space"]), [*(options["overrides"] or []), *overrides])
+        there = space.data.blocks if space.data.path == "planted" else self.activations[space.data.path]
+        assert set(space.data.blocks or there) <= set(there), f"{space.data.path} has blocks {there}"
+        folder = f"{space.storage}/{space.name}"
+        assert folder not in self.sweeps, f"{folder} exists"
+        self.sweeps[folder] = tuple(space.data.blocks or there)
+        if space.tracking.register_models:
+            self.champions |= set(self.sweeps[folder])
+
+    def _inspect(self, options: dict[str, Any]) -> None:
+        assert options["path"] in self.activations
+
+    def _model(self, what: str, block: int | None) -> None:
+        if what.startswith("champion:"):
+            assert int(what.removeprefix("champion:")) in self.champions
+        elif what not in self.files:
+            blocks = self.sweeps[what]
+            assert block in blocks if block is not None else len(blocks) == 1, f"{what} has blocks {blocks}"
+
+    def _boards(self, options: dict[str, Any]) -> None:
+        self._model(options["model"], options["block"])
+        assert {str(options["weights"]), str(options["games"])} <= self.files
+
+    def _report(self, options: dict[str, Any]) -> None:
+        assert set(options["sweeps"]) <= set(self.sweeps), options["sweeps"]
+
+    def _eval(self, options: dict[str, Any]) -> None:
+        for what in (options["what"], *(options["against"] or [])):
+            self._model(what, options["block"])
+        assert options["data"] or options["what"] in self.sweeps
+
+    def _export(self, options: dict[str, Any]) -> None:
+        self._model(options["what"], options["block"])
+        self.files.add(str(options["out"]))
+
+    def _import(self, options: dict[str, Any]) -> None:
+        assert str(options["file"]) in self.files, f"no {options['file']}"
+        block = int(re.findall(r"\d+", str(options["file"]))[0])
+        there = self.activations[options["data"]] if options["data"] else self.sweeps[options["sweep"]]
+        assert block in there
+
+
+def parameters(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """A command and its options, as the command line would have them."""
+    name, *rest = arguments
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    try:
+        return name, commands[name].make_context(name, rest).params
+    except Exception as error:  # newer versions of typer have a click of their own
+        raise AssertionError(f"msae-sweep {shlex.join(arguments)}: {error}") from None
+
+
+def check(text: str, folder: Path, world: World) -> None:
+    """Type every block in order."""
+    for block in blocks_of(text):
+        assert block.language in ("", "python"), f"line {block.line}: {block.language}: how is it run?"
+        if block.language == "python":
+            world.python(block.text)
+            continue
+        calls = typed(block, folder)
+        assert calls, f"line {block.line}: no command; is it an output?"
+        for call in calls:
+            world.call(*call)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    """The reader's folder at the end of the README, whose every command parses and names what is there by then."""
+    found = World()
+    check((ROOT / "README.md").read_text(encoding="utf-8"), tmp_path_factory.mktemp("reader"), found)
+    return found
+
+
+def test_every_command_of_the_readme_parses_and_names_what_is_there_by_then(world):
+    assert {"sweeps/quickstart", "sweeps/leela-zero", "sweeps/leela-zero-baselines"} <= set(world.sweeps)
+    assert set(world.activations) == {"activations", "activations-40x256"}
+
+
+WRONG = {
+    "an option that is none": ("msae-sweep inspect --all activations", "No such option: --all"),
+    "a value that is none": ("msae-sweep run search_spaces/baselines.yaml --set training.epoch=1", "no such key"),
+    "a program that is none": ("msae-swep inspect activations", "msae-swep: command not found"),
+    "a command that is none": ("msae-sweep inspekt activations", "inspekt"),
+    "blocks that are not there": (
+        "msae-sweep run search_spaces/baselines.yaml --name b --data activations",
+        r"activations has blocks \(2, 4, 6\)",
+    ),
+    "a sweep that exists": ("msae-sweep run search_spaces/quickstart.yaml", "sweeps/quickstart exists"),
+    "a sweep that is not there": ("msae-sweep report sweeps/leela", "sweeps/leela"),
+    "a model of several": ("msae-sweep eval sweeps/leela-zero", r"sweeps/leela-zero has blocks \(2, 4, 6\)"),
+    "a file that is not there": ("msae-sweep import msae_block5.pt --data activations", r"msae_block5\.pt"),
+    "an output": ("block 5: 3 trials", "block: command not found"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_block_that_would_not_work_is_found(tmp_path, world, case):
+    block, says = WRONG[case]
+    with pytest.raises((AssertionError, LookupError, MsaeSweepError), match=says):
+        check(f"```\n{block}\n```\n", tmp_path, copy.deepcopy(world))
+
+
+def test_placeholders_stand_in_commands_only_that_are_not_run():
+    for block in SCRIPTS:
+        if PLACEHOLDER.search(block.commands):
+            assert block.commands.split()[0] in NOT_RUN, f"line {block.line}"
+    assert PLACEHOLDER.search("ray job submit --address http://HEAD:8265")
+    assert PLACEHOLDER.search("msae-sweep inspect s3://bucket/activations")
+
+
+SMALLER = """#!/bin/sh
+# Commands as the README has them, but for the length of sweeps.
+case "$1" in
+    run) exec {python} -m msae_sweep "$@" --set training.epochs=2 --set search.trials_per_block=2 ;;
+    *) exec {python} -m msae_sweep "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A folder with what a reader brings along, and the environment of the shell there."""
+    weights, games = REAL_DATA / "weights" / "lz-6x64.txt.gz", REAL_DATA / "games.tar.gz"
+    if not weights.is_file() or not games.is_file():
+        pytest.skip(f"no {weights} and {games}; set MSAE_SWEEP_REAL_DATA to a folder that holds them")
+    (tmp_path / "leelaz-6x64.txt.gz").symlink_to(weights)
+    # The blocks of a large network, with few filters.
+    write_weights(random_weights(40, 16, seed=0), tmp_path / "leelaz-40x256.txt.gz")
+    with tarfile.open(games) as archive, tarfile.open(tmp_path / "games.tar.gz", "w:gz") as few:
+        for member in [member for member in archive.getmembers() if member.isfile()][:100]:
+            few.addfile(member, archive.extractfile(member))
+    for name in ("search_spaces", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = shims(tmp_path / "bin", tuple(NOT_RUN), "#!/bin/sh\n")
+    shims(path, ("python",), f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    shims(path, ("msae-sweep",), SMALLER.format(python=sys.executable))
+    environment = {
+        **os.environ,
+        "PATH": f"{path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_ADDRESS": "local",
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return tmp_path, environment
+
+
+@pytest.mark.slow
+def test_the_readme_works_as_it_is_written_from_top_to_bottom(reader):
+    folder, environment = reader
+    python = ""
+    for block in BLOCKS:
+        if reason := next((reason for text, reason in NOT_RUN_WITH.items() if text in block.text), None):
+            print(f"line {block.line}: not run: {reason}")
+            continue
+        if block.language == "python":
+            python += block.text
+        command = [sys.executable, "-c", python] if block.language == "python" else [BASH, "-euc", block.commands]
+        started = time.monotonic()
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        print(f"line {block.line}: {time.monotonic() - started:.0f} s")
+        assert done.returncode == 0, f"README.md, line {block.line}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
