@@ -30,6 +30,7 @@ from msae_sweep.go.planes import planes
 from msae_sweep.go.records import find_units, read_records
 from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import Game, read_games
+from msae_sweep.go.taps import Taps
 from msae_sweep.go.weights import random_weights, read_weights, write_weights
 from msae_sweep.results import lease
 
@@ -153,7 +154,7 @@ def test_threads_that_share_a_network_write_what_one_writes(extracted, network, 
     monkeypatch.setattr(plan, "CHUNK_POSITIONS", 6)
     folder = OutputFolder(tmp_path / "out", chosen.blocks, chosen.formats)
     assert folder.begin({})
-    taps = extraction._Taps([ray.put(read_weights(network))], chosen, folder)
+    taps = Taps([ray.put(read_weights(network))], chosen, folder)
     chunks = cut(list(games_of(records).values()), chosen.sampling)
     assert [chunk.n_positions for chunk in chunks] == [6, 6, 6, 6, 6, 5]
     batches = [pipeline.boards({"chunk": [pickle.dumps(chunk)]}, chosen.sampling) for chunk in chunks]
