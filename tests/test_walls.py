@@ -27,7 +27,7 @@ ORDER = [
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 HOMES = {
-    "ray": ("go/boards.py", "go/extract.py", "go/pipeline.py", "go/taps.py", "data/shards.py", "sweep/"),
+    "ray": ("go/boards.py", "go/codes.py", "go/extract.py", "go/pipeline.py", "go/taps.py", "data/shards.py", "sweep/"),
     "mlflow": ("track/",),
     "triton": ("sae/kernels/",),
     "optuna": ("sweep/",),

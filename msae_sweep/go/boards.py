@@ -7,7 +7,6 @@ the latents fire.
 
 import collections
 import json
-import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -16,29 +15,23 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import ray
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go import draw
 from msae_sweep.go.board import N_POINTS, PASS
+from msae_sweep.go.codes import Maps, Maxima
 from msae_sweep.go.draw import Diagram, LatentDiagrams
-from msae_sweep.go.leela import Network, Precision
-from msae_sweep.go.pipeline import BATCH, Boards, Picked, read_all, run, unpacked
+from msae_sweep.go.leela import Precision
+from msae_sweep.go.pipeline import Picked, read_all, run
 from msae_sweep.go.plan import CHUNK_POSITIONS, Sampling, cut
-from msae_sweep.go.planes import planes
 from msae_sweep.go.progress import Progress
 from msae_sweep.go.records import find_units
 from msae_sweep.go.replay import replay
 from msae_sweep.go.sgf import Game
-from msae_sweep.go.strongest import Firing, Strongest, maxima, strongest
+from msae_sweep.go.strongest import Firing, Strongest
 from msae_sweep.go.weights import read_weights
 from msae_sweep.places import Place, check_file, check_folder
 from msae_sweep.sae.modelfile import ModelFile
-
-_PRE_ACTS = 1 << 28
-"""Pre_acts that are held at a time: 1 GiB."""
 
 
 class Settings(NamedTuple):
@@ -135,7 +128,7 @@ def show(
     report(Progress(0, n_positions, 0, ""))
     best: Strongest | None = None
     firing: Firing | None = None
-    for result in run(chunks, settings.sampling, _Maxima, arguments):
+    for result in run(chunks, settings.sampling, Maxima, arguments):
         part, part_firing = pickle.loads(result["found"])
         best = part if best is None else best.merge(part)
         firing = part_firing if firing is None else firing.add(part_firing)
@@ -218,7 +211,7 @@ def _drawn(
             if value > 0:
                 wanted[game_id, ply].append(latent)
     acts: dict[tuple[int, int, int], np.ndarray] = {}
-    for result in run(_picked(wanted, games), settings.sampling, _Maps, (*arguments, dict(wanted))):
+    for result in run(_picked(wanted, games), settings.sampling, Maps, (*arguments, dict(wanted))):
         acts |= pickle.loads(result["found"])
 
     def diagram(latent: int, game_id: int, ply: int) -> Diagram:
@@ -295,81 +288,3 @@ def _record(
             if points
         },
     }
-
-
-class _Codes:
-    """Boards → codes of every point; keeps network and model on their device."""
-
-    def __init__(self, references: list[Any], settings: Settings) -> None:
-        self.settings = settings
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(os.cpu_count() or 1)
-        weights, file = ray.get(references)
-        self.network = Network(weights, self.device, settings.precision)
-        self.model = file.standardised().to(self.device).eval()
-        pre_acts = N_POINTS * file.model.hidden_dim
-        self.batch = max(1, min(BATCH[self.device.type], _PRE_ACTS // pre_acts))
-
-    def activations(self, chunk: Boards, part: slice) -> Float[Tensor, "rows filters"]:
-        """The block's activations, float32, 361 rows a position from the top left."""
-        block, bottom = self.settings.block, self.settings.first_row == "bottom"
-        boards = torch.tensor(chunk.boards[part]).to(self.device)
-        black_to_move = torch.tensor(chunk.black_to_move[part]).to(self.device)
-        x = planes(boards, black_to_move, self.network.choice.dtype)
-        tapped = self.network(x.flip(2) if bottom else x, (block,), heads=False).activations[block]
-        tapped = tapped.flip(2) if bottom else tapped
-        return tapped.permute(0, 2, 3, 1).reshape(-1, self.network.filters).float()
-
-    def parts(self, n: int) -> list[slice]:
-        """So many positions, cut into what the device holds at a time."""
-        return [slice(start, start + self.batch) for start in range(0, n, self.batch)]
-
-    def answer(self, n: int, found: object) -> dict[str, list[Any]]:
-        """The row that says what came of a chunk."""
-        device = f"{self.device.type}: {self.network.choice.name} ({self.network.choice.reason})"
-        return {"n_positions": [n], "device": [device], "found": [pickle.dumps(found)]}
-
-
-class _Maxima(_Codes):
-    """A chunk's `Strongest` and `Firing`."""
-
-    @torch.inference_mode()
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """One chunk."""
-        chunk = unpacked(batch)
-        n, hidden_dim = len(chunk.ply), self.model.sae.hidden_dim
-        found: list[Strongest] = []
-        firing: list[Firing] = []
-        for part in self.parts(n):
-            values, indices = self.model.encode_sparse(self.activations(chunk, part), self.settings.k)
-            largest, fired = maxima(values, indices, hidden_dim)
-            game_id, ply = (torch.tensor(ids[part]).to(self.device) for ids in (chunk.game_id, chunk.ply))
-            found.append(strongest(largest, game_id, ply.long(), self.settings.top))
-            firing.append(fired)
-        best, total = found[0], firing[0]
-        for more, fired in zip(found[1:], firing[1:], strict=True):
-            best, total = best.merge(more), total.add(fired)
-        return self.answer(n, (Strongest(*(t.cpu() for t in best)), Firing(*(t.cpu() for t in total))))
-
-
-class _Maps(_Codes):
-    """Where on the board the wanted latents fire."""
-
-    def __init__(self, references: list[Any], settings: Settings, wanted: dict[tuple[int, int], list[int]]) -> None:
-        super().__init__(references, settings)
-        self.wanted = wanted
-
-    @torch.inference_mode()
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """One chunk."""
-        found, chunk = {}, unpacked(batch)
-        for part in self.parts(len(chunk.ply)):
-            values, indices = self.model.encode_sparse(self.activations(chunk, part), self.settings.k)
-            places = list(zip(chunk.game_id[part].tolist(), chunk.ply[part].tolist(), strict=True))
-            for number, place in enumerate(places):
-                rows = slice(number * N_POINTS, (number + 1) * N_POINTS)
-                for latent in self.wanted[place]:
-                    acts = torch.where(indices[rows] == latent, values[rows], 0).sum(dim=1)
-                    found[(latent, *place)] = acts.cpu().numpy()
-        return self.answer(len(chunk.ply), found)
