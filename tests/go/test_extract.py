@@ -503,6 +503,33 @@ def test_an_extraction_goes_on_in_the_precision_it_began_with(network, records, 
     assert np.array_equal(rows, rows.astype(np.float16)), "some were computed in fp32"
 
 
+@pytest.mark.parametrize(("gpus", "meant"), [({}, "fp32"), ({"GPU": 1.0}, "fp16")])
+def test_what_auto_stands_for_is_asked_where_the_network_will_run(network, records, tmp_path, monkeypatch, gpus, meant):
+    class Task:
+        """Ray's, run here as on a node with a GPU."""
+
+        def __init__(self, function):
+            self.function, self.resources = function, {}
+
+        def options(self, **resources):
+            self.resources = resources
+            return self
+
+        def remote(self):
+            assert self.resources == {"num_gpus": 1}
+            return self.function()
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, **gpus})
+    monkeypatch.setattr(ray, "remote", Task)
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    monkeypatch.setattr(extraction, "device_here", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    chosen = settings(network, records, tmp_path / "out")
+    folder = OutputFolder(chosen.out, chosen.blocks, chosen.formats)
+    assert extraction._precision_of_the_cluster(chosen, folder)() == meant
+    assert extraction._precision_of_the_cluster(chosen._replace(precision="bf16"), folder)() == "bf16"
+
+
 def test_without_a_note_of_its_precision_an_extraction_is_not_gone_on_with(begun):
     chosen, folder = begun
     folder._write_manifest({**folder.found(), "precision": "auto"})

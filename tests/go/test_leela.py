@@ -349,3 +349,15 @@ def test_policy_foretells_moves_of_unseen_games_as_its_makers_measured(small_net
 def test_policy_foretells_little_from_a_wrong_order_of_planes(small_network, held_out, facts, order):
     """Which colour is to move hardly matters to the policy: the last wrong order is the comparison's to find."""
     assert accuracy(small_network, held_out[::10], order).top1 < facts.top1 - 0.15
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "meant"),
+    [("cpu", None, "fp32"), ("cuda", (6, 1), "fp32"), ("cuda", (7, 0), "fp16"), ("cuda", (9, 0), "fp16")],
+)
+def test_auto_stands_for_the_fastest_precision_of_the_device_and_any_other_for_itself(
+    monkeypatch, device, capability, meant
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert leela.resolve(torch.device(device), "auto") == meant
+    assert leela.resolve(torch.device(device), "bf16") == "bf16"
