@@ -1,9 +1,7 @@
 """The plan of a sweep, printed without starting anything: neither Ray nor a file comes of it."""
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,7 +16,7 @@ from msae_sweep.errors import DeviceError, SweepError
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.record import FINAL, TrialRecord
 from msae_sweep.sweep.memory import model_of, shard_bytes, size
-from msae_sweep.sweep.resources import nodes_may_join, too_few
+from msae_sweep.sweep.resources import starts_ray_here, too_few
 from msae_sweep.sweep.run import checked
 from msae_sweep.sweep.space import plan
 from msae_sweep.track.uri import redact
@@ -125,7 +123,7 @@ def _stopping(config: SweepConfig) -> str:
 
 def _devices(config: SweepConfig) -> str:
     held = f"{config.resources.cpu:g} CPU and {config.resources.gpu} GPU a trial"
-    if not _is_this_machine():
+    if not starts_ray_here():
         return f"devices: {held}, on the Ray cluster that is there when the sweep starts"
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = ", ".join(
@@ -160,7 +158,7 @@ def _check_writable(folder: SweepFolder) -> None:
 
 def _check_devices(config: SweepConfig) -> None:
     """Where Ray would start on this machine, it would find what is here."""
-    if not _is_this_machine():
+    if not starts_ray_here():
         return
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if torch.cuda.is_available() else 0
     asked = config.resources
@@ -170,12 +168,6 @@ def _check_devices(config: SweepConfig) -> None:
         raise too_few("gpu", asked.gpu, gpus)
     if "cuda" in config.corners("device") and not (gpus if asked.gpu == "auto" else asked.gpu):
         raise DeviceError("training.device: cuda, but no GPU for a trial; write resources.gpu: 1 where there is one")
-
-
-def _is_this_machine() -> bool:
-    """Whether the sweep would start a Ray of its own, and not find one that runs on this node."""
-    running = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
-    return not nodes_may_join() and not running.exists()
 
 
 def _value(value: object) -> str:

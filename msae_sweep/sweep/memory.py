@@ -19,7 +19,7 @@ from msae_sweep.data import shards
 from msae_sweep.data.loader import machine_bytes
 from msae_sweep.data.source import BlockInfo
 from msae_sweep.errors import ConfigError, DataError
-from msae_sweep.sweep.resources import nodes_may_join
+from msae_sweep.sweep.resources import starts_ray_here
 from msae_sweep.sweep.space import plan
 
 STATE_BYTES = 16
@@ -57,7 +57,7 @@ def check_here(config: SweepConfig, infos: Sequence[BlockInfo]) -> None:
         DataError: rows whose shards the disk or this machine cannot hold.
     """
     _check_disk(config, infos)
-    if nodes_may_join() or ray.is_initialized():
+    if not starts_ray_here():
         return
     _check_models(config, infos, _largest_device_here)
     need = sum(map(shard_bytes, infos))

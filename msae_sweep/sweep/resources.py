@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import ray
 import torch
@@ -102,3 +103,9 @@ def _is_there(need: dict[str, float]) -> bool:
 def nodes_may_join() -> bool:
     """Whether the sweep runs on a cluster that RAY_ADDRESS names."""
     return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
+def starts_ray_here() -> bool:
+    """Whether a sweep would start a Ray of its own: none is named, connected to, or running on this node."""
+    running = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return not (nodes_may_join() or ray.is_initialized() or running.exists())

@@ -30,9 +30,10 @@ def test_a_models_size_is_that_of_its_tensors():
 
 
 @pytest.fixture
-def one_machine(monkeypatch):
+def one_machine(monkeypatch, tmp_path):
     """A machine of 8 GiB without a GPU and with 1 GiB of free disk, on which Ray has not started."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(memory, "machine_bytes", lambda: 8 << 30)
@@ -44,6 +45,12 @@ def test_a_model_above_the_largest_device_is_refused_and_one_below_is_not(one_ma
     memory.check_here(config("training.expansion_factor=4095"), [block()])
     with pytest.raises(ConfigError, match=r"1,048,576 latents of width 256 \(block 5\).*take 8\.0 GiB .* has 8\.0 GiB"):
         memory.check_here(config("training.expansion_factor=4096"), [block()])
+
+
+def test_a_cluster_that_runs_on_this_node_may_have_larger_devices(one_machine, tmp_path):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
+    memory.check_here(config("training.expansion_factor=40960"), [block()])
 
 
 def test_only_what_will_be_proposed_counts(one_machine):
