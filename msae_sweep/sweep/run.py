@@ -217,22 +217,23 @@ def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConf
 
 def _config_file(folder: SweepFolder) -> SweepConfig:
     """The resolved search-space file; where it is damaged, as the journal has it."""
-    source = f"{folder}/sweep.yaml"
+    source, started = f"{folder}/sweep.yaml", _started(folder)
     try:
         config = load(folder.config_file, source=source)
         # `to_yaml` writes every key, and this one last. A file that was cut off can still be YAML.
-        if "storage" not in config.model_fields_set:
-            raise ConfigError(f"{source}: is cut off")
-        return config
+        if started is None or "storage" in config.model_fields_set:
+            return config
+        fault = ConfigError(f"{source}: is cut off")
     except ConfigError as error:
-        if (started := _started(folder)) is None:
+        if started is None:
             raise
-        try:
-            config = parse(started["config_yaml"], source=source)
-        except ConfigError:  # it is not the file that is wrong, e.g. another version wrote it
-            raise error from None
-        logging.getLogger(__name__).warning("%s; taken from the journal instead", error)
-        return config
+        fault = error
+    try:
+        config = parse(started["config_yaml"], source=source)
+    except ConfigError:  # it is not the file that is wrong, e.g. another version wrote it
+        raise fault from None
+    logging.getLogger(__name__).warning("%s; taken from the journal instead", fault)
+    return config
 
 
 def connect() -> None:
