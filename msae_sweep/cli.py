@@ -1,14 +1,16 @@
 """The front door. Each command imports what it needs when it runs, so that `--help` answers at once."""
 
+import atexit
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
-from msae_sweep import __version__, cli_models
+from msae_sweep import __version__, cli_models, signals
 from msae_sweep.errors import MsaeSweepError, TrackingError
 
 if TYPE_CHECKING:
@@ -17,8 +19,21 @@ if TYPE_CHECKING:
     from msae_sweep.config import SweepConfig
     from msae_sweep.track.sender import TrackingStatus
 
+
+class _Commands(TyperGroup):
+    """Says that a command was interrupted in one line, where the command did not say it itself."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            _say("; ".join(["interrupted", *getattr(interrupt, "__notes__", [])]))
+            raise typer.Exit(signals.exit_code()) from None
+
+
 app = typer.Typer(
     name="msae-sweep",
+    cls=_Commands,
     help="Sweeps of Matryoshka sparse autoencoders over a network's activations.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -68,17 +83,44 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is one line on stderr and exit code 2."""
+    """Run the command line: a user's mistake is one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143."""
     # Ray is connected to where that is meant. A thread that still prepares data when a command is interrupted would
     # start another Ray by its next call.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    # The first that is registered is the last that is called.
+    atexit.register(signals.end_if_leaving)
+    with signals.sigterm_as_ctrl_c():
+        code = _run()
+        # A command that came to Ray has imported it.
+        cluster = sys.modules.get("msae_sweep.sweep.cluster")
+        try:
+            if cluster and code not in (130, 143):
+                cluster.disconnect(keep_session=code != 0)
+        except KeyboardInterrupt:
+            code = signals.exit_code()
+    if code in (130, 143):
+        if cluster:
+            cluster.abandon()
+        signals.leave_at_once(code)
+    sys.exit(code)
+
+
+def _run() -> Any:
+    """Run the command that was given; returns its exit code."""
     try:
         app()
+    except SystemExit as ended:
+        return ended.code
     except MsaeSweepError as error:
-        # A path may hold anything, also what begins a line or moves a terminal's cursor.
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
-        print(f"msae-sweep: {line}", file=sys.stderr)
-        sys.exit(2)
+        _say(str(error))
+        return 2
+    return 0
+
+
+def _say(line: str) -> None:
+    # A path may hold anything, also what begins a line or moves a terminal's cursor.
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"msae-sweep: {line}", file=sys.stderr)
 
 
 @app.command()
@@ -350,7 +392,7 @@ def _sweep(config: "SweepConfig", *, resume: bool) -> None:
         )
     if result.interrupted:
         console.print(f"interrupted; go on with: msae-sweep resume {result.folder}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130)
+        raise typer.Exit(signals.exit_code())
     if any(block["best"] is None for block in result.summary["blocks"].values()):
         raise typer.Exit(1)
 

@@ -21,7 +21,7 @@ ORDER = [
     ["config"],
     ["config_file", "distribution"],
     ["frozen_model"],
-    ["places", "replaced"],
+    ["places", "replaced", "signals"],
     ["errors"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

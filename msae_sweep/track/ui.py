@@ -27,6 +27,7 @@ from urllib.parse import quote, urlencode
 
 from msae_sweep.config import TrackingConfig
 from msae_sweep.errors import ConfigError, TrackingError
+from msae_sweep.signals import sigterm_as_ctrl_c
 from msae_sweep.track.connection import connect, one_line
 from msae_sweep.track.cursor import Cursor
 from msae_sweep.track.runs import SWEEP_TAG, TRIAL_TAG
@@ -140,18 +141,17 @@ def serve(
     port = _free_port(host, port)
     with tempfile.TemporaryFile("w+") as log:
         server = _start(uri, host, port, log)
-        previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            _wait(server, address, log)
-            _show(f"{address}{path}", open_browser, say)
-            say("Ctrl-C ends it")
-            if server.wait() != 0:
-                raise TrackingError(f"MLflow's server ended: {_last_line(log)}")
+            with sigterm_as_ctrl_c():
+                address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+                _wait(server, address, log)
+                _show(f"{address}{path}", open_browser, say)
+                say("Ctrl-C ends it")
+                if server.wait() != 0:
+                    raise TrackingError(f"MLflow's server ended: {_last_line(log)}")
         except KeyboardInterrupt:
             pass
         finally:
-            signal.signal(signal.SIGTERM, previous)
             _stop(server)
 
 
@@ -246,7 +246,3 @@ def _last_line(log: IO[str]) -> str:
     log.seek(0)
     lines = [line.strip() for line in log if line.strip()]
     return redact(lines[-1])[:300] if lines else "it said nothing"
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
