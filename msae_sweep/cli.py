@@ -196,7 +196,7 @@ def extract(
     from msae_sweep.go import extract as extraction
     from msae_sweep.go.plan import Sampling, points_asked_for
     from msae_sweep.go.progress import showing
-    from msae_sweep.sweep.run import connect
+    from msae_sweep.sweep.cluster import connect
 
     try:
         numbers = tuple(int(block) for block in blocks.split(","))
@@ -256,7 +256,7 @@ def boards(
     from msae_sweep.go.plan import Sampling
     from msae_sweep.go.progress import showing
     from msae_sweep.results.models import find
-    from msae_sweep.sweep.run import connect
+    from msae_sweep.sweep.cluster import connect
 
     wanted = diagrams.latents_asked_for(latents)
     found = find(model, block, tracking_uri)

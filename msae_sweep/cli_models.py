@@ -197,8 +197,8 @@ def _evaluate(
     if data is None and not any(override.startswith("data.path=") for override in overrides):
         evaluation.check_unchanged(what if sweep is None else sweep, plan, lambda line: print(line, file=sys.stderr))
     if cluster:
+        from msae_sweep.sweep.cluster import connect
         from msae_sweep.sweep.evaluation import sums_on_cluster
-        from msae_sweep.sweep.run import connect
 
         if device != "auto":
             raise ConfigError(f"--device: {device} is for this machine; leave it out with --cluster")

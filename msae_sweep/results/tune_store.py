@@ -1,7 +1,7 @@
 """An object store as Ray Tune gets to see it: without the requests that bring nothing.
 
 Tune makes a folder for every trial, five requests each in a store that knows none, and looks at the end for log
-files of every trial, which nobody writes (`run.connect` turns them off): four requests each, one after another. For
+files of every trial, which nobody writes (`cluster.connect` turns them off): four requests each, one after another. For
 1,000 trials these are minutes, in a slow store hours.
 """
 

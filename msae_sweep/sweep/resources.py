@@ -1,10 +1,8 @@
 """What one trial holds, settled against the cluster as it is when the sweep begins, or against nodes still to come."""
 
-import os
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import ray
 import torch
@@ -12,6 +10,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.errors import DeviceError
+from msae_sweep.sweep.cluster import cluster_address
 
 JOIN_SECONDS = 1800.0
 """How long a sweep waits for the first node that can run one of its trials: a cloud takes minutes to start one."""
@@ -102,10 +101,9 @@ def _is_there(need: dict[str, float]) -> bool:
 
 def nodes_may_join() -> bool:
     """Whether the sweep runs on a cluster that RAY_ADDRESS names."""
-    return os.environ.get("RAY_ADDRESS", "local") != "local"
+    return cluster_address() is not None
 
 
 def starts_ray_here() -> bool:
-    """Whether a sweep would start a Ray of its own: none is named, connected to, or running on this node."""
-    running = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    return not (nodes_may_join() or ray.is_initialized() or running.exists())
+    """Whether a sweep would start a Ray of its own: none is named or connected to."""
+    return not (nodes_may_join() or ray.is_initialized())

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import platform
-import socket
 import subprocess
 import threading
 import time
@@ -26,11 +25,12 @@ from msae_sweep.data import shards
 from msae_sweep.data.catalog import open_source
 from msae_sweep.data.changes import what_changed
 from msae_sweep.data.source import BlockInfo
-from msae_sweep.errors import ConfigError, SweepError, first_line
+from msae_sweep.errors import ConfigError, SweepError
 from msae_sweep.results import finish
 from msae_sweep.results.figures import import_ahead, training_figure
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.table import best_table, criteria_table
+from msae_sweep.sweep import cluster
 from msae_sweep.sweep.drawing import beside, side_by_side
 from msae_sweep.sweep.memory import check_devices, check_here
 from msae_sweep.sweep.preparation import Preparation, leaves_cores
@@ -44,9 +44,6 @@ FLUSH_SECONDS, FLUSH_SECONDS_A_TRIAL = 600.0, 2.0
 """How long the end of a sweep waits while MLflow takes what is left; a server that is down is given up within seconds.
 A trial takes 0.2 s to SQLite, and 1.0 s where server, database and object store share two cores with it. What is left
 then is sent later by `msae-sweep track-sync`."""
-
-CLUSTER_SECONDS = 10.0
-"""How long a cluster that RAY_ADDRESS names may take to answer, e.g. while its head node starts again."""
 
 
 class SweepResult(NamedTuple):
@@ -76,7 +73,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     if not ray.is_initialized():
         size = f"{len(infos)} x {config.n_trials_per_block()} trials"
         console.print(f"{config.name}: {size}; connecting to Ray", highlight=False)
-    connect()
+    cluster.connect(say)
     gpus = gpus_per_trial(config, say)
     check_devices(config, infos, gpus)
     folder.create()
@@ -158,6 +155,8 @@ def _drive(
     finally:
         preparation.close()
     interrupted = not tuning.is_whole
+    if any(record.status == "failed" for record in records):
+        cluster.keep_session()
     seconds = time.monotonic() - started
     manifests = {block: p.manifest for block, p in prepared.items()}
     summary, histories = finish.write(config, folder, records, manifests, seconds=seconds)
@@ -234,55 +233,6 @@ def _config_file(folder: SweepFolder) -> SweepConfig:
         raise fault from None
     logging.getLogger(__name__).warning("%s; taken from the journal instead", fault)
     return config
-
-
-def connect() -> None:
-    """Connect to the cluster that RAY_ADDRESS names or that runs on this node, else start Ray on this machine.
-
-    Raises:
-        SweepError: no cluster answers there, or Ray does not start.
-    """
-    # Tune prints its own table and writes its own logs unless told not to; neither is ours, whoever has started Ray.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # What a trial failed of is said in one line by the monitor, and kept in full in its folder under tune/.
-    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-    # Nothing is read back from Tune's snapshots of itself.
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    # Of every trial that it has no log of, it says so at the end.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS", "local")
-    _wait_for_cluster(address)
-    try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:
-        # Of many kinds: ValueError, ConnectionError, RuntimeError, and plain Exception.
-        what = "Ray does not start on this machine" if address == "local" else _no_cluster(address)
-        raise SweepError(f"{what}: {first_line(error)}") from error
-
-
-def _no_cluster(address: str) -> str:
-    return f"RAY_ADDRESS {address}: no Ray cluster there"
-
-
-def _wait_for_cluster(address: str) -> None:
-    """Ray itself would try for minutes where nobody listens, and then say little."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():  # "auto", "local"
-        return
-    deadline = time.monotonic() + CLUSTER_SECONDS
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_SECONDS).close()
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise SweepError(f"{_no_cluster(address)}: {first_line(error)}") from error
-            time.sleep(0.5)
-        else:
-            return
 
 
 def _with_whole_paths(config: SweepConfig) -> SweepConfig:

@@ -9,7 +9,7 @@ from ray import tune
 
 from msae_sweep.config import AshaConfig
 from msae_sweep.results.ladder import rungs
-from msae_sweep.sweep.run import connect
+from msae_sweep.sweep.cluster import connect
 from msae_sweep.sweep.schedule import BlockAsha, Entrant, judge
 
 ASHA = AshaConfig(grace_epochs=1, reduction_factor=3)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -340,41 +339,6 @@ def test_a_gpu_that_is_not_there_is_refused_before_any_trial(tmp_path):
     with pytest.raises(DeviceError, match="cuda"):
         sweep(tmp_path, "training.device=cuda")
     assert not (tmp_path / "sweeps" / "small").exists()
-
-
-def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
-    from msae_sweep.sweep import run
-
-    with socket.socket() as nobody:  # a port that is taken, so that nobody else listens there
-        nobody.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{nobody.getsockname()[1]}"
-        monkeypatch.setattr(run.ray, "is_initialized", lambda: False)
-        monkeypatch.setattr(run, "CLUSTER_SECONDS", 0.1)
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(SweepError, match=rf"^RAY_ADDRESS {address}: no Ray cluster there: .*refused$"):
-            run.connect()
-
-
-@pytest.mark.parametrize(
-    ("address", "says"),
-    [
-        ("auto", r"^RAY_ADDRESS auto: no Ray cluster there: the first line$"),
-        (None, r"^Ray does not start on this machine: the first line$"),
-    ],
-)
-def test_what_ray_says_when_it_does_not_start_is_one_line(monkeypatch, address, says):
-    from msae_sweep.sweep import run
-
-    def init(**options):
-        raise ConnectionError("the first line\nand its tail")
-
-    monkeypatch.setattr(run.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(run.ray, "init", init)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    if address:
-        monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(SweepError, match=says):
-        run.connect()
 
 
 def test_the_result_does_not_depend_on_whether_workers_start_beside_the_preparation(finished, tmp_path, monkeypatch):
