@@ -37,6 +37,7 @@ from msae_sweep.sweep.preparation import Preparation, leaves_cores
 from msae_sweep.sweep.resources import check_device, gpus_per_trial
 from msae_sweep.sweep.tuning import Tuning
 from msae_sweep.track import journal
+from msae_sweep.track.journal import Journal
 from msae_sweep.track.tracker import SyncReport, Tracker
 from msae_sweep.track.uri import redact, resolve_uri
 
@@ -76,9 +77,32 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
     cluster.connect(say)
     gpus = gpus_per_trial(config, say)
     check_devices(config, infos, gpus)
+    is_resumed = resume and folder.exists()
     folder.create()
-    with folder.driven(), folder.storage_errors():
-        return _drive(config, folder, infos, gpus, command, console)
+    with folder.driven(), folder.storage_errors(), contextlib.closing(Journal(folder.path)) as written:
+        # Again, now that no other driver can have begun it meanwhile.
+        _check_start(folder, config, resume=is_resumed)
+        identity = _identity(folder, config, command, gpus)
+        # Connecting to MLflow takes seconds; the preparation gives it time.
+        tracker = Tracker.start(
+            folder.path, config.tracking, sweep_id=identity["sweep_id"], shared=folder, written=written
+        )
+        try:
+            return _drive(config, folder, identity, tracker, infos, gpus, console)
+        except BaseException:
+            # What is in the journal is whole: a resumed sweep goes on from it, and `track-sync` can send it.
+            tracker.close(timeout_seconds=0)
+            raise
+
+
+def _check_start(folder: SweepFolder, config: SweepConfig, *, resume: bool) -> None:
+    """Whether the sweep may begin, or go on."""
+    if resume:
+        _check_same_question(folder, config)
+    elif folder.exists():
+        raise SweepError(
+            f"name: sweep {config.name} exists in {config.storage}; go on with --resume, or give another --name"
+        )
 
 
 def checked(
@@ -94,12 +118,7 @@ def checked(
     """
     config = _with_whole_paths(config)
     folder = SweepFolder.locate(config.storage, config.name)
-    if resume and folder.exists():
-        _check_same_question(folder, config)
-    elif folder.exists():
-        raise SweepError(
-            f"name: sweep {config.name} exists in {config.storage}; go on with --resume, or give another --name"
-        )
+    _check_start(folder, config, resume=resume and folder.exists())
     check_device(config)
     # Row counts and widths from headers: most mistakes in the data are found before Ray starts.
     infos = shards.check(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
@@ -112,12 +131,15 @@ def checked(
 
 
 def _drive(
-    config: SweepConfig, folder: SweepFolder, infos: list[BlockInfo], gpus: float, command: str, console: Console
+    config: SweepConfig,
+    folder: SweepFolder,
+    identity: dict[str, Any],
+    tracker: Tracker,
+    infos: list[BlockInfo],
+    gpus: float,
+    console: Console,
 ) -> SweepResult:
-    """From a folder that can be written to a finished comparison."""
-    identity = _identity(folder, config, command, gpus)
-    # Connecting to MLflow takes seconds; the preparation gives it time.
-    tracker = Tracker.start(folder.path, config.tracking, sweep_id=identity["sweep_id"], shared=folder)
+    """From a folder that no other driver writes to a finished comparison."""
     if not folder.exists():
         folder.clear_trials()
     preparation = Preparation(config, infos, lambda line: console.print(line, highlight=False))
@@ -147,8 +169,6 @@ def _drive(
         records = tuning.run(begin)
         prepared = preparation.wait()
     except BaseException:
-        # What is in the journal is whole: a resumed sweep goes on from it, and `track-sync` can send it.
-        tracker.close(timeout_seconds=0)
         if not folder.exists():
             folder.clear_trials()
         raise

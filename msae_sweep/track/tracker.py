@@ -75,11 +75,13 @@ class Tracker:
         sweep_id: str,
         shared: Shared | None = None,
         sending: type[Sending] | None = None,
+        written: Journal | None = None,
     ) -> "Tracker":
         """Begin to track a sweep, or go on with one: then with the same folder and `sweep_id`.
 
         Args:
             sending: who runs the sender, by default a process of its own.
+            written: the sweep's journal, where this process has it open already.
 
         Raises:
             ConfigError: a tracking URI that MLflow cannot use.
@@ -87,7 +89,7 @@ class Tracker:
         """
         uri = resolve_uri(tracking.uri)
         sweep_folder = Path(sweep_folder).absolute()
-        written = Journal(sweep_folder)
+        written = written or Journal(sweep_folder)
         begin = sending or SenderProcess
         if shared is None:
             sent: Sending = begin(sweep_folder, uri, tracking, lambda: written.seq, lambda path: path)

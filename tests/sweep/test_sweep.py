@@ -1,5 +1,6 @@
 """A whole sweep on planted data: what it leaves, and that nothing about how it ran shows in the result."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from planted_sweep import config, results, sweep
 from msae_sweep.data.planted import PlantedSource
 from msae_sweep.errors import ConfigError, DataError, DeviceError, StorageError, SweepError
 from msae_sweep.sae import modelfile
+from msae_sweep.track.journal import Journal
 from msae_sweep.track.uri import redact
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -339,6 +341,29 @@ def test_a_gpu_that_is_not_there_is_refused_before_any_trial(tmp_path):
     with pytest.raises(DeviceError, match="cuda"):
         sweep(tmp_path, "training.device=cuda")
     assert not (tmp_path / "sweeps" / "small").exists()
+
+
+def test_a_driver_that_another_one_is_ahead_of_writes_nothing(finished, tmp_path):
+    copy = shutil.copytree(finished.folder.path, tmp_path / "sweeps" / "small")
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    with contextlib.closing(Journal(copy)), pytest.raises(SweepError, match="is being run by another process"):
+        sweep(tmp_path, resume=True)
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+
+
+def test_a_sweep_that_another_driver_began_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    """Two commands of one name: what the second checked before it connected to Ray holds no more."""
+    other = tmp_path / "sweeps" / "small" / "sweep.yaml"
+
+    def gpus(config, say) -> float:
+        other.parent.mkdir(parents=True)
+        other.write_text(config.to_yaml())
+        return 0.0
+
+    monkeypatch.setattr("msae_sweep.sweep.run.gpus_per_trial", gpus)
+    with pytest.raises(SweepError, match=r"sweep small exists .*; go on with --resume"):
+        sweep(tmp_path)
+    assert not (other.parent / "identity.json").exists()
 
 
 def test_the_result_does_not_depend_on_whether_workers_start_beside_the_preparation(finished, tmp_path, monkeypatch):
