@@ -92,10 +92,10 @@ class SweepFolder:
     def tune_storage(self) -> dict[str, Any]:
         """Where Ray Tune keeps what it wants to keep, as the arguments of its RunConfig."""
         if self._shared is None:
-            return {"storage_path": str(self.path)}
+            return {"storage_path": str(self.path / "tune")}
         from msae_sweep.results.tune_store import for_tune
 
-        return {"storage_path": self._shared.inside, "storage_filesystem": for_tune(self._shared.filesystem)}
+        return {"storage_path": f"{self._shared.inside}/tune", "storage_filesystem": for_tune(self._shared.filesystem)}
 
     @property
     def config_file(self) -> Path:

@@ -165,7 +165,7 @@ def _drive(
         else:
             preparation.wait()
         started = time.monotonic()
-        tuning = Tuning(config, folder, preparation, gpus, console, tracker)
+        tuning = Tuning(config, folder, preparation, gpus, console, tracker, identity["sweep_id"])
         records = tuning.run(begin)
         prepared = preparation.wait()
     except BaseException:

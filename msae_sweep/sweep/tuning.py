@@ -39,11 +39,12 @@ class Tuning:
         gpus: float,
         console: Console,
         tracker: Tracker,
+        sweep_id: str,
     ) -> None:
         self._config, self._folder, self._preparation, self._gpus = config, folder, preparation, gpus
         self._blocks = list(preparation.input_dims)
         self._at_once = (trials_at_once(config, gpus) or 0) if gpus else 0
-        self._console, self._tracker = console, tracker
+        self._console, self._tracker, self._sweep_id = console, tracker, sweep_id
         self.records = self._known_records()
         self.n_trials = config.n_trials_per_block() * len(self._blocks)
 
@@ -191,7 +192,8 @@ class Tuning:
                 trial_dirname_creator=_trial_id,
             ),
             run_config=tune.RunConfig(
-                name="tune",
+                # Tune's working folders on a node are named by the second in which it starts, and by this.
+                name=self._sweep_id,
                 **self._folder.tune_storage,
                 # A finished trial's model lies in the sweep folder; Tune would ask the worker for one more checkpoint.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

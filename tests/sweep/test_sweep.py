@@ -366,6 +366,12 @@ def test_a_sweep_that_another_driver_began_meanwhile_is_left_alone(tmp_path, mon
     assert not (other.parent / "identity.json").exists()
 
 
+def test_tune_has_a_folder_of_the_sweeps_own(finished):
+    """Its working folders lie in one place for all sweeps of a node, by the second in which they start and this."""
+    identity = json.loads((finished.folder.path / "identity.json").read_text())
+    assert [folder.name for folder in (finished.folder.path / "tune").iterdir()] == [identity["sweep_id"]]
+
+
 def test_the_result_does_not_depend_on_whether_workers_start_beside_the_preparation(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("msae_sweep.sweep.run.leaves_cores", lambda config, gpus: True)
     beside = sweep(tmp_path, "resources.max_concurrent=1")

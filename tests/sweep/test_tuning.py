@@ -20,7 +20,7 @@ def order(tmp_path, monkeypatch, *, gpus: float, at_once: int) -> list[str]:
     monkeypatch.setattr(tuning, "trials_at_once", lambda config, gpus: at_once)
     preparation: Any = SimpleNamespace(input_dims=dict.fromkeys(BLOCKS, 16))
     tracker: Any = None
-    made = tuning.Tuning(config, SweepFolder(tmp_path), preparation, gpus, Console(), tracker)
+    made = tuning.Tuning(config, SweepFolder(tmp_path), preparation, gpus, Console(), tracker, "sweep")
     specs = [made._spec(record) for record in plan(config, BLOCKS)]
     assert len({spec["turn"] for spec in specs}) == len(specs)
     return [spec["trial_id"] for spec in sorted(specs, key=lambda spec: spec["turn"])]
