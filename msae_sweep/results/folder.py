@@ -167,6 +167,8 @@ class SweepFolder:
             yield
             return
         with lease.held(self._shared / "journal" / "driver.json"):
+            # Another driver may have gone on with the sweep since it was fetched.
+            mirror.fetch(self._shared, self.path)
             yield from self._mirrored(self._shared)
 
     def _mirrored(self, shared: Place) -> Iterator[None]:

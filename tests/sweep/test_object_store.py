@@ -181,6 +181,17 @@ def test_what_a_store_has_is_the_sweep_as_it_stood_at_some_moment(object_store, 
     assert journal.Journal(again.path).seq == 30
 
 
+def test_a_driver_sees_what_the_one_before_it_wrote_after_it_looked(object_store, tmp_path):
+    shared = Place(object_store.bucket) / "successor" / "sweep"
+    late = SweepFolder.at(shared.uri)
+    first = SweepFolder(tmp_path, shared)
+    with first.driven():
+        first.write_text(tmp_path / "sweep.yaml", "name: sweep")
+    assert not late.exists()
+    with late.driven():
+        assert late.exists()
+
+
 def test_a_file_that_is_removed_goes_from_the_store_too(object_store, tmp_path):
     shared = Place(object_store.bucket) / "removed" / "sweep"
     folder = SweepFolder(tmp_path, shared)
