@@ -153,6 +153,9 @@ def _extract(
             report(Progress(positions, n_positions, positions * rows, str(result["device"])))
         with _timed(spent, "finishing"):
             folder.finish({"games": len(games), "refused": dict(refused), "positions": n_positions})
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note("what is done is kept, the same command goes on")
+        raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise DataError(f"{settings.out}: {reason}; what is done is kept, the same command goes on") from None

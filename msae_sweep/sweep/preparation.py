@@ -27,6 +27,10 @@ CORES_TO_PREPARE = 4
 first step came 10 to 13 s after the start instead of 7 to 11 s."""
 
 
+class Interrupted(SweepError):
+    """The trials ended before the data was ready, so nobody waits for it."""
+
+
 class Preparation:
     """The preparation of a sweep's blocks, in a thread of the driver."""
 
@@ -34,7 +38,7 @@ class Preparation:
         """Begin."""
         self.input_dims = {info.block: info.input_dim for info in infos}
         """Width of every block that will be prepared, in the sweep's order."""
-        self._config, self._on_progress = config, on_progress
+        self._config, self._say = config, on_progress
         self._prepared: dict[int, PreparedBlock] = {}
         self._error: BaseException | None = None
         # Beside the driver: lost with it, and with nothing else.
@@ -50,7 +54,7 @@ class Preparation:
 
         Raises:
             DataError: the rows cannot be used.
-            SweepError: the sweep was interrupted before.
+            Interrupted: `abandon` was called before.
         """
         self._settled.wait()
         if self._error is not None:
@@ -60,7 +64,7 @@ class Preparation:
     def abandon(self) -> None:
         """Nobody needs what is not ready by now."""
         if not self._settled.is_set():
-            self._settle(SweepError("interrupted before the data was ready; run it again"))
+            self._settle(Interrupted("interrupted before the data was ready; run it again"))
 
     def close(self) -> None:
         """Let go of what it takes to hand blocks out; the blocks stay."""
@@ -86,6 +90,11 @@ class Preparation:
         else:
             self._on_progress(f"data ready after {time.monotonic() - started:.1f} s")
             self._settle(None)
+
+    def _on_progress(self, line: str) -> None:
+        # What goes on in threads after `abandon` is nobody's concern.
+        if not self._settled.is_set():
+            self._say(line)
 
     def _settle(self, error: BaseException | None) -> None:
         if error is not None:

@@ -20,6 +20,7 @@ import ray
 from rich.console import Console
 
 import msae_sweep
+from msae_sweep import signals
 from msae_sweep.config import SweepConfig, load, parse
 from msae_sweep.data import shards
 from msae_sweep.data.catalog import open_source
@@ -33,7 +34,7 @@ from msae_sweep.results.table import best_table, criteria_table
 from msae_sweep.sweep import cluster
 from msae_sweep.sweep.drawing import beside, side_by_side
 from msae_sweep.sweep.memory import check_devices, check_here
-from msae_sweep.sweep.preparation import Preparation, leaves_cores
+from msae_sweep.sweep.preparation import Interrupted, Preparation, leaves_cores
 from msae_sweep.sweep.resources import check_device, gpus_per_trial
 from msae_sweep.sweep.tuning import Tuning
 from msae_sweep.track import journal
@@ -62,18 +63,40 @@ class SweepResult(NamedTuple):
 def run(config: SweepConfig, *, resume: bool = False, command: str = "", console: Console | None = None) -> SweepResult:
     """Run a sweep from its beginning, or go on with one (`resume`) that exists.
 
+    Ctrl-C and SIGTERM end it in order, trials that run with their last state; a second one ends it at once.
+
     Raises:
         MsaeSweepError: something that the user can mend, found before the sweep exists.
+        KeyboardInterrupt: interrupted before trials ran, or a second time; its notes say what to do next.
     """
     console = console or Console()
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    config, folder, infos = checked(config, resume=resume, say=say)
+    with signals.sigterm_as_ctrl_c():
+        config, folder, infos = checked(config, resume=resume, say=say)
+        try:
+            return _connected(config, folder, infos, resume, command, console)
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(
+                f"go on with: msae-sweep resume {folder}"
+                if folder.exists()
+                else "the sweep has not begun; what is prepared is kept, and the same command goes on"
+            )
+            raise
+
+
+def _connected(
+    config: SweepConfig, folder: SweepFolder, infos: list[BlockInfo], resume: bool, command: str, console: Console
+) -> SweepResult:
+    """Connect to Ray, and drive the sweep."""
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     if not ray.is_initialized():
-        size = f"{len(infos)} x {config.n_trials_per_block()} trials"
-        console.print(f"{config.name}: {size}; connecting to Ray", highlight=False)
+        say(f"{config.name}: {len(infos)} x {config.n_trials_per_block()} trials; connecting to Ray")
     cluster.connect(say)
     gpus = gpus_per_trial(config, say)
     check_devices(config, infos, gpus)
@@ -168,9 +191,11 @@ def _drive(
         tuning = Tuning(config, folder, preparation, gpus, console, tracker, identity["sweep_id"])
         records = tuning.run(begin)
         prepared = preparation.wait()
-    except BaseException:
+    except BaseException as error:
         if not folder.exists():
             folder.clear_trials()
+        if isinstance(error, Interrupted):
+            raise KeyboardInterrupt from error
         raise
     finally:
         preparation.close()

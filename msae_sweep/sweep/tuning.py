@@ -1,5 +1,6 @@
 """Ray Tune's part of a sweep: which trials are left, and running them."""
 
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -16,6 +17,7 @@ from msae_sweep.results import finish
 from msae_sweep.results.folder import SweepFolder
 from msae_sweep.results.ladder import rungs
 from msae_sweep.results.record import TrialRecord
+from msae_sweep.signals import handlers_put_back
 from msae_sweep.sweep.monitor import Monitor
 from msae_sweep.sweep.preparation import Preparation
 from msae_sweep.sweep.progress import Display
@@ -203,7 +205,8 @@ class Tuning:
                 verbose=0,
             ),
         )
-        with _uncounted():
+        # Tune's handlers would swallow the first Ctrl-C after the trials, too.
+        with _uncounted(), handlers_put_back(signal.SIGINT, signal.SIGUSR1):
             tuner.fit()
 
     def _register(self, record: TrialRecord) -> dict[str, Any]:

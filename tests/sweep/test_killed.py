@@ -1,5 +1,6 @@
 """A sweep whose driver or workers are killed, in processes of its own, ends as the undisturbed one."""
 
+import contextlib
 import json
 import os
 import re
@@ -51,8 +52,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return sweep(tmp_path_factory.mktemp("undisturbed"), *CHANGES).summary
 
 
-def test_a_driver_and_then_the_workers_are_killed_and_it_ends_as_the_undisturbed_sweep(undisturbed, tmp_path):
+def test_drivers_that_are_killed_and_told_to_end_and_lost_workers_change_nothing(undisturbed, tmp_path):
     ended = killed_after_a_trial(tmp_path)
+    told_to_end(launch(tmp_path, "resume", "sweeps/small"), tmp_path)
     process = launch(tmp_path, "resume", "sweeps/small")
     lose_workers(process, tmp_path)
     check_end(process, tmp_path, ended, undisturbed)
@@ -88,6 +90,29 @@ def killed_after_a_trial(folder: Path) -> dict[Path, int]:
 def kill(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def told_to_end(driver: subprocess.Popen, folder: Path) -> None:
+    """Send a driver SIGTERM, as schedulers of clusters do, while a trial runs; and look at what listened until then."""
+    wait_until(lambda: workers_of(driver.pid), driver)
+    assert listening(driver.pid) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    driver.terminate()
+    assert driver.wait(timeout=120) == 143
+    said = output(folder)
+    assert "Best trial of each block" in said
+    assert said.endswith(f"interrupted; go on with: msae-sweep resume {folder}/sweeps/small\n")
+    assert "Traceback" not in said
+    assert "SIGTERM" not in said
+
+
+def listening(driver: int) -> set[str]:
+    """Addresses on which a driver and its Ray wait for connections."""
+    found = set()
+    for process in (psutil.Process(driver), *psutil.Process(driver).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            connections = process.net_connections(kind="inet")
+            found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
 
 
 def lose_workers(driver: subprocess.Popen, folder: Path) -> None:

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -17,12 +19,15 @@ import pytest
 import torch
 from planted_sweep import config, results, sweep
 
+from msae_sweep import signals
 from msae_sweep.data.planted import PlantedSource
 from msae_sweep.errors import ConfigError, DataError, DeviceError, StorageError, SweepError
 from msae_sweep.sae import modelfile
+from msae_sweep.sweep.tuning import Tuning
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.uri import redact
 
+NOT_BEGUN = "the sweep has not begun; what is prepared is kept, and the same command goes on"
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
@@ -366,10 +371,45 @@ def test_a_sweep_that_another_driver_began_meanwhile_is_left_alone(tmp_path, mon
     assert not (other.parent / "identity.json").exists()
 
 
+def test_ray_tune_leaves_no_handler_that_would_swallow_a_later_ctrl_c(finished):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_tune_has_a_folder_of_the_sweeps_own(finished):
     """Its working folders lie in one place for all sweeps of a node, by the second in which they start and this."""
     identity = json.loads((finished.folder.path / "identity.json").read_text())
     assert [folder.name for folder in (finished.folder.path / "tune").iterdir()] == [identity["sweep_id"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_data_is_prepared_it_says_how_to_go_on(tmp_path, monkeypatch, number):
+    def prepare(*args, on_progress, **options):
+        os.kill(os.getpid(), number)  # to the main thread, which waits for the data
+        ended.wait(60)
+        on_progress("of no interest any more")
+
+    ended, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("msae_sweep.sweep.preparation.shards.prepare", prepare)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        sweep(tmp_path)
+    ended.set()
+    assert interrupt.value.__notes__ == [NOT_BEGUN]
+    assert signals.exit_code() == 128 + number
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "sweeps/small/sweep.yaml").exists()
+    assert "of no interest" not in (tmp_path / "log").read_text()
+
+
+def test_interrupted_while_workers_start_beside_the_preparation_it_says_the_same(tmp_path, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr("msae_sweep.sweep.run.leaves_cores", lambda config, gpus: True)
+    monkeypatch.setattr("msae_sweep.sweep.preparation.shards.prepare", lambda *args, **options: ended.wait(60))
+    # Ray Tune returns when it is interrupted, as if all trials had ended.
+    monkeypatch.setattr(Tuning, "_fit", lambda *args: None)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        sweep(tmp_path)
+    ended.set()
+    assert interrupt.value.__notes__ == [NOT_BEGUN]
 
 
 def test_the_result_does_not_depend_on_whether_workers_start_beside_the_preparation(finished, tmp_path, monkeypatch):
