@@ -36,6 +36,7 @@ import torch
 from rich.console import Console
 
 from msae_sweep.config import parse
+from msae_sweep.sweep import cluster
 from msae_sweep.sweep import run as sweep
 from msae_sweep.sweep.monitor import Monitor
 
@@ -219,10 +220,10 @@ def main() -> None:
 
 
 def connect(n_gpus: int) -> None:
-    """`sweep.connect`, with fewer GPUs than there are if so wished."""
+    """`cluster.connect`, with fewer GPUs than there are if so wished."""
     init: Callable[..., Any] = ray.init
     ray.init = lambda **options: init(**options, num_gpus=n_gpus)  # type: ignore[assignment]
-    sweep.connect()
+    cluster.connect()
     ray.init = init
 
 
