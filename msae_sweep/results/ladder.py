@@ -1,9 +1,10 @@
-"""Early stopping as a ladder of rungs: where trials are judged, by which bar, and what stopping them saved.
+"""Early stopping: at which rungs trials are judged, by which cutoff, and what stopping them saved.
 
-Verdicts are a pure function of what the records keep, so that a report can give each one again, with its reason.
+The scheduler and the report both take objectives from `at_rungs` and cutoffs from `cutoff`, so the report states the
+cutoffs that the scheduler used.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +26,26 @@ def rungs(asha: AshaConfig | None, epochs: int) -> list[int]:
     return milestones
 
 
-def bar(reached: Sequence[float], reduction_factor: int) -> float:
-    """What the objective must be at a rung that predecessors `reached` with these: their top 1/reduction_factor."""
-    return float(np.quantile(reached, 1 - 1 / reduction_factor))
+def at_rungs(record: TrialRecord, asha: AshaConfig | None, epochs: int) -> dict[int, float]:
+    """Objective at each rung that a trial of at most `epochs` has reached.
+
+    An epoch that is a rung of other trials only is left out: a trial of 9 epochs is not judged at epoch 9, and no trial
+    is compared with it there.
+    """
+    return {r: record.points[r - 1]["objective"] for r in rungs(asha, epochs) if r <= record.epochs}
+
+
+def cutoff(predecessors: Iterable[Mapping[int, float]], rung: int, reduction_factor: int) -> float | None:
+    """Objective that a trial needs at `rung` to go on: the top 1/reduction_factor of its predecessors there.
+
+    Args:
+        predecessors: objective by rung of every trial with a smaller number.
+
+    Returns:
+        None where no predecessor was judged at `rung`; the trial then passes.
+    """
+    reached = [objectives[rung] for objectives in predecessors if rung in objectives]
+    return float(np.quantile(reached, 1 - 1 / reduction_factor)) if reached else None
 
 
 class Stop(NamedTuple):
@@ -37,19 +55,20 @@ class Stop(NamedTuple):
     rung: int
     """Epoch."""
     objective: float
-    bar: float
-    """What it would have needed there to go on."""
+    cutoff: float
+    """Objective that the trial would have needed there to go on."""
 
     @property
-    def missing(self) -> float:
-        """By how much its objective would have had to be higher."""
-        return self.bar - self.objective
+    def shortfall(self) -> float:
+        """Amount by which its objective was below the cutoff."""
+        return self.cutoff - self.objective
 
 
 class Ladder(NamedTuple):
     """What early stopping did in one block."""
 
     rungs: list[int]
+    """Every epoch at which some trial is judged, ascending."""
     stops: list[Stop]
     """In the trials' order."""
     epochs_saved: int
@@ -67,14 +86,15 @@ def climb(records: Sequence[TrialRecord], asha: AshaConfig | None, epochs: Mappi
         epochs: the most epochs of each trial, by trial_id.
     """
     order = sorted(records, key=lambda record: record.index)
+    objectives = [at_rungs(record, asha, epochs[record.trial_id]) for record in order]
     stops, saved, seconds = [], 0, 0.0
     for place, record in enumerate(order):
         if asha is None or not record.reason.startswith(STOPPED_AT):
             continue
         rung = int(record.reason.removeprefix(STOPPED_AT))
-        reached = [r.points[rung - 1]["objective"] for r in order[:place] if r.epochs >= rung]
-        objective = record.points[rung - 1]["objective"]
-        stops.append(Stop(record.trial_id, rung, objective, bar(reached, asha.reduction_factor)))
+        needed = cutoff(objectives[:place], rung, asha.reduction_factor)
+        if needed is not None:
+            stops.append(Stop(record.trial_id, rung, objectives[place][rung], needed))
         left = epochs[record.trial_id] - rung
         saved, seconds = saved + left, seconds + record.seconds / record.epochs * left
     milestones = sorted({r for record in order for r in rungs(asha, epochs[record.trial_id])})

@@ -22,7 +22,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from msae_sweep.config import AshaConfig
-from msae_sweep.results.ladder import bar
+from msae_sweep.results.ladder import cutoff
 
 Verdict = Literal["pass", "stop", "wait"]
 
@@ -44,16 +44,14 @@ class Entrant:
 def judge(entrants: dict[str, Entrant], trial_id: str, rung: int, reduction_factor: int) -> Verdict:
     """Whether a trial that reached `rung` goes on: its objective must be in the top 1/reduction_factor.
 
-    The bar is that quantile of its predecessors' objectives at the rung; without predecessors there, it passes.
+    The cutoff is that quantile of its predecessors' objectives at the rung; without predecessors there, it passes.
     """
     trial = entrants[trial_id]
     before = [e for e in entrants.values() if e.order < trial.order]
     if any(rung not in e.objectives and not e.ended for e in before):
         return "wait"
-    reached = [e.objectives[rung] for e in before if rung in e.objectives]
-    if not reached:
-        return "pass"
-    return "pass" if trial.objectives[rung] >= bar(reached, reduction_factor) else "stop"
+    needed = cutoff((e.objectives for e in before), rung, reduction_factor)
+    return "pass" if needed is None or trial.objectives[rung] >= needed else "stop"
 
 
 class _Group:

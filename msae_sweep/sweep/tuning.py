@@ -15,7 +15,7 @@ from msae_sweep.errors import SweepError
 from msae_sweep.replaced import replaced
 from msae_sweep.results import finish
 from msae_sweep.results.folder import SweepFolder
-from msae_sweep.results.ladder import rungs
+from msae_sweep.results.ladder import at_rungs, rungs
 from msae_sweep.results.record import TrialRecord
 from msae_sweep.signals import handlers_put_back
 from msae_sweep.sweep.monitor import Monitor
@@ -263,8 +263,7 @@ class Tuning:
         return f"block{record.block} k={record.training(self._config.training).levels}"
 
     def _objectives(self, record: TrialRecord) -> dict[int, float]:
-        milestones = rungs(self._config.asha, record.training(self._config.training).epochs)
-        return {r: record.points[r - 1]["objective"] for r in milestones if r <= record.epochs}
+        return at_rungs(record, self._config.asha, record.training(self._config.training).epochs)
 
     def _tracking_note(self) -> str:
         status = self._tracker.status

@@ -12,7 +12,7 @@ from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data.store import ShardFolder
 from msae_sweep.places import Place
 from msae_sweep.results.folder import SweepFolder
-from msae_sweep.results.ladder import STOPPED_AT, bar, rungs
+from msae_sweep.results.ladder import STOPPED_AT, at_rungs, cutoff, rungs
 from msae_sweep.results.record import TrialRecord
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.model import MSAE
@@ -69,8 +69,9 @@ def record(
     points = [point(epoch, score(params, epoch), training.levels) for epoch in range(1, training.epochs + 1)]
     status, reason = "completed", "epochs"
     for rung in rungs(config.asha, training.epochs):
-        reached = [r.points[rung - 1]["objective"] for r in before if r.epochs >= rung]
-        if reached and points[rung - 1]["objective"] < bar(reached, config.asha.reduction_factor):
+        known = [at_rungs(r, config.asha, config.training_for(r.params).epochs) for r in before]
+        needed = cutoff(known, rung, config.asha.reduction_factor)
+        if needed is not None and points[rung - 1]["objective"] < needed:
             points, status, reason = points[:rung], "stopped_early", f"{STOPPED_AT}{rung}"
             break
     return TrialRecord(

@@ -8,7 +8,8 @@ import pytest
 from ray import tune
 
 from msae_sweep.config import AshaConfig
-from msae_sweep.results.ladder import rungs
+from msae_sweep.results.ladder import STOPPED_AT, at_rungs, climb, cutoff, rungs
+from msae_sweep.results.record import TrialRecord
 from msae_sweep.sweep.cluster import connect
 from msae_sweep.sweep.schedule import BlockAsha, Entrant, judge
 
@@ -56,8 +57,7 @@ class Controller:
 
     def __init__(self, scheduler: BlockAsha, curves: dict[str, list[float]], slots: int, rng: random.Random) -> None:
         self.scheduler, self.curves, self.slots, self.rng = scheduler, curves, slots, rng
-        epochs = len(next(iter(curves.values())))
-        self.milestones = rungs(ASHA, epochs)
+        self.milestones = {name: rungs(ASHA, len(curve)) for name, curve in curves.items()}
         self.trials = [
             SimpleNamespace(
                 config={"trial": {"trial_id": name, "group": name.split("-")[0], "index": i, "turn": i}},
@@ -90,8 +90,9 @@ class Controller:
 
     def train(self, trial) -> None:
         trial.epoch += 1
-        curve = self.curves[trial.config["trial"]["trial_id"]]
-        result = {"rungs": [[r, curve[r - 1]] for r in self.milestones if r <= trial.epoch]}
+        name = trial.config["trial"]["trial_id"]
+        curve = self.curves[name]
+        result = {"rungs": [[r, curve[r - 1]] for r in self.milestones[name] if r <= trial.epoch]}
         if trial.epoch == len(curve):
             self.scheduler.on_trial_complete(self, trial, result)
             trial.status, trial.outcome = "TERMINATED", ("completed", trial.epoch)
@@ -126,6 +127,33 @@ def test_what_is_stopped_does_not_depend_on_order_concurrency_or_lost_workers(se
     assert {kind for kind, _ in outcomes[0].values()} == {"completed", "stopped"}
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_report_states_the_verdicts_of_the_scheduler_where_trials_differ_in_their_epochs(seed):
+    rng = random.Random(seed)
+    # Of 3 and 9 epochs too: their last epoch is a rung of the longer ones.
+    of_lengths = {
+        name: curve[: rng.choice([3, 9, 10, 27])] for name, curve in curves(seed, 1, trials=40, epochs=27).items()
+    }
+    outcomes = Controller(BlockAsha(ASHA), of_lengths, 3, random.Random(seed)).run()
+    records = []
+    for index, (name, (kind, epoch)) in enumerate(outcomes.items()):
+        points = [{"epoch": i, "objective": value} for i, value in enumerate(of_lengths[name][:epoch], 1)]
+        status, reason = ("stopped_early", f"{STOPPED_AT}{epoch}") if kind == "stopped" else ("completed", "epochs")
+        records.append(TrialRecord(name, 5, index, {}, 0, status, reason, points))
+    epochs = {name: len(curve) for name, curve in of_lengths.items()}
+    stops = {stop.trial_id: stop for stop in climb(records, ASHA, epochs).stops}
+    assert stops.keys() == {name for name, (kind, _) in outcomes.items() if kind == "stopped"}
+    assert len(stops) > 10
+    for place, record in enumerate(records):
+        before = [at_rungs(earlier, ASHA, epochs[earlier.trial_id]) for earlier in records[:place]]
+        for rung, objective in at_rungs(record, ASHA, epochs[record.trial_id]).items():
+            stop = stops.get(record.trial_id)
+            if stop is not None and stop.rung == rung:
+                assert objective < stop.cutoff
+            else:
+                assert (needed := cutoff(before, rung, ASHA.reduction_factor)) is None or objective >= needed
+
+
 def test_a_restored_scheduler_judges_as_the_undisturbed_one():
     whole = Controller(BlockAsha(ASHA), curves(0), 2, random.Random(0)).run()
     for n_finished in (3, 8, 15):
@@ -136,7 +164,7 @@ def test_a_restored_scheduler_judges_as_the_undisturbed_one():
             name = trial.config["trial"]["trial_id"]
             if name in done:
                 kind, epoch = done[name]
-                objectives = {r: controller.curves[name][r - 1] for r in controller.milestones if r <= epoch}
+                objectives = {r: controller.curves[name][r - 1] for r in controller.milestones[name] if r <= epoch}
                 scheduler.enter(name.split("-")[0], name, trial.config["trial"]["index"], objectives, ended=True)
                 trial.status, trial.outcome = "TERMINATED", (kind, epoch)
         assert controller.run() == whole

@@ -160,8 +160,9 @@ def _course(sweep: Sweep, *, many: bool) -> list[_Plan]:
         many,
         (
             *("early-stopping", "What was stopped, and when"),
-            "Trials are judged at the dotted epochs against those before them; a bar ends where its trial did, and the "
-            "number says how much higher its score would have had to be to go on.",
+            "Trials are judged at the dotted epochs, as far as these lie before their own last one, against those of "
+            "smaller number; a bar ends where its trial did, and the number says how much higher its score would have "
+            "had to be to go on.",
             figures.early_stopping,
         ),
     )

@@ -206,7 +206,7 @@ def early_stopping(group: Group) -> Drawing | None:
         axes.barh(row, trial.record.epochs, color=colour, hatch=hatch, edgecolor="white", height=0.75, label=label)
         if stop := stops.get(trial.trial_id):
             look = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-            axes.annotate(f"{_small(stop.missing)} short", (stop.rung, row), **look)
+            axes.annotate(f"{_small(stop.shortfall)} short", (stop.rung, row), **look)
     for rung in ladder.rungs:
         axes.axvline(rung, color="k", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(shown)), [trial.trial_id for trial in shown], fontsize=8)
@@ -217,13 +217,13 @@ def early_stopping(group: Group) -> Drawing | None:
     axes.set_xlabel(f"epochs (dotted: judged at {', '.join(map(str, ladder.rungs))})")
     legend_below(figure, axes, 2)
     if stops:
-        closest = min(ladder.stops, key=lambda stop: stop.missing)
+        closest = min(ladder.stops, key=lambda stop: stop.shortfall)
         total = ladder.epochs_saved + ladder.epochs_trained
         reading = (
             f"{len(stops)} of {len(group.trials)} trials {'was' if len(stops) == 1 else 'were'} stopped, which saved "
             f"{ladder.epochs_saved} of {total} "
             f"epochs ({ladder.epochs_saved / total:.0%}); the closest, {closest.trial_id}, would have needed "
-            f"{_small(closest.missing)} more at epoch {closest.rung}"
+            f"{_small(closest.shortfall)} more at epoch {closest.rung}"
         )
     else:
         reading = f"None of {len(group.trials)} trials was stopped"
