@@ -7,9 +7,10 @@ import pytest
 from report_sweeps import make, settings
 
 from msae_sweep.config import load
+from msae_sweep.results import report
 from msae_sweep.results.report.data import Sweep, read
 from msae_sweep.results.report.next_space import Advice, advise
-from msae_sweep.results.report.response import Response, TooFew, respond
+from msae_sweep.results.report.response import NoFit, Response, choose_sample, respond
 from msae_sweep.sweep.space import plan
 
 BEST = 1.5e-3
@@ -98,7 +99,7 @@ def test_a_falling_score_moves_the_range_down(tmp_path):
 def test_too_few_trials_are_said_to_be_too_few_and_the_range_is_widened(tmp_path, n):
     sweep = sweep_of(tmp_path, n)
     advice = advise(sweep)
-    assert isinstance(advice.responses[0], TooFew)
+    assert isinstance(advice.responses[0], NoFit)
     rates = [trial.training.learning_rate for trial in sweep.groups[0].trials]
     low, high = next_config(tmp_path, advice).space["learning_rate"].values
     assert low < min(rates) / 1.5
@@ -184,3 +185,81 @@ def test_names_count_on(tmp_path):
     first = make(tmp_path / "study", settings(3), known)
     assert advise(read(first.path)).name == "study-2"
     assert advise(read(make(tmp_path / "study-2", settings(3), known).path)).name == "study-3"
+
+
+SHARED = 1e-3
+
+
+def mostly_at_one_rate(rng: np.random.Generator, n: int, others: int = 1) -> list[dict]:
+    """Trials at one learning rate, but for the first few."""
+    drawn = [{**p, "learning_rate": SHARED} for p in settings(n, int(rng.integers(100)))]
+    for i in range(others):
+        drawn[i]["learning_rate"] = 9e-3 - 1e-3 * i
+    return drawn
+
+
+def test_trials_that_share_one_learning_rate_are_said_to_and_nothing_is_fitted(tmp_path):
+    # The one of another rate is so far below the rest that it is left out of the fit.
+    params = mostly_at_one_rate(np.random.default_rng(0), 12)
+    scores = np.random.default_rng(1).normal(0.5, 0.01, 12)
+
+    def score(p, epoch):
+        return -50.0 if p["learning_rate"] != SHARED else float(scores[params.index(p)])
+
+    sweep = read(make(tmp_path / "made-up", params, score).path)
+    advice = advise(sweep)
+    assert isinstance(advice.responses[0], NoFit)
+    assert "the 11 trials that can be compared share one learning rate, 0.001" in advice.responses[0].sentence
+    assert "share one learning rate" in advice.reasons[0]
+    assert report.write([sweep.folder.path]).page
+
+
+def test_where_only_one_rate_was_completed_scores_are_compared_at_a_rung_that_others_reached(tmp_path):
+    params = settings(24)
+    for p in params[6:]:
+        p["learning_rate"] = SHARED
+
+    def score(p, epoch):  # other rates than the shared one are stopped at the last rung
+        return known(p, epoch) - (0.2 if p["learning_rate"] != SHARED and epoch > 1 else 0)
+
+    params = params[6:8] + params[:6] + params[8:]
+    sweep = read(make(tmp_path / "s", params, score, epochs=8, asha="{grace_epochs: 1, reduction_factor: 2}").path)
+    group = sweep.groups[0]
+    assert {t.training.learning_rate for t in group.ended if t.record.status == "completed"} == {SHARED}
+    sample = choose_sample(group, needed=4)
+    assert len({trial.training.learning_rate for trial in sample.trials}) > 1
+    respond(group)
+
+
+@pytest.mark.parametrize("offset", [0.0, -5.0])
+def test_two_learning_rates_have_their_best_at_an_end(tmp_path, offset):
+    params = [{**p, "learning_rate": rate} for p in settings(10) for rate in (1e-3, 2e-3)]
+    response = respond(read(make(tmp_path / "s", params, lambda p, e: 50 * p["learning_rate"] + offset).path).groups[0])
+    assert isinstance(response, Response)
+    assert "lies at or beyond the highest one tried, 0.002" in response.sentence
+
+
+def test_a_learning_rate_that_the_space_fixes_stays_and_nothing_else_is_said(tmp_path):
+    params = [{k: v for k, v in p.items() if k != "learning_rate"} for p in settings(12)]
+    space = "{expansion_factor: {choice: [4, 8]}, weighting: {choice: [uniform, reverse]}}"
+    sweep = read(make(tmp_path / "s", params, lambda p, e: 0.01 * p["expansion_factor"], space=space).path)
+    advice = advise(sweep)
+    assert advice.responses[0].sentence == "Block 5: every trial has learning rate 0.0008, so nothing is fitted."
+    of_rate = [reason for reason in advice.reasons if reason.startswith("Learning rate")]
+    assert len(of_rate) == 1
+    assert "stays fixed at 0.0008" in of_rate[0]
+    config = next_config(tmp_path, advice)
+    assert "learning_rate" not in config.space
+    assert config.training.learning_rate == sweep.config.training.learning_rate
+
+
+def test_shares_with_what_no_setting_explains_alone_sum_to_one(tmp_path):
+    def with_noise(params, epoch):
+        rng = np.random.default_rng(int(params["learning_rate"] * 1e12) % 2**32)
+        return known(params, epoch) + rng.normal(0, 0.06)
+
+    response = response_of(sweep_of(tmp_path, 30, with_noise))
+    assert 0.05 < response.unexplained < 0.6
+    shares = sum(effect.share for effect in response.effects)
+    assert shares + response.joint_share + response.unexplained == pytest.approx(1)
+    assert shares < 0.95

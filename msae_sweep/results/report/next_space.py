@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.results.report.data import Group, Sweep
-from msae_sweep.results.report.response import Response, TooFew, respond
+from msae_sweep.results.report.response import Response, NoFit, respond
 
 BEYOND = 3.0
 """Factor by which a range is moved past an edge at which the best lies."""
@@ -20,7 +20,7 @@ MARGIN = 1.3
 class Advice(NamedTuple):
     """What to make of a sweep, and what to run next."""
 
-    responses: list[Response | TooFew]
+    responses: list[Response | NoFit]
     """By block."""
     groups: list[Group]
     """The groups that they are fitted to."""
@@ -40,7 +40,7 @@ def advise(sweep: Sweep) -> Advice:
     # `model_dump` gives a distribution as its fields; the file has it as {kind: values}.
     raw["space"] = {key: {d.kind: _plain(d.values)} for key, d in sweep.config.space.items()}
     reasons: list[str] = []
-    _learning_rate(raw, groups, responses, reasons)
+    _learning_rate(raw, sweep, groups, responses, reasons)
     _expansion_factor(raw, sweep, groups, responses, reasons)
     _weighting(raw, responses, reasons)
     _epochs(raw, groups, reasons)
@@ -59,21 +59,32 @@ def advise(sweep: Sweep) -> Advice:
 
 
 def _learning_rate(
-    raw: dict[str, Any], groups: Sequence[Group], responses: Sequence[Response | TooFew], reasons: list[str]
+    raw: dict[str, Any],
+    sweep: Sweep,
+    groups: Sequence[Group],
+    responses: Sequence[Response | NoFit],
+    reasons: list[str],
 ) -> None:
-    """One range for all blocks: from the lowest low to the highest high."""
+    """One range for all blocks: from the lowest low to the highest high. A rate that the space fixes stays."""
+    values = sweep.config.corners("learning_rate")
+    if min(values) == max(values):
+        reasons.append(
+            f"Learning rate: it stays fixed at {values[0]:.2g}, as the search space has it; whether another is better "
+            "cannot be told without varying it."
+        )
+        return
     ranges = [_range(group, response) for group, response in zip(groups, responses, strict=True)]
     low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
     reasons += [f"Learning rate, block {g.block}: {why}" for g, (_, _, why) in zip(groups, ranges, strict=True)]
     raw["space"]["learning_rate"] = {"loguniform": [_two_digits(low, down=True), _two_digits(high, down=False)]}
 
 
-def _range(group: Group, response: Response | TooFew) -> tuple[float, float, str]:
+def _range(group: Group, response: Response | NoFit) -> tuple[float, float, str]:
     """Where to look for a block's best learning rate, and why there."""
     rates = [trial.training.learning_rate for trial in group.ended]
     low, high, best = min(rates), max(rates), group.best.training.learning_rate
-    if isinstance(response, TooFew) or not response.is_trusted:
-        why = "too few trials to fit" if isinstance(response, TooFew) else "the fit predicts nothing"
+    if isinstance(response, NoFit) or not response.is_trusted:
+        why = response.why if isinstance(response, NoFit) else "the fit predicts nothing"
         return low / WIDEN, high * WIDEN, f"{why}; the range is widened to both sides."
     if response.optimum is not None and low <= response.optimum <= high:
         start, stop = max(response.interval[0], low / BEYOND), min(response.interval[1], high * BEYOND)
@@ -92,7 +103,7 @@ def _expansion_factor(
     raw: dict[str, Any],
     sweep: Sweep,
     groups: Sequence[Group],
-    responses: Sequence[Response | TooFew],
+    responses: Sequence[Response | NoFit],
     reasons: list[str],
 ) -> None:
     """A larger one where the largest is best by more than the fit's error, a smaller one where the smallest is."""
@@ -119,7 +130,7 @@ def _expansion_factor(
     distribution[kind] = [int(v) if v == int(v) else v for v in values]
 
 
-def _weighting(raw: dict[str, Any], responses: Sequence[Response | TooFew], reasons: list[str]) -> None:
+def _weighting(raw: dict[str, Any], responses: Sequence[Response | NoFit], reasons: list[str]) -> None:
     """Only the better weighting where it is clearly better in every block at the end; what leads early need not be."""
     if "weighting" not in raw["space"]:
         return

@@ -67,6 +67,8 @@ class Response(NamedTuple):
     was not among those tried."""
     effects: list[Effect]
     """Of the settings, largest share first."""
+    unexplained: float
+    """Share of the variance between trials that the whole fit leaves: noise, and interactions that it does not have."""
     points: tuple[list[float], list[float]]
     """Learning rates and scores that it is fitted to."""
     coefficients: tuple[float, float, float]
@@ -79,6 +81,15 @@ class Response(NamedTuple):
         """Whether it predicts trials that it has not seen."""
         return self.explained >= TRUSTED and self.chance <= CHANCE
 
+    @property
+    def joint_share(self) -> float:
+        """Share of the variance that is neither one setting's own nor unexplained; with these, shares sum to 1.
+
+        Positive: settings that went together in these trials explain it, either one as well. Negative: the interaction
+        of learning rate and expansion factor, which counts for both.
+        """
+        return 1 - self.unexplained - sum(effect.share for effect in self.effects)
+
     def scores(self, learning_rates: Sequence[float] | np.ndarray) -> np.ndarray:
         """Predicted scores, all else as in the best trial."""
         a, b, c = self.coefficients
@@ -86,10 +97,12 @@ class Response(NamedTuple):
         return np.asarray(a + b * x + c * x**2)
 
 
-class TooFew(NamedTuple):
-    """A block of which nothing can be fitted."""
+class NoFit(NamedTuple):
+    """A block for which nothing can be fitted."""
 
     block: int
+    why: str
+    """Reason in a few words, e.g. `too few trials to fit`."""
     sentence: str
 
 
@@ -103,18 +116,25 @@ class Sample(NamedTuple):
     """Trials so far below the rest that a quadratic would bend to them."""
 
 
-def respond(group: Group) -> Response | TooFew:
+def respond(group: Group) -> Response | NoFit:
     """Fit a group's trials."""
-    keys = varied(group)
-    if "learning_rate" not in keys:
-        return TooFew(group.block, f"Block {group.block}: the learning rate did not vary, so nothing is fitted.")
+    block, keys = group.block, varied(group)
+    if "learning_rate" not in keys and len(group.ended) > 1:
+        rate = f"{group.best.training.learning_rate:.2g}"
+        why = f"every trial has learning rate {rate}"
+        return NoFit(block, why, f"Block {block}: {why}, so nothing is fitted.")
     sample = choose_sample(group, needed=2 + len(keys) + SPARE_TRIALS)
-    if len(sample.trials) < 3 + SPARE_TRIALS:
-        return TooFew(
-            group.block,
-            f"Block {group.block}: only {len(sample.trials)} trials can be compared at one epoch; "
-            f"a fit of the learning rate needs {3 + SPARE_TRIALS}.",
+    n = len(sample.trials)
+    if n < 3 + SPARE_TRIALS:
+        sentence = (
+            f"Block {block}: only {n} trial{'' if n == 1 else 's'} can be compared at one epoch; "
+            f"a fit of the learning rate needs {3 + SPARE_TRIALS}."
         )
+        return NoFit(block, "too few trials to fit", sentence)
+    if not _varies(sample):
+        rate = f"{sample.trials[0].training.learning_rate:.2g}"
+        why = f"the {n} trials that can be compared share one learning rate, {rate}"
+        return NoFit(block, why, f"Block {block}: {why}, so nothing is fitted.")
     design = _Design(sample.trials, keys)
     fit = _Fit(design.rows(sample.trials), sample.scores)
     return _response(group, sample, design, fit)
@@ -128,14 +148,24 @@ def varied(group: Group) -> list[str]:
 
 
 def choose_sample(group: Group, needed: int) -> Sample:
-    """Scores at the latest epoch that `needed` trials reached; else at the one that most reached."""
+    """Scores at the latest epoch that `needed` trials reached; else at the one that most reached.
+
+    Epochs that only trials of one learning rate reached come last: they tell nothing about it.
+    """
     completed = [trial for trial in group.ended if trial.record.status == "completed"]
     samples = [_sample(completed, [trial.best["objective"] for trial in completed], None)]
     for rung in reversed(group.ladder.rungs):
         there = [trial for trial in group.ended if trial.record.epochs >= rung]
         samples.append(_sample(there, [t.record.points[rung - 1]["objective"] for t in there], rung))
-    enough = (sample for sample in samples if len(sample.trials) >= needed)
-    return next(enough, max(samples, key=lambda sample: len(sample.trials)))
+    useful = [sample for sample in samples if _varies(sample)] or samples
+    enough = (sample for sample in useful if len(sample.trials) >= needed)
+    return next(enough, max(useful, key=lambda sample: len(sample.trials)))
+
+
+def _varies(sample: Sample) -> bool:
+    """Whether learning rates differ; rates that differ in their last digits only are one."""
+    rates = [trial.training.learning_rate for trial in sample.trials]
+    return bool(rates) and max(rates) > min(rates) * (1 + 1e-6)
 
 
 def _sample(trials: Sequence[Trial], scores: Sequence[float], epoch: int | None) -> Sample:
@@ -156,6 +186,7 @@ class _Design:
         self._columns: list[Any] = []
         self._add(set(), lambda values: 1.0)
         room = len(trials) - SPARE_TRIALS
+        self.has_curvature = False
         for key in keys:
             scale = self._scales[key]
             if scale.options:
@@ -163,8 +194,9 @@ class _Design:
                     self._add({key}, lambda v, key=key, option=option: float(repr(v[key]) == option), room)
             elif scale.spread:
                 self._add({key}, lambda values, key=key: values[key], room)
-            if key == "learning_rate":
-                self._add({key}, lambda values: values["learning_rate"] ** 2, room)
+            # Two learning rates determine no curvature: about their middle, both squares are one constant.
+            if key == "learning_rate" and len({trial.training.learning_rate for trial in trials}) > 2:
+                self.has_curvature = self._add({key}, lambda values: values["learning_rate"] ** 2, room)
         self.has_interaction = "expansion_factor" in self._owned() and self._add(
             {"learning_rate", "expansion_factor"},
             lambda values: values["learning_rate"] * values["expansion_factor"],
@@ -296,6 +328,7 @@ def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Respo
         interval=(float(low), float(high)),
         size_exponent=_size_exponent(design, fit) if trusted and is_inside else None,
         effects=sorted(effects, key=lambda effect: -effect.share),
+        unexplained=float((fit.residuals**2).sum()) / fit.total if fit.total else 1.0,
         points=(rates, sample.scores.tolist()),
         coefficients=(float(a), float(b), float(c)),
         sentence="",
@@ -318,7 +351,7 @@ def _optima(b: np.ndarray, c: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 def _size_exponent(design: _Design, fit: _Fit) -> tuple[float, float, float] | None:
     """−e / 2c: by which power of the number of latents the best learning rate goes."""
-    if not design.has_interaction:
+    if not (design.has_interaction and design.has_curvature):
         return None
     is_pure = [owners == {"learning_rate"} for owners in design.owners]
     square = [i for i, pure in enumerate(is_pure) if pure][1]
