@@ -18,14 +18,17 @@ class Criterion(NamedTuple):
 def success_criteria(metrics: Mapping[str, float], k_levels: Sequence[int]) -> list[Criterion]:
     """R² (k=128) > 0.85, R² (k=16) > 0.40, dead latents < 30%.
 
-    Where a sweep has other levels, the largest stands for 128 and the smallest for 16.
+    Where a sweep has other levels, the largest stands for 128 and the smallest for 16. A single level stands for the
+    nearer of the two, by ratio: for 16 up to k = 45, for 128 from 46.
     """
-    largest = metrics[f"r2_k{k_levels[-1]}"]
-    smallest = metrics[f"r2_k{k_levels[0]}"]
+    largest, smallest = k_levels[-1], k_levels[0]
+    bounds = [(largest, 0.85), (smallest, 0.40)]
+    if largest == smallest:
+        bounds = [(largest, 0.85 if largest**2 > 16 * 128 else 0.40)]
+    r2 = [(k, bound, metrics[f"r2_k{k}"]) for k, bound in bounds]
     dead = metrics["dead_ratio"]
     return [
-        Criterion(f"R² (k={k_levels[-1]}) > 0.85", largest, largest > 0.85),
-        Criterion(f"R² (k={k_levels[0]}) > 0.40", smallest, smallest > 0.40),
+        *(Criterion(f"R² (k={k}) > {bound:.2f}", value, value > bound) for k, bound, value in r2),
         Criterion("Dead latents < 30%", dead, dead < 0.30),
     ]
 

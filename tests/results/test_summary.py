@@ -58,6 +58,18 @@ def test_criteria_pass_above_and_below_the_notebooks_bounds():
     assert [c.passed for c in failed] == [False] * 3
 
 
+def test_criteria_of_several_levels_are_named_for_the_largest_and_the_smallest():
+    criteria = success_criteria({"r2_k2": 0.5, "r2_k8": 0.9, "dead_ratio": 0}, (2, 8))
+    assert [c.name for c in criteria] == ["R² (k=8) > 0.85", "R² (k=2) > 0.40", "Dead latents < 30%"]
+
+
+@pytest.mark.parametrize(("k", "bound"), [(16, "0.40"), (32, "0.40"), (64, "0.85"), (128, "0.85")])
+def test_a_single_level_has_one_criterion_for_r2(k, bound):
+    criteria = success_criteria({f"r2_k{k}": 0.8, "dead_ratio": 0.1}, (k,))
+    assert [c.name for c in criteria] == [f"R² (k={k}) > {bound}", "Dead latents < 30%"]
+    assert [c.passed for c in criteria] == [bound == "0.40", True]
+
+
 def test_the_tables_say_pass_and_fail_and_bear_a_block_without_a_winner():
     good, none = entry(record(0, 0.9)), entry(record(0, 0, status="failed", epochs=0))
     both = summary(block5=good, block20=none)
