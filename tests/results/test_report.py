@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import io
+import json
 import re
 import shutil
 import sys
@@ -12,17 +13,18 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from report_sweeps import INPUT_DIM, N_VAL, add_rows_and_models, make, settings
+from report_sweeps import INPUT_DIM, N_VAL, add_rows_and_models, make, manifest, settings
 
 from msae_sweep.cli import main
 from msae_sweep.config import load
 from msae_sweep.errors import SweepError
 from msae_sweep.places import Place
 from msae_sweep.results import report
+from msae_sweep.results.report import score_figures
 from msae_sweep.results.report.answer import answers, baselines
 from msae_sweep.results.report.curves import curves
 from msae_sweep.results.report.data import read, read_all
-from msae_sweep.results.report.figures import front
+from msae_sweep.results.report.score_figures import front
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.metrics import total_variance
 from msae_sweep.sweep.space import plan
@@ -286,6 +288,99 @@ def test_a_sweep_in_which_every_trial_failed_is_reported_with_what_became_of_the
 def test_a_trial_with_one_epoch_and_a_sweep_with_one_trial_are_reported(tmp_path):
     sweep = make(tmp_path / "tiny", settings(1), rising, epochs=1)
     assert "It is the only trial" in page_of(report.write([sweep.path])).read_text(encoding="utf-8")
+
+
+def first_screen(written: report.Written) -> str:
+    text = page_of(written).read_text(encoding="utf-8")
+    return text[text.index("<body>") : text.index("<nav")]
+
+
+def test_a_recommendation_that_fails_a_criterion_is_marked_by_colour_and_word(reported, tmp_path):
+    sweep = make(tmp_path / "good", settings(2), lambda p, e: 0.9, blocks=(5,))
+    assert '<section class="card">' in first_screen(report.write([sweep.path]))
+    assert "passes all 3 criteria" in first_screen(report.write([sweep.path]))
+    low = first_screen(reported[1])
+    assert low.count('<section class="card fails">') == 2
+    assert 'verdict">fails 1 of 3 criteria' in low
+    assert 'class="fail">fails 1 of 3 criteria' in low  # also in the table that a phone shows
+    twin = (Path(reported[1].where) / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"## Block 5: use block5-00\d \(fails 1 of 3 criteria\)", twin)
+
+
+def test_the_models_path_can_be_opened_wherever_the_page_is_read(sweep):
+    best = read(sweep.path).groups[0].best.trial_id
+    path = f"{sweep.path}/trials/{best}/model.pt"
+    assert f"<code>{path}</code>" in first_screen(report.write([sweep.path]))
+    # Once the sweep has come to its end, the models of the best trials lie in a folder of their own.
+    sweep.write_text(
+        sweep.path / "summary.json", json.dumps({"blocks": {"block5": {"best": best, "data": manifest(5)}}})
+    )
+    screen = first_screen(report.write([sweep.path]))
+    assert f"<code>{sweep.path}/models/msae_block5.pt</code>" in screen
+    assert f"{sweep.path}/trials/block20-" in screen
+
+
+def test_no_claim_is_made_on_epochs_that_nobody_trained(tmp_path):
+    # It rises by 0.0008 an epoch for ever: little in the last tenth, much over ten times the epochs.
+    sweep = make(tmp_path / "slow", settings(2), lambda p, e: 0.8 + 0.0008 * e, epochs=20)
+    written = report.write([sweep.path])
+    for name in ("report.html", "report.md"):
+        text = (Path(written.where) / name).read_text(encoding="utf-8")
+        assert "would change little" not in text
+        assert "+0.0016 in the last 2 of 20 epochs (block 5)" in text
+        assert "What more epochs would add is not known" in text
+        assert "What many more would add has not been tried" in text
+
+
+def test_a_trial_of_one_epoch_says_so_beside_those_that_trained_on(tmp_path):
+    params = [{**p, "weighting": "uniform" if i else "reverse"} for i, p in enumerate(settings(4))]
+
+    def score(p, epoch):
+        return 0.8 if p["weighting"] == "reverse" else 0.5 - 0.1 * params.index(p)
+
+    sweep = make(tmp_path / "s", params, score, epochs=4, asha="{grace_epochs: 1, reduction_factor: 3}")
+    assert [t.record.epochs for t in read(sweep.path).groups[0].trials] == [4, 1, 1, 1]
+    written = report.write([sweep.path])
+    folder = Path(written.where)
+    assert "uniform (block5-001, stopped at epoch 1)" in (folder / "figures" / "weighting_block5.svg").read_text()
+    for kind in ("learning_rate", "size", "dead"):
+        assert "small: stopped at epoch 1<" in (folder / "figures" / f"{kind}_block5.svg").read_text()
+    page = page_of(written).read_text(encoding="utf-8")
+    assert page.count('<tr class=" short">') == 3
+    assert "<td>1 of 4</td>" in page
+    assert "| 1 of 4 |" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def drawn_axes(monkeypatch, draw, *arguments):
+    """The axes of a figure as it is about to be written."""
+    kept = []
+    monkeypatch.setattr(score_figures, "finished", lambda figure, *texts: kept.append(figure.axes[0]))
+    draw(*arguments)
+    (axes,) = kept
+    return axes
+
+
+@pytest.mark.parametrize("draw", [score_figures.learning_rate, score_figures.against_size, score_figures.against_dead])
+def test_the_best_trials_stand_apart_where_others_are_far_below(tmp_path, monkeypatch, draw):
+    scores = [0.990, 0.994, 0.60, 0.62, 0.65, -9.0]
+    params = settings(len(scores))
+    sweep = make(tmp_path / "s", params, lambda p, e: scores[params.index(p)], epochs=1)
+    axes = drawn_axes(monkeypatch, draw, read(sweep.path).groups[0])
+
+    def height(score: float) -> float:
+        return axes.transAxes.inverted().transform(axes.transData.transform((1e-3, 1 - score)))[1]
+
+    assert 0 < height(0.994) < height(0.990) - 0.08  # less is left, so it is lower
+    assert height(0.60) < 1 < height(-9.0)
+    assert "1 more above" in [text.get_text() for text in axes.texts]
+    low, high = axes.get_ylim()
+    assert 3 <= len([tick for tick in axes.get_yticks() if low <= tick <= high]) <= 8
+
+
+def test_two_blocks_fill_the_width_and_every_table_can_be_scrolled(reported):
+    text = page_of(reported[1]).read_text(encoding="utf-8")
+    assert text.count('<div class="grid two">') >= 6
+    assert text.count("<table>") == len(re.findall(r'<div class="scroll[ a-z]*"><table>', text))
 
 
 def refused(monkeypatch, capsys, *arguments: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from msae_sweep.results.report.data import Group, Sweep, Trial
+from msae_sweep.results.summary import Criterion
 
 CLOSE = 0.01
 """Score that a smaller one may lack and still be named as the cheaper choice; chosen by eye."""
@@ -24,6 +25,24 @@ class Answer(NamedTuple):
     def trial(self) -> Trial:
         """The one to use."""
         return self.group.best
+
+    @property
+    def failed(self) -> list[Criterion]:
+        """Success criteria that it fails."""
+        return [criterion for criterion in self.group.criteria if not criterion.passed]
+
+    @property
+    def verdict(self) -> str:
+        """`passes all 3 criteria` or `fails 1 of 3 criteria`."""
+        n = len(self.group.criteria)
+        return f"fails {len(self.failed)} of {n} criteria" if self.failed else f"passes all {n} criteria"
+
+    @property
+    def model(self) -> str:
+        """Path or URI of the model file: under `models/` where the sweep has put it there, else the trial's own."""
+        trial_id = self.trial.trial_id
+        known = self.sweep.winners.get(self.block) == trial_id
+        return f"{self.sweep.folder}/{f'models/msae_block{self.block}' if known else f'trials/{trial_id}/model'}.pt"
 
 
 def answers(sweeps: Sequence[Sweep]) -> list[Answer]:
@@ -113,5 +132,7 @@ def _reasons(group: Group, rivals: Sequence[tuple[Sweep, Group]], n: int) -> lis
             f"Where size matters: {smaller[0].trial_id} with {smaller[0].hidden_dim} latents, {gap:.4f} behind."
         )
     if trial.still_rising:
-        reasons.append(f"It was still rising at its last epoch ({trial.record.epochs}): more epochs would raise it.")
+        reasons.append(
+            f"It was still rising: mean R² {trial.late_gain}. How far more epochs would raise it is not known."
+        )
     return reasons

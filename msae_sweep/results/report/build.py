@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from msae_sweep.results.report import figures
+from msae_sweep.results.report import figures, score_figures
 from msae_sweep.results.report.answer import Answer, answers, baselines, matryoshka
 from msae_sweep.results.report.curves import Curves, curves
 from msae_sweep.results.report.data import Group, Sweep, Trial
@@ -90,7 +90,7 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str
         offers.sort(key=lambda offer: offer[1].best is not answer.trial)
         lines = [
             Line(
-                f"{sweep.label}: {group.best.trial_id}" if many else group.best.trial_id,
+                f"{sweep.label}: {group.best.shown_as}" if many else group.best.shown_as,
                 measured[sweep.label].by_trial[group.best.trial_id],
                 group.levels,
             )
@@ -98,7 +98,9 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str
         ]
         alone = baselines(sweeps, answer.block, answer.sweep)
         if lines:
-            jobs.append(partial(figures.r2_by_k, answer.block, lines, {t.levels[0]: t.r2[0] for t in alone}))
+            stopped = {t.levels[0]: t.record.epochs for t in alone if t.record.status == "stopped_early"}
+            baseline = {t.levels[0]: t.r2[0] for t in alone}
+            jobs.append(partial(figures.r2_by_k, answer.block, lines, baseline, stopped))
         if lines and alone and (why := _uneven(sweeps, answer, alone)):
             uneven[why].append(str(answer.block))
     notes = [f"Block {', '.join(blocks)}: {why}" for why, blocks in uneven.items()]
@@ -128,21 +130,24 @@ def _uneven(sweeps: Sequence[Sweep], answer: Answer, alone: Sequence[Trial]) -> 
 
 def _scores(sweep: Sweep, *, many: bool) -> list[_Plan]:
     """Scores of the trials; of SAEs for one k alone only the table and the curves are shown, here and below."""
-    score = "Score means R² averaged over the trained levels, less any share of dead latents above 30%."
+    score = (
+        "Score means R² averaged over the trained levels, less any share of dead latents above 30%. The vertical axis "
+        "is 1 − score and logarithmic, so that the best trials, at the bottom, can be told apart."
+    )
     weights = "Filled markers weight small k more (reverse), hollow ones all levels alike (uniform)."
     return _plans(
         sweep,
         many,
-        ("learning-rate", "Learning rate", f"{score} {weights}", figures.learning_rate),
+        ("learning-rate", "Learning rate", f"{score} {weights}", score_figures.learning_rate),
         (
             *("size", "What more latents bring"),
-            "Mean R² against the number of latents; nothing smaller beats the trials on the line.",
-            figures.against_size,
+            "1 − mean R² against the number of latents: lower is better. Nothing smaller beats the trials on the line.",
+            score_figures.against_size,
         ),
         (
             *("dead", "Dead latents"),
-            "A high R² can hide latents that never fire: the best trials stand at the top left.",
-            figures.against_dead,
+            "A high R² can hide latents that never fire: the best trials stand at the bottom left.",
+            score_figures.against_dead,
         ),
     )
 
@@ -175,9 +180,12 @@ def _course(sweep: Sweep, *, many: bool) -> list[_Plan]:
 
 def _fits(sweep: Sweep, advice: Advice, *, many: bool) -> _Plan:
     jobs: list[Job] = [
-        partial(figures.fitted, response) for response in advice.responses if isinstance(response, Response)
+        partial(score_figures.fitted, response) for response in advice.responses if isinstance(response, Response)
     ]
-    lead = "A simple curve through the trials: where the best learning rate lies, as far as they can tell."
+    lead = (
+        "A simple curve through the trials, drawn as 1 − score (lower is better): where the best learning rate lies, "
+        "as far as they can tell."
+    )
     return _plan(sweep, many, "fit", "Best learning rate, fitted", lead, jobs)
 
 

@@ -16,6 +16,21 @@ from msae_sweep.results.record import TrialRecord, ranked
 from msae_sweep.results.summary import Criterion, success_criteria
 
 
+class LateGain(NamedTuple):
+    """How much the mean R² of a trial rose at the end of its training."""
+
+    epochs: int
+    """Number of last epochs that are looked at."""
+    of: int
+    """Number of epochs trained."""
+    r2: float
+    """Mean R² at the end less that before these epochs."""
+
+    def __str__(self) -> str:
+        last = "last" if self.epochs == 1 else f"last {self.epochs}"
+        return f"{self.r2:+.4f} in the {last} of {self.of} epochs"
+
+
 @dataclass(frozen=True)
 class Trial:
     """A trial with all its settings."""
@@ -51,14 +66,32 @@ class Trial:
         return [self.best[f"r2_k{k}"] for k in self.levels]
 
     @property
-    def still_rising(self) -> bool:
-        """Whether its best epoch is among the last tenth, and that tenth added 0.002 or more to the mean R²."""
+    def is_cut_short(self) -> bool:
+        """Whether early stopping, or a loss that diverged, ended it before its last epoch."""
+        return self.record.status != "completed" and self.record.epochs < self.training.epochs
+
+    @property
+    def shown_as(self) -> str:
+        """Name with what sets its scores apart from those of a trial that was trained to its last epoch."""
+        stopped = self.record.status == "stopped_early"
+        return f"{self.trial_id}, stopped at epoch {self.record.epochs}" if stopped else self.trial_id
+
+    @property
+    def late_gain(self) -> LateGain | None:
+        """Gain in its last tenth; None for fewer than three epochs."""
         points = self.record.points
         tenth = max(1, len(points) // 10)
-        if len(points) < 3 or self.record.reason != "epochs":
+        if len(points) < 3:
+            return None
+        return LateGain(tenth, len(points), points[-1]["r2_mean"] - points[-1 - tenth]["r2_mean"])
+
+    @property
+    def still_rising(self) -> bool:
+        """Whether its best epoch is among the last tenth, and that tenth added 0.002 or more to the mean R²."""
+        gain = self.late_gain
+        if gain is None or self.record.reason != "epochs":
             return False
-        gain = points[-1]["r2_mean"] - points[-1 - tenth]["r2_mean"]
-        return gain >= 0.002 and self.best["epoch"] > len(points) - tenth
+        return gain.r2 >= 0.002 and self.best["epoch"] > gain.of - gain.epochs
 
 
 class Curve(NamedTuple):
@@ -119,6 +152,8 @@ class Sweep:
     n_planned: int
     seconds: float | None
     """Wall time of all its runs, without preparation; None where it was not written."""
+    winners: dict[int, str] = field(default_factory=dict)
+    """By block, the trial whose model lies in `models/`; empty before the sweep has come to an end."""
     label: str = field(default="")
     """Its name, told apart from others of the same name on the page."""
 
@@ -207,6 +242,7 @@ def read(where: str | Path | SweepFolder) -> Sweep:
         records=records,
         n_planned=max(config.n_trials_per_block() * n_blocks, len(records)),
         seconds=seconds,
+        winners={int(name.removeprefix("block")): block["best"] for name, block in summary.get("blocks", {}).items()},
         label=folder.name,
     )
 

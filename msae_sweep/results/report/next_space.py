@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.results.report.data import Group, Sweep
-from msae_sweep.results.report.response import Response, NoFit, respond
+from msae_sweep.results.report.response import NoFit, Response, respond
 
 BEYOND = 3.0
 """Factor by which a range is moved past an edge at which the best lies."""
@@ -151,13 +151,22 @@ def _weighting(raw: dict[str, Any], responses: Sequence[Response | NoFit], reaso
 
 def _epochs(raw: dict[str, Any], groups: Sequence[Group], reasons: list[str]) -> None:
     """Twice as many where the best trials were still rising at their last."""
-    rising = [group.block for group in groups if group.best.still_rising]
-    if rising and "epochs" not in raw["space"]:
-        raw["training"]["epochs"] *= 2
+    if "epochs" in raw["space"]:
+        return
+    before = raw["training"]["epochs"]
+    rising = [f"{group.best.late_gain} (block {group.block})" for group in groups if group.best.still_rising]
+    if rising:
+        raw["training"]["epochs"] = 2 * before
         reasons.append(
-            f"Epochs: the best trial was still rising at its last epoch ({_blocks(rising)}); "
-            f"{raw['training']['epochs']} instead of {raw['training']['epochs'] // 2}."
+            f"Epochs: the best trial was still rising, with mean R² {', '.join(rising)}; "
+            f"{2 * before} instead of {before}."
         )
+        return
+    gains = [f"{group.best.late_gain} (block {group.block})" for group in groups if group.best.late_gain]
+    changed = (
+        f"mean R² of the best trial changed by {', '.join(gains)}" if gains else "there are too few to tell a trend"
+    )
+    reasons.append(f"Epochs: {before} stay; {changed}. What many more would add has not been tried.")
 
 
 def _blocks(blocks: Sequence[int]) -> str:

@@ -132,7 +132,7 @@ def states(report: Report) -> list[str]:
 def _state(sweep: Sweep) -> str:
     counts = sweep.counts()
     words = {
-        "completed": "trained to their end",
+        "completed": "completed",
         "stopped_early": "stopped early",
         "diverged": "diverged",
         "failed": "failed",

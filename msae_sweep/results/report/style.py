@@ -1,6 +1,7 @@
 """How every figure looks: small enough to be read on a phone, told apart without colour."""
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 3)), (0, (1, 1)))
 GREY = "#8a8a8a"
+LEGEND_WIDTH = 60
+"""Characters of a legend that fit under a panel."""
 
 _SVG = "http://www.w3.org/2000/svg"
 _LINK = "{http://www.w3.org/1999/xlink}href"
@@ -81,11 +84,21 @@ def panel(height: float = 3.4) -> tuple[Any, Any]:
 
 
 def legend_below(figure: Any, axes: Any, columns: int = 2) -> None:
-    """The legend under the axes, where it hides nothing."""
+    """The legend under the axes, where it hides nothing; in fewer columns where its labels are too long for so many."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         unique = dict(zip(labels, handles, strict=True))
-        figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=min(columns, len(unique)))
+        columns = min(columns, len(unique))
+        while columns > 1 and _legend_width([len(label) for label in unique], columns) > LEGEND_WIDTH:
+            columns -= 1
+        figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=columns)
+
+
+def _legend_width(lengths: Sequence[int], columns: int) -> int:
+    """Characters that a legend is wide: each column as its longest label, with room for its marker."""
+    shares = [len(lengths) // columns + (i < len(lengths) % columns) for i in range(columns)]
+    starts = [sum(shares[:i]) for i in range(columns)]
+    return sum(max(lengths[start : start + n]) + 7 for start, n in zip(starts, shares, strict=True))
 
 
 def plain_log(axes: Any, values: Sequence[float], *, base: int = 10) -> None:
@@ -101,6 +114,27 @@ def plain_log(axes: Any, values: Sequence[float], *, base: int = 10) -> None:
         axis.set_major_locator(LogLocator(10, subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def log_y(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic y axis about `values`, with three to eight plain numbers whatever its span."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    margin = max(0.06 * math.log(max(values) / min(values)), 0.01)
+    low, high = min(values) * math.exp(-margin), max(values) * math.exp(margin)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 2, 5), (1,)):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 8:
+            break
+    if len(ticks) < 3:  # the span is too small for round numbers
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    axes.set_ylim(low, high)  # first: a logarithmic scale would look for limits of its own, and one value has none
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
 def finished(figure: Any, name: str, title: str, reading: str) -> Drawing:
