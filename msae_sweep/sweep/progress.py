@@ -1,8 +1,9 @@
 """What a person sees while a sweep runs: a live table on a terminal, a plain line now and then elsewhere."""
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 from rich.console import Console, Group
@@ -10,21 +11,30 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from msae_sweep.config import SweepConfig
+from msae_sweep.results.ladder import STOPPED_AT
 from msae_sweep.results.record import TrialRecord, ranked
+from msae_sweep.sweep.time_left import TimeLeft
 
 LINE_SECONDS = 15.0
 """Plain lines come at most this often, besides one for every trial that ends."""
+MOST_ROWS = 8
+"""Running trials, and blocks, that the live view shows at the most, fewer on a low terminal; it counts the others."""
 
 
 class Display:
-    """Shows trial records; it reads them and changes nothing."""
+    """Shows trial records; it reads them and changes nothing.
 
-    def __init__(self, console: Console, name: str, n_trials: int, epochs: int, note: Callable[[], str]) -> None:
-        """`epochs`: the most that a trial trains; `note`: a line on tracking, empty when there is nothing to say."""
-        self._console, self._name, self._n_trials, self._epochs, self._note = console, name, n_trials, epochs, note
+    Tune's loop makes records known while rich's thread draws them, so whoever draws takes a copy under a lock.
+    """
+
+    def __init__(self, console: Console, config: SweepConfig, n_trials: int, note: Callable[[], str]) -> None:
+        """`n_trials`: of the whole sweep; `note`: a line on tracking, empty when there is nothing to say."""
+        self._console, self._name, self._n_trials, self._note = console, config.name, n_trials, note
+        self._lock = threading.Lock()
         self._records: dict[str, TrialRecord] = {}
+        self._estimate = TimeLeft(config, n_trials, time.monotonic)
         self._started = time.monotonic()
-        self._epochs_before = 0
         self._last_line = 0.0
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=True)
 
@@ -39,8 +49,9 @@ class Display:
 
     def show(self, records: Iterable[TrialRecord]) -> None:
         """Take the records to be shown from now on; those already trained do not count into the speed."""
-        self._records = {record.trial_id: record for record in records}
-        self._epochs_before = sum(record.epochs for record in self._records.values())
+        with self._lock:
+            self._records = {record.trial_id: record for record in records}
+            self._estimate.take(self._records.values())
 
     def say(self, line: str) -> None:
         """Print a line above the table."""
@@ -50,40 +61,50 @@ class Display:
         """Say that a trial ended; may be called from any thread."""
         best = record.best
         score = f"objective {best['objective']:.4f}, dead {best['dead_ratio']:.1%}" if best else "no epoch finished"
-        line = f"{record.trial_id} {record.status} ({record.reason}) after {record.epochs} epochs: {score}"
-        self._console.print(line, highlight=False, style="red" if record.status in ("failed", "diverged") else None)
+        style = "red" if record.status in ("failed", "diverged") else None
+        self._console.print(f"{record.trial_id} {_ending(record)}: {score}", highlight=False, style=style)
 
     def tick(self, record: TrialRecord | None = None) -> None:
         """Called often; prints a line where there is no terminal and the last one is a while ago."""
         if record is not None:
-            self._records[record.trial_id] = record
+            with self._lock:
+                self._records[record.trial_id] = record
+                self._estimate.hear(record)
         if not self._console.is_terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             self._console.print(self._status_line(), highlight=False)
 
-    def _status_line(self) -> str:
-        counts = Counter(record.status for record in self._records.values())
-        counts["pending"] += self._n_trials - sum(counts.values())
-        words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        elapsed = time.monotonic() - self._started
-        left = self._seconds_left(elapsed)
-        line = f"{self._name}: {words} · {_clock(elapsed)} elapsed"
-        line += f", about {_clock(left)} left" if left is not None else ""
-        return f"{line} · {note}" if (note := self._note()) else line
+    def _copy(self) -> list[TrialRecord]:
+        with self._lock:
+            return list(self._records.values())
 
-    def _seconds_left(self, elapsed: float) -> float | None:
-        """Epochs still to come at the speed so far; a trial that has not ended is taken to need what others needed."""
-        done = sum(record.epochs for record in self._records.values()) - self._epochs_before
-        ended = [record.epochs for record in self._records.values() if record.finished]
-        if done <= 0 or not ended:
-            return None
-        typical = sum(ended) / len(ended)
-        running = [record.epochs for record in self._records.values() if not record.finished]
-        to_come = sum(max(1.0, typical - epochs) for epochs in running)
-        to_come += typical * (self._n_trials - len(self._records))
-        return elapsed * to_come / done
+    def _status_line(self) -> str:
+        records = self._copy()
+        counts = Counter(record.status for record in records)
+        counts["pending"] += self._n_trials - sum(counts.values())
+        parts = [", ".join(f"{count} {status.replace('_', ' ')}" for status, count in counts.items() if count)]
+        with self._lock:
+            left, rate = self._estimate.seconds(records), self._estimate.rows_per_second
+        if rate is not None:
+            parts.append(f"{rate:,.0f} rows/s")
+        elapsed = f"{_clock(time.monotonic() - self._started)} elapsed"
+        parts.append(f"{elapsed}, about {_clock(left)} left" if left is not None else elapsed)
+        return f"{self._name}: {' · '.join([*parts, *filter(None, [self._note()])])}"
 
     def _render(self) -> Group:
+        records = self._copy()
+        tables = [self._blocks(records)]
+        if running := [record for record in records if record.status == "running"]:
+            tables.append(self._running(running, records))
+        return Group(*tables, Text(self._status_line()))
+
+    @property
+    def _n_rows(self) -> int:
+        """Rows of each table; a block may take two lines, and headings, captions and the status line 14."""
+        return max(1, min(MOST_ROWS, (self._console.height - 14) // 3))
+
+    def _blocks(self, records: Sequence[TrialRecord]) -> Table:
+        """Best trial of each block so far."""
         table = Table(title=f"Sweep {self._name}", title_justify="left")
         for heading in (
             "block",
@@ -96,12 +117,12 @@ class Display:
             "weighting",
             "epochs",
         ):
-            table.add_column(heading)
+            table.add_column(heading, no_wrap=heading == "best trial")
         blocks: dict[int, list[TrialRecord]] = {}
-        for record in list(self._records.values()):
+        for record in records:
             blocks.setdefault(record.block, []).append(record)
-        for block, records in sorted(blocks.items()):
-            order = ranked(records)
+        for block, members in sorted(blocks.items())[: self._n_rows]:
+            order = ranked(members)
             if not order:
                 table.add_row(str(block), "–")
                 continue
@@ -116,9 +137,40 @@ class Display:
                 f"{winner.params.get('learning_rate', best['learning_rate']):.1e}",
                 str(winner.params.get("expansion_factor", "")),
                 str(winner.params.get("weighting", "")),
-                f"{winner.epochs}/{self._epochs}",
+                self._epochs(winner),
             )
-        return Group(table, Text(self._status_line()))
+        if (more := len(blocks) - self._n_rows) > 0:
+            table.caption = f"and {more} more blocks"
+        return table
+
+    def _running(self, running: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Table:
+        """Trials that train, then those that wait at a rung."""
+        with self._lock:
+            waits = {record.trial_id: self._estimate.is_waiting(record, records) for record in running}
+        table = Table(title="Running", title_justify="left", caption_justify="left")
+        for heading in ("trial", "epoch", "objective", ""):
+            table.add_column(heading, no_wrap=True)
+        order = sorted(running, key=lambda record: (waits[record.trial_id], record.index, record.block))
+        for record in order[: self._n_rows]:
+            last = record.points[-1] if record.points else None
+            doing = "waits to be judged" if waits[record.trial_id] else "trains" if last else "starts"
+            objective = f"{last['objective']:.4f}" if last else "–"
+            table.add_row(record.trial_id, self._epochs(record), objective, doing)
+        if (more := len(order) - self._n_rows) > 0:
+            table.caption = f"and {more} more"
+        return table
+
+    def _epochs(self, record: TrialRecord) -> str:
+        with self._lock:
+            return f"{record.epochs}/{self._estimate.epochs_of(record)}"
+
+
+def _ending(record: TrialRecord) -> str:
+    """How a trial ended, e.g. `completed after 12 epochs (patience)` or `stopped early by ASHA at epoch 1`."""
+    if record.reason.startswith(STOPPED_AT):
+        return f"stopped early by ASHA at epoch {record.reason.removeprefix(STOPPED_AT)}"
+    why = f" ({record.reason})" if record.reason not in ("epochs", record.status, "") else ""
+    return f"{record.status} after {record.epochs} epoch{'' if record.epochs == 1 else 's'}{why}"
 
 
 def _clock(seconds: float) -> str:

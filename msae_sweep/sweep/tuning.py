@@ -95,13 +95,7 @@ class Tuning:
             scheduler.enter(
                 self._group(record), record.trial_id, record.index, self._objectives(record), ended=record.finished
             )
-        display = Display(
-            self._console,
-            config.name,
-            self.n_trials,
-            max(int(e) for e in config.corners("epochs")),
-            self._tracking_note,
-        )
+        display = Display(self._console, config, self.n_trials, self._tracking_note)
         display.show(known)
         scribe = Scribe(begin)
         monitor = Monitor(self.records, self._folder, scheduler, scribe, self._tracker, display, self._params)
