@@ -24,6 +24,11 @@ LINE_SECONDS = 5.0
 """Between two plain lines, at the least."""
 
 
+def _rate(per_second: float) -> str:
+    """Empty before the first positions are done."""
+    return f"{per_second:,.0f}/s" if per_second else ""
+
+
 @contextlib.contextmanager
 def showing(console: Console) -> Iterator[Callable[[Progress], None]]:
     """A function that takes an extraction's progress and shows it while this is open."""
@@ -51,12 +56,12 @@ def showing(console: Console) -> Iterator[Callable[[Progress], None]]:
             if time.monotonic() - said_at < LINE_SECONDS and progress.positions < progress.n_positions:
                 return
             said_at = time.monotonic()
-            left = (progress.n_positions - progress.positions) / per_second if per_second else 0
-            console.print(
-                f"{progress.positions:,} of {progress.n_positions:,} positions · {per_second:,.0f}/s · "
-                f"{left:,.0f} s left",
-                highlight=False,
-            )
+            text = f"{progress.positions:,} of {progress.n_positions:,} positions"
+            if per_second:
+                text += f" · {per_second:,.0f}/s"
+                if left := progress.n_positions - progress.positions:
+                    text += f" · {left / per_second:,.0f} s left"
+            console.print(text, highlight=False)
 
         yield line
         return
@@ -74,6 +79,6 @@ def showing(console: Console) -> Iterator[Callable[[Progress], None]]:
         def advance(progress: Progress) -> None:
             per_second = rate(progress)
             say_device(progress)
-            bar.update(task, completed=progress.positions, total=progress.n_positions, rate=f"{per_second:,.0f}/s")
+            bar.update(task, completed=progress.positions, total=progress.n_positions, rate=_rate(per_second))
 
         yield advance

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float32
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from msae_sweep.config import DataConfig, parse
 from msae_sweep.data.catalog import open_source, select
@@ -280,7 +281,9 @@ def render(report: Report) -> Group:
     """A row per level, R² at a few more k, and how latents and dictionary are."""
     evaluation, model = report.evaluation, report.found.file.model
     rows = {"all": "rows", "validation": "validation rows", "training": "training rows"}[report.plan.side]
-    table = Table(title=f"{report.found.where} on {evaluation.n_rows:,} {rows}", title_justify="left")
+    # Not the table's title, which would be broken at the table's width.
+    title = Text(f"{report.found.where} on {evaluation.n_rows:,} {rows}", style="italic", overflow="fold")
+    table = Table()
     names = [f"matched cosine {i}" for i in range(1, len(report.stability) + 1)]
     for heading in ("k", "R²", "active latents", "of them ever", *names):
         table.add_column(heading, justify="right")
@@ -299,7 +302,8 @@ def render(report: Report) -> Group:
     n_dead = int((evaluation.firing == 0).sum())
     lines = [
         "R²(k): " + " · ".join(f"{k} {evaluation.r2[k - 1]:.3f}" for k in curve),
-        f"dead latents: {n_dead:,} of {model.hidden_dim:,} ({evaluation.dead_ratio:.1%}) at k = {len(evaluation.r2)}",
+        f"dead latents: {n_dead:,} of {model.hidden_dim:,} ({evaluation.dead_ratio:.1%}) fired for none of these rows "
+        f"at k = {len(evaluation.r2)}; a sweep counts those that fired for no row of the last training epoch",
         "firing frequency: "
         + " · ".join(
             f"{share:.0%} of latents below {value:.2%}" for share, value in zip(QUANTILES, quantiles, strict=True)
@@ -310,7 +314,7 @@ def render(report: Report) -> Group:
     lines += [f"{name}: {where}" for name, where in zip(names, report.stability, strict=True)]
     if report.n_dropped:
         lines.append(f"{report.n_dropped:,} rows with NaN or Inf left out")
-    return Group(table, *lines)
+    return Group(title, table, *lines)
 
 
 def _number(value: float) -> float | None:

@@ -188,6 +188,17 @@ def test_dictionaries_are_matched_in_one_space_though_statistics_differ(tmp_path
     assert stability["other.pt"] == pytest.approx([1.0] * 3, abs=1e-5)
 
 
+def test_the_title_breaks_between_words_and_dead_latents_say_of_which_rows(tmp_path, x):
+    where = "sweeps/a-sweep-with-a-name/models/msae_block20.pt"
+    shown = report(FoundModel(model_file(), 5, where), npy(tmp_path / "data", x))
+    console = Console(width=60, file=io.StringIO())
+    console.print(evaluation.render(shown))
+    lines = console.file.getvalue().splitlines()
+    assert [line.strip() for line in lines[:2]] == [f"{where} on 1,000", "rows"]
+    text = " ".join(console.file.getvalue().split())
+    assert "fired for none of these rows at k = 8; a sweep counts those that fired for no row of the last train" in text
+
+
 def test_the_table_shows_levels_curve_and_dictionary(tmp_path, found, x):
     seed_1 = FoundModel(model_file(1), 5, "seed1.pt")
     shown = report(found, npy(tmp_path / "data", x), against=[seed_1])

@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -19,8 +20,8 @@ def entry(*records: TrialRecord) -> dict:
     return block_entry(list(records), {r.trial_id: tuple(r.params["k_levels"]) for r in records}, {"key": "abc"})
 
 
-def text(table) -> str:
-    console = Console(file=io.StringIO(), width=200)
+def text(table, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()
 
@@ -85,3 +86,22 @@ def test_equal_objectives_are_ranked_by_number():
 @pytest.mark.parametrize("status", ["pending", "running"])
 def test_an_unfinished_trial_is_not_the_winner(status):
     assert entry(record(0, 0.9, status=status), record(1, 0.5))["best"] == "block5-001"
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+@pytest.mark.parametrize("recovered", [False, True])
+def test_no_name_or_heading_is_cut_at_any_usual_width(width, recovered):
+    levels = (16, 32, 64, 128)
+    blocks = {}
+    for number in (5, 20, 135):
+        winner = record(1, 0.9, levels)
+        winner.trial_id, winner.params = f"block{number}-001", {**winner.params, "learning_rate": 4.25e-3}
+        blocks[f"block{number}"] = entry(winner) | ({"dictionary_recovery": 0.981} if recovered else {})
+    shown = text(best_table(summary(**blocks)), width)
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    words = [*(f"block{number}-001" for number in (5, 20, 135)), "R²", *(f"k={k}" for k in levels)]
+    words += ["dead", "lr", "expansion", "weighting", "uniform", "epoch", "4.25e-03", "0.9000"]
+    for word in [*words, *(["dictionary", "recovered", "0.981"] if recovered else [])]:
+        assert re.search(rf"(?<!\S){re.escape(word)}(?!\S)", shown), word
+    assert shown.count("block135-001") == (1 if width == 160 or (width == 120 and not recovered) else 2)
