@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import webbrowser
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlencode
@@ -35,6 +35,9 @@ from msae_sweep.track.uri import redact, resolve_uri
 
 START_SECONDS = 120.0
 """How long a server may take until it answers; about 5 s on an idle machine, more where the database is new."""
+SPREAD, LEAST_TRIALS = 4.0, 4
+"""A trial is far below the rest where it is this many times as far below the median as the best is above it; asked only
+of so many trials or more."""
 PARAMS = ("block", "learning_rate", "expansion_factor", "weighting")
 """Axes of the comparison, left to right; the dead share and R² at every k follow."""
 
@@ -63,7 +66,8 @@ def comparison(sweep_folder: Path | None, tracking: TrackingConfig, where: str =
                 f"{redact(uri)} has no trials of this sweep in experiment {tracking.experiment}; "
                 f"send them with msae-sweep track-sync {where}"
             )
-        state = json.dumps(view_state(parents[0].info.run_id, _metric_keys(trials)), sort_keys=True)
+        keys = _metric_keys(trials)
+        state = json.dumps(view_state(parents[0].info.run_id, keys, _far_below(trials, keys)), sort_keys=True)
         key = hashlib.sha256(state.encode()).hexdigest()[:16]
         client.set_experiment_tag(experiment.experiment_id, f"mlflow.sharedViewState.{key}", state)
     except TrackingError:
@@ -74,9 +78,16 @@ def comparison(sweep_folder: Path | None, tracking: TrackingConfig, where: str =
     return f"/#/experiments/{quote(experiment.experiment_id)}/runs?{query}"
 
 
-def view_state(parent_run_id: str, metrics: Sequence[str]) -> dict[str, Any]:
-    """The page's state: the trials of one sweep, best first, with parallel coordinates from `PARAMS` to `metrics`."""
-    section = "msae-sweep-trials"
+def view_state(parent_run_id: str, metrics: Sequence[str], least: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """The page's state: the trials of one sweep, best first, with parallel coordinates from `PARAMS` to `metrics`.
+
+    Args:
+        least: metrics with the value above which trials are shown. The filter stands in the page's search box, where
+            whoever wants to see the others deletes it.
+    """
+    section, title = "msae-sweep-trials", "Trials compared"
+    if least:
+        title += "; the filter leaves out those whose R² is far below the rest"
     base = {"metricSectionId": section, "deleted": False, "isGenerated": False}
     parallel = {
         **base,
@@ -87,7 +98,12 @@ def view_state(parent_run_id: str, metrics: Sequence[str]) -> dict[str, Any]:
         "showAllRuns": True,
     }
     return {
-        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
+        "searchFilter": " and ".join(
+            [
+                f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
+                *(f"metrics.`{key}` > {value:.4f}" for key, value in (least or {}).items()),
+            ]
+        ),
         "orderByKey": "metrics.`best_objective`",
         "orderByAsc": False,
         "startTime": "ALL",
@@ -102,7 +118,7 @@ def view_state(parent_run_id: str, metrics: Sequence[str]) -> dict[str, Any]:
         "compareRunCharts": [parallel],
         "compareRunSections": [
             {
-                **{"uuid": section, "name": "Trials compared", "display": True, "isReordered": True, "deleted": False},
+                **{"uuid": section, "name": title, "display": True, "isReordered": True, "deleted": False},
                 **{"columns": 1, "cardHeight": 460},
             }
         ],
@@ -171,6 +187,24 @@ def _metric_keys(trials: Iterable[Any]) -> list[str]:
     levels = sorted((int(key[4:]), key) for key in common if key.startswith("r2_k"))
     # The lines take their colour from the last one.
     return ["dead_ratio", *([key for _, key in levels] or ["r2_mean"])]
+
+
+def _far_below(trials: Iterable[Any], keys: Sequence[str]) -> dict[str, float]:
+    """For each R² with trials far below the rest, a bound between these and the others.
+
+    The axes of MLflow's parallel coordinates span all values and cannot be limited: one trial of R² −9 leaves a
+    twentieth of an axis for all others.
+    """
+    bounds = {}
+    for key in keys:
+        values = sorted(run.data.metrics[key] for run in trials if key in run.data.metrics)
+        if not key.startswith("r2") or len(values) < LEAST_TRIALS:
+            continue
+        middle, top = values[len(values) // 2], values[-1]
+        bound = middle - SPREAD * max(top - middle, 0.01)
+        if values[0] < min(bound, 0.0):  # below 0 it is worse than the mean of all rows
+            bounds[key] = min(bound, 0.0)
+    return bounds
 
 
 def _start(uri: str, host: str, port: int, log: IO[str]) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlparse
 
 import psutil
 import pytest
-from small_sweep import EXPERIMENT, STATUSES, Store, send, tracking
+from small_sweep import EPOCHS, EXPERIMENT, STATUSES, SWEEP_ID, Store, send, tracking
 
 from msae_sweep.config import TrackingConfig
 from msae_sweep.errors import ConfigError, TrackingError
@@ -44,6 +44,23 @@ def test_the_comparison_shows_the_trials_of_this_sweep_on_keys_that_they_have(ur
             assert state["orderByKey"].split("`")[1] in run.data.metrics or run.data.tags["status"] == "failed"
     # Asked again it is the same page, not another tag.
     assert ui.comparison(tmp_path / "sweep", tracking(uri)) == path
+
+
+def test_a_trial_far_below_the_rest_is_left_out_by_a_filter_that_can_be_deleted(uri, tmp_path):
+    send(tmp_path / "sweep", uri)
+    store = Store(uri)
+    parent = store.sweep.info.run_id
+    for trial_id, r2 in [(f"block5-{i:03d}", 0.7 + 0.02 * i) for i in range(10, 15)] + [("block5-015", -9.0)]:
+        tags = {"mlflow.parentRunId": parent, "msae_sweep.trial_id": trial_id, "msae_sweep.sweep_id": SWEEP_ID}
+        run = store.client.create_run(store.experiment.experiment_id, run_name=trial_id, tags=tags)
+        store.client.log_metric(run.info.run_id, "r2_k4", r2)
+        store.client.log_metric(run.info.run_id, "dead_ratio", 0.1)
+    state = state_behind(ui.comparison(tmp_path / "sweep", tracking(uri)), Store(uri))
+    assert state["searchFilter"].startswith(f"tags.`mlflow.parentRunId` = '{parent}' and metrics.`r2_k4` > ")
+    shown = store.client.search_runs([store.experiment.experiment_id], state["searchFilter"])
+    named = {run.data.tags["msae_sweep.trial_id"] for run in shown}
+    assert named == {*EPOCHS, *(f"block5-{i:03d}" for i in range(10, 15))} - {"block20-001"}  # it has no epoch
+    assert "far below the rest" in state["compareRunSections"][0]["name"]
 
 
 def test_with_a_tracking_server_only_its_address_is_shown(server, tmp_path):
