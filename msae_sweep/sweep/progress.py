@@ -127,7 +127,9 @@ class Display:
                 table.add_row(str(block), "–")
                 continue
             winner, best = order[0], order[0].best
-            levels = " ".join(f"{k[3:]} {v:.3f}" for k, v in best.items() if k.startswith("r2_k"))
+            r2 = [f"{k[3:]} {v:.3f}" for k, v in best.items() if k.startswith("r2_k")]
+            # On a narrow terminal all of them would take a line each.
+            levels = " ".join(r2 if self._console.width >= 120 else dict.fromkeys([r2[0], r2[-1]]))
             table.add_row(
                 str(block),
                 winner.trial_id,

@@ -31,8 +31,8 @@ def point(epoch: int, objective: float = 0.5) -> dict[str, float]:
     return {**r2, **speed, "epoch": epoch, "objective": objective, "dead_ratio": 0.023, "learning_rate": 1e-3}
 
 
-def display(height: int = 40, blocks: int = 2) -> tuple[Display, list[TrialRecord], Console]:
-    console = Console(file=io.StringIO(), width=120, height=height)
+def display(height: int = 40, blocks: int = 2, width: int = 120) -> tuple[Display, list[TrialRecord], Console]:
+    console = Console(file=io.StringIO(), width=width, height=height)
     settings = config(blocks)
     records = plan(settings, list(range(1, blocks + 1)))
     shown = Display(console, settings, len(records), lambda: "")
@@ -68,9 +68,10 @@ def test_the_live_view_shows_which_trials_run_with_epoch_and_objective():
     assert "waits to be judged" in rows[records[4].trial_id]
 
 
+@pytest.mark.parametrize("width", [100, 120, 160])
 @pytest.mark.parametrize(("height", "rows"), [(24, 3), (40, 8), (90, 8)])
-def test_the_live_view_fits_a_terminal_whatever_runs(height, rows):
-    shown, records, console = display(height, blocks=12)
+def test_the_live_view_fits_a_terminal_whatever_runs(height, rows, width):
+    shown, records, console = display(height, blocks=12, width=width)
     for record in records:
         run(shown, record, 2)
     drawn(shown, console)
