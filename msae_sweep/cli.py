@@ -153,7 +153,7 @@ def run(
 @app.command()
 def resume(sweep: SweepPath, tracking_uri: TrackingUri = None, dry_run: DryRun = False) -> None:
     """Go on with a sweep that was interrupted; finished trials stay finished."""
-    from msae_sweep.sweep.run import load_config
+    from msae_sweep.sweep.resume import load_config
 
     _sweep_or_show(load_config(sweep, tracking_uri), resume=True, dry_run=dry_run)
 
@@ -319,7 +319,7 @@ def ui(
     folder, tracking = None, TrackingConfig(uri=tracking_uri)
     if sweep is not None:
         from msae_sweep.results.folder import SweepFolder
-        from msae_sweep.sweep.run import config_of
+        from msae_sweep.sweep.resume import config_of
 
         found = SweepFolder.at(sweep)
         folder, tracking = found.path, config_of(found, tracking_uri).tracking
@@ -330,7 +330,7 @@ def ui(
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
     """Send MLflow what a sweep could not send while it ran; safe to repeat."""
     from msae_sweep.results.folder import SweepFolder
-    from msae_sweep.sweep.run import config_of
+    from msae_sweep.sweep.resume import config_of
     from msae_sweep.track.tracker import sync
 
     folder = SweepFolder.at(sweep)

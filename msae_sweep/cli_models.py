@@ -141,7 +141,7 @@ def import_(
     tracking, sweep_id = parse(json.dumps(asked), source="--model-name").tracking, None
     if sweep is not None:
         from msae_sweep.results.folder import SweepFolder
-        from msae_sweep.sweep.run import config_of
+        from msae_sweep.sweep.resume import config_of
 
         folder = SweepFolder.at(sweep)
         tracking = config_of(folder, tracking_uri).tracking.model_copy(update=named)

@@ -110,10 +110,12 @@ def _keep_tune_quiet() -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     # What a trial failed of is said in one line by the monitor, and kept in full in its folder under tune/.
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    # The same of a task's error that nobody came to ask for, because the sweep was ended by another one's.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # Nothing is read back from Tune's snapshots of itself.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    # One of them may fail where a sweep ends soon after it began.
+    # One of them may fail where a sweep ends soon after it began, or where the disk is full.
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     # Of every trial that it has no log of, it says so at the end.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)

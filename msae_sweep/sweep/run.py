@@ -3,13 +3,12 @@
 import contextlib
 import json
 import logging
-import os
 import platform
 import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -21,12 +20,10 @@ from rich.console import Console
 
 import msae_sweep
 from msae_sweep import signals
-from msae_sweep.config import SweepConfig, load, parse
+from msae_sweep.config import SweepConfig
 from msae_sweep.data import shards
-from msae_sweep.data.catalog import open_source
-from msae_sweep.data.changes import what_changed
 from msae_sweep.data.source import BlockInfo
-from msae_sweep.errors import ConfigError, SweepError
+from msae_sweep.errors import SweepError
 from msae_sweep.results import finish
 from msae_sweep.results.figures import import_ahead, training_figure
 from msae_sweep.results.folder import SweepFolder
@@ -36,8 +33,8 @@ from msae_sweep.sweep.drawing import beside, side_by_side
 from msae_sweep.sweep.memory import check_devices, check_here
 from msae_sweep.sweep.preparation import Interrupted, Preparation, leaves_cores
 from msae_sweep.sweep.resources import check_device, gpus_per_trial
+from msae_sweep.sweep.resume import check_same_data, check_same_question, flatten, last_start, undamaged
 from msae_sweep.sweep.tuning import Tuning
-from msae_sweep.track import journal
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.tracker import SyncReport, Tracker
 from msae_sweep.track.uri import redact, resolve_uri
@@ -121,7 +118,7 @@ def _connected(
 def _check_start(folder: SweepFolder, config: SweepConfig, *, resume: bool) -> None:
     """Whether the sweep may begin, or go on."""
     if resume:
-        _check_same_question(folder, config)
+        check_same_question(folder, config)
     elif folder.exists():
         raise SweepError(
             f"name: sweep {config.name} exists in {config.storage}; go on with --resume, or give another --name"
@@ -148,7 +145,7 @@ def checked(
     for info in infos:
         config.check_width(info.input_dim, info.block)
     if resume and folder.exists():
-        _check_same_data(folder, config, infos, say)
+        check_same_data(folder, config, infos, say)
     check_here(config, infos)
     return config, folder, infos
 
@@ -176,7 +173,7 @@ def _drive(
         folder.write_text(folder.config_file, redact(config.to_yaml()))
         tracker.sweep_started(
             name=config.name,
-            params=_flatten(config.model_dump(mode="json")),
+            params=flatten(config.model_dump(mode="json")),
             tags={key: str(value) for key, value in identity.items() if value and key not in ("sweep_id", "runs")},
             config_yaml=config.to_yaml(),
             datasets=manifests,
@@ -231,55 +228,6 @@ def _drive(
     return SweepResult(folder, summary, tracking, interrupted, report)
 
 
-def load_config(sweep: str | Path, tracking_uri: str | None = None) -> SweepConfig:
-    """The configuration of a sweep that was started, from its folder; `tracking_uri` replaces the one in it.
-
-    Raises:
-        SweepError: no sweep there.
-        ConfigError: its tracking URI had a password, which is not kept, and none is given.
-    """
-    return config_of(SweepFolder.at(sweep), tracking_uri)
-
-
-def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConfig:
-    """`load_config` of a folder that is there already."""
-    if not folder.exists():
-        raise SweepError(f"{folder}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
-    config = _config_file(folder)
-    uri = tracking_uri or config.tracking.uri
-    if uri and uri != tracking_uri and "***" in uri:
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if not uri:
-            raise ConfigError(
-                f"tracking.uri: the password of {config.tracking.uri} is not kept in {folder}/sweep.yaml; "
-                "give --tracking-uri or MLFLOW_TRACKING_URI"
-            )
-    # The folder may have been moved, or mounted elsewhere, since.
-    moved = {"storage": folder.storage, "name": folder.name}
-    return config.model_copy(update={**moved, "tracking": config.tracking.model_copy(update={"uri": uri})})
-
-
-def _config_file(folder: SweepFolder) -> SweepConfig:
-    """The resolved search-space file; where it is damaged, as the journal has it."""
-    source, started = f"{folder}/sweep.yaml", _started(folder)
-    try:
-        config = load(folder.config_file, source=source)
-        # `to_yaml` writes every key, and this one last. A file that was cut off can still be YAML.
-        if started is None or "storage" in config.model_fields_set:
-            return config
-        fault = ConfigError(f"{source}: is cut off")
-    except ConfigError as error:
-        if started is None:
-            raise
-        fault = error
-    try:
-        config = parse(started["config_yaml"], source=source)
-    except ConfigError:  # it is not the file that is wrong, e.g. another version wrote it
-        raise fault from None
-    logging.getLogger(__name__).warning("%s; taken from the journal instead", fault)
-    return config
-
-
 def _with_whole_paths(config: SweepConfig) -> SweepConfig:
     """Paths and tracking URI independent of the working folder, so that a sweep can be resumed from any other.
 
@@ -293,54 +241,6 @@ def _with_whole_paths(config: SweepConfig) -> SweepConfig:
         storage = str(Path(storage).expanduser().absolute())
     tracking = config.tracking.model_copy(update={"uri": resolve_uri(config.tracking.uri)})
     return config.model_copy(update={"data": data, "storage": storage, "tracking": tracking})
-
-
-def _check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
-    """A resumed sweep must ask what it asked before; where it runs and who tracks it may change."""
-    # The URI that is given now: the one in the folder has lost its password.
-    before = config_of(folder, config.tracking.uri)
-    for section in ("data", "space", "training", "search", "asha"):
-        old, new = (_flatten({section: c.model_dump(mode="json")[section]}) for c in (before, config))
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                raise ConfigError(
-                    f"{key}: is {new.get(key)!r} but sweep {config.name} was started with {old.get(key)!r}; "
-                    "resume with the same file, or give another --name"
-                )
-
-
-def _check_same_data(
-    folder: SweepFolder, config: SweepConfig, infos: Sequence[BlockInfo], say: Callable[[str], None]
-) -> None:
-    """A resumed sweep trains on the rows that its finished trials were trained on.
-
-    Raises:
-        SweepError: the data has changed since; the message names what.
-    """
-    manifests = _undamaged(folder, "data.json") or (_started(folder) or {}).get("datasets", {})
-    origins, source = _undamaged(folder, "origins.json"), open_source(config.data)
-    for info in infos:
-        if (manifest := manifests.get(str(info.block))) is None:
-            continue
-        changed = what_changed(source, info, manifest, origins.get(str(info.block), {}), say)
-        if changed:
-            raise SweepError(
-                f"{changed}: not the data that sweep {config.name} was started with; bring that back, or give "
-                "another --name"
-            )
-
-
-def _undamaged(folder: SweepFolder, name: str) -> dict[str, Any]:
-    """A JSON file of the sweep; empty where it is missing or damaged, as the run that reads it here writes it again."""
-    try:
-        return folder.read_json(name)
-    except SweepError:
-        return {}
-
-
-def _started(folder: SweepFolder) -> dict[str, Any] | None:
-    """What the journal says of the sweep's last start, which is all that the files beside it say."""
-    return journal.last(folder.path, "sweep_started")
 
 
 def _import_ahead(preparation: Preparation) -> None:
@@ -371,8 +271,8 @@ def _write_report(folder: SweepFolder, console: Console) -> str | None:
 def _identity(folder: SweepFolder, config: SweepConfig, command: str, gpus: float) -> dict[str, Any]:
     """The sweep's id, made once, and where each run of it came from."""
     # Under another id MLflow would get every run twice.
-    identity = _undamaged(folder, "identity.json") or {
-        "sweep_id": (_started(folder) or {}).get("sweep_id") or uuid.uuid4().hex
+    identity = undamaged(folder, "identity.json") or {
+        "sweep_id": (last_start(folder) or {}).get("sweep_id") or uuid.uuid4().hex
     }
     started = datetime.now(UTC).isoformat(timespec="seconds")
     run = {"command": redact(command), "started": started, "host": platform.node()}
@@ -402,14 +302,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} → {'a.b': 1}; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in raw.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -297,7 +297,7 @@ def test_a_resumed_sweep_must_ask_the_same_question(finished):
 
 
 def test_a_sweep_is_resumed_from_another_working_folder_and_after_it_was_moved(finished, tmp_path, monkeypatch):
-    from msae_sweep.sweep.run import load_config
+    from msae_sweep.sweep.resume import load_config
 
     monkeypatch.chdir(tmp_path)
     config = load_config(finished.folder.path)
@@ -309,7 +309,7 @@ def test_a_sweep_is_resumed_from_another_working_folder_and_after_it_was_moved(f
 
 
 def test_a_password_in_the_tracking_uri_is_not_kept_and_has_to_be_given_again(finished, tmp_path, monkeypatch):
-    from msae_sweep.sweep.run import load_config
+    from msae_sweep.sweep.resume import load_config
 
     shutil.copytree(finished.folder.path, tmp_path / "small")
     file = tmp_path / "small" / "sweep.yaml"

@@ -1,0 +1,127 @@
+"""What a sweep that was started can be resumed from: its settings, its data, and what the journal holds of both."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from msae_sweep.config import SweepConfig, load, parse
+from msae_sweep.data.catalog import open_source
+from msae_sweep.data.changes import what_changed
+from msae_sweep.data.source import BlockInfo
+from msae_sweep.errors import ConfigError, SweepError
+from msae_sweep.results.folder import SweepFolder
+from msae_sweep.track import journal
+
+
+def load_config(sweep: str | Path, tracking_uri: str | None = None) -> SweepConfig:
+    """The configuration of a sweep that was started, from its folder; `tracking_uri` replaces the one in it.
+
+    Raises:
+        SweepError: no sweep there.
+        ConfigError: its tracking URI had a password, which is not kept, and none is given.
+    """
+    return config_of(SweepFolder.at(sweep), tracking_uri)
+
+
+def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConfig:
+    """`load_config` of a folder that is there already."""
+    if not folder.exists():
+        raise SweepError(f"{folder}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
+    config = _config_file(folder)
+    uri = tracking_uri or config.tracking.uri
+    if uri and uri != tracking_uri and "***" in uri:
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            raise ConfigError(
+                f"tracking.uri: the password of {config.tracking.uri} is not kept in {folder}/sweep.yaml; "
+                "give --tracking-uri or MLFLOW_TRACKING_URI"
+            )
+    # The folder may have been moved, or mounted elsewhere, since.
+    moved = {"storage": folder.storage, "name": folder.name}
+    return config.model_copy(update={**moved, "tracking": config.tracking.model_copy(update={"uri": uri})})
+
+
+def _config_file(folder: SweepFolder) -> SweepConfig:
+    """The resolved search-space file; where it is damaged, as the journal has it."""
+    source, started = f"{folder}/sweep.yaml", last_start(folder)
+    try:
+        config = load(folder.config_file, source=source)
+        # `to_yaml` writes every key, and this one last. A file that was cut off can still be YAML.
+        if started is None or "storage" in config.model_fields_set:
+            return config
+        fault = ConfigError(f"{source}: is cut off")
+    except ConfigError as error:
+        if started is None:
+            raise
+        fault = error
+    try:
+        config = parse(started["config_yaml"], source=source)
+    except ConfigError:  # it is not the file that is wrong, e.g. another version wrote it
+        raise fault from None
+    logging.getLogger(__name__).warning("%s; taken from the journal instead", fault)
+    return config
+
+
+def check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
+    """Check that a resumed sweep asks what it asked before; where it runs and who tracks it may change.
+
+    Raises:
+        ConfigError: a key has another value.
+    """
+    # The URI that is given now: the one in the folder has lost its password.
+    before = config_of(folder, config.tracking.uri)
+    for section in ("data", "space", "training", "search", "asha"):
+        old, new = (flatten({section: c.model_dump(mode="json")[section]}) for c in (before, config))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise ConfigError(
+                    f"{key}: is {new.get(key)!r} but sweep {config.name} was started with {old.get(key)!r}; "
+                    "resume with the same file, or give another --name"
+                )
+
+
+def check_same_data(
+    folder: SweepFolder, config: SweepConfig, infos: Sequence[BlockInfo], say: Callable[[str], None]
+) -> None:
+    """Check that a resumed sweep trains on the rows that its finished trials were trained on.
+
+    Raises:
+        SweepError: the data has changed since; the message names what.
+    """
+    manifests = undamaged(folder, "data.json") or (last_start(folder) or {}).get("datasets", {})
+    origins, source = undamaged(folder, "origins.json"), open_source(config.data)
+    for info in infos:
+        if (manifest := manifests.get(str(info.block))) is None:
+            continue
+        changed = what_changed(source, info, manifest, origins.get(str(info.block), {}), say)
+        if changed:
+            raise SweepError(
+                f"{changed}: not the data that sweep {config.name} was started with; bring that back, or give "
+                "another --name"
+            )
+
+
+def undamaged(folder: SweepFolder, name: str) -> dict[str, Any]:
+    """A JSON file of the sweep; empty where it is missing or damaged, as the run that reads it here writes it again."""
+    try:
+        return folder.read_json(name)
+    except SweepError:
+        return {}
+
+
+def last_start(folder: SweepFolder) -> dict[str, Any] | None:
+    """The journal's event of the sweep's last start, which holds what sweep.yaml, data.json and identity.json say."""
+    return journal.last(folder.path, "sweep_started")
+
+
+def flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} → {'a.b': 1}; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
