@@ -257,7 +257,7 @@ def test_placeholders_stand_in_commands_only_that_are_not_run():
 SMALLER = """#!/bin/sh
 # Commands as the README has them, but for the length of sweeps.
 case "$1" in
-    run) exec {python} -m msae_sweep "$@" --set training.epochs=2 --set search.trials_per_block=2 ;;
+    run) exec {python} -m msae_sweep "$@" --set training.epochs=3 --set search.trials_per_block=2 ;;
     *) exec {python} -m msae_sweep "$@" ;;
 esac
 """

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Float32
 
 import msae_sweep
-from msae_sweep.errors import ConfigError
+from msae_sweep.errors import ConfigError, first_line
+from msae_sweep.places import check_folder
 from msae_sweep.results.models import FoundModel
 from msae_sweep.sae import modelfile
 from msae_sweep.sae.modelfile import ModelFile
@@ -91,6 +92,7 @@ def export(found: FoundModel, format: str, out: str | Path, k: int | None = None
         raise ConfigError(f"--k: {k} must be 1 to hidden_dim {file.model.hidden_dim}")
     if out.exists():
         raise ConfigError(f"--out: {out} exists; give another place")
+    check_folder("--out", out.parent)
     k = file.model.k_levels[-1] if k is None else k
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -103,8 +105,9 @@ def export(found: FoundModel, format: str, out: str | Path, k: int | None = None
                 _write_folder(out, lambda folder: _write_saelens(found, k, folder))
             case "sparsify":
                 _write_folder(out, lambda folder: _write_sparsify(found, k, folder))
-    except OSError as error:
-        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # of a full disk torch has an error of its own
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"--out: {out} cannot be written: {reason}") from None
     return out
 
 

@@ -182,6 +182,7 @@ WRONG = {
     "another suffix": ("safetensors", "m.pt", None, "must end in .safetensors, or be a folder that exists"),
     "something there": ("sparsify", "there", None, "there exists; give another place"),
     "below a file": ("sparsify", "file/out", None, "cannot be written"),
+    "in a folder without files": ("notebook", "/proc/m.pt", None, "--out: /proc cannot be written"),
 }
 
 
