@@ -101,7 +101,7 @@ def _trials(config: SweepConfig, infos: Sequence[BlockInfo]) -> Table:
 def _resumed(config: SweepConfig, folder: SweepFolder, infos: Sequence[BlockInfo]) -> str:
     if not folder.exists():
         return ""
-    records = folder.load_records()
+    records, _ = folder.read_records()  # a trial whose record is damaged begins again
     n_finished = sum(_is_finished(record) for record in records.values())
     n_begun = sum(not _is_finished(r) and (r.epochs > 0 or r.status != "pending") for r in records.values())
     n_left = config.n_trials_per_block() * len(infos) - n_finished - n_begun
