@@ -46,6 +46,7 @@ def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConf
 def _config_file(folder: SweepFolder) -> SweepConfig:
     """The resolved search-space file; where it is damaged, as the journal has it."""
     source, started = f"{folder}/sweep.yaml", last_start(folder)
+    config: SweepConfig | None = None
     try:
         config = load(folder.config_file, source=source)
         # `to_yaml` writes every key, and this one last. A file that was cut off can still be YAML.
@@ -53,15 +54,15 @@ def _config_file(folder: SweepFolder) -> SweepConfig:
             return config
         fault = ConfigError(f"{source}: is cut off")
     except ConfigError as error:
-        if started is None:
-            raise
         fault = error
     try:
-        config = parse(started["config_yaml"], source=source)
+        whole = parse(started["config_yaml"] if started else "", source=source)
     except ConfigError:  # it is not the file that is wrong, e.g. another version wrote it
-        raise fault from None
+        if config is None:
+            raise fault from None
+        return config
     logging.getLogger(__name__).warning("%s; taken from the journal instead", fault)
-    return config
+    return whole
 
 
 def check_same_question(folder: SweepFolder, config: SweepConfig) -> None:

@@ -159,7 +159,7 @@ def assert_tracked(sweep: Sweep) -> None:
     assert sorted(model.source_run_id for model in models) == sorted(run.info.run_id for run in trials.values())
     assert {str(model.status) for model in models} == {"READY"}
     for name, block in sweep.summary["blocks"].items():
-        versions = client.search_model_versions(f"name='msae-{name}'")
+        versions = client.search_model_versions(f"name='planted-{name}'")
         assert [version.run_id for version in versions] == [trials[block["best"]].info.run_id]
         assert client.get_model_version_by_alias(f"msae-{name}", "champion").version == versions[0].version
 

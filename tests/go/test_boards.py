@@ -199,7 +199,7 @@ def test_the_command_line_refuses_in_one_line(settings, capsys, monkeypatch, tmp
     given = {"weights": settings.weights, "games": settings.games, "block": 2, "out": tmp_path / "page.html"}
     options = [f"--{name}={value}" for name, value in given.items()]
     monkeypatch.setattr("sys.argv", ["msae-sweep", "boards", model, *options, option])
-    monkeypatch.setattr("msae_sweep.sweep.run.connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("msae_sweep.sweep.cluster.connect", lambda: pytest.fail("Ray was started"))
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2

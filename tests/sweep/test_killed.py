@@ -34,7 +34,7 @@ def finished_trials(folder: Path) -> set[str]:
     return {f.parent.name for f in files if json.loads(f.read_text())["status"] in ("completed", "stopped_early")}
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_until(condition, process: subprocess.Popen, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the sweep ended before it could be disturbed"

@@ -47,9 +47,9 @@ def test_a_model_above_the_largest_device_is_refused_and_one_below_is_not(one_ma
         memory.check_here(config("training.expansion_factor=4096"), [block()])
 
 
-def test_a_cluster_that_runs_on_this_node_may_have_larger_devices(one_machine, tmp_path):
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379"])
+def test_a_cluster_may_have_larger_devices_than_this_machine(one_machine, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
     memory.check_here(config("training.expansion_factor=40960"), [block()])
 
 

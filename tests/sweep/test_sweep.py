@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from msae_sweep import signals
 from msae_sweep.data.planted import PlantedSource
 from msae_sweep.errors import ConfigError, DataError, DeviceError, StorageError, SweepError
 from msae_sweep.sae import modelfile
+from msae_sweep.sweep.preparation import Preparation
 from msae_sweep.sweep.tuning import Tuning
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.uri import redact
@@ -31,9 +33,24 @@ NOT_BEGUN = "the sweep has not begun; what is prepared is kept, and the same com
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+CTRL_C_HANDLERS: list[Any] = []
+"""Before and after the sweep of `finished`."""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return sweep(tmp_path_factory.mktemp("finished"), drawn=True)
+    CTRL_C_HANDLERS.append(signal.getsignal(signal.SIGINT))
+    result = sweep(tmp_path_factory.mktemp("finished"), drawn=True)
+    CTRL_C_HANDLERS.append(signal.getsignal(signal.SIGINT))
+    return result
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Tests of other files, which use Ray Tune alone, leave its handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_summary_has_every_trial_best_first(finished):
@@ -324,14 +341,14 @@ def test_a_password_in_the_tracking_uri_is_not_kept_and_has_to_be_given_again(fi
 
 
 def test_a_sweep_whose_tracking_uri_had_a_password_is_resumed_when_it_is_given_again(tmp_path, monkeypatch):
-    from msae_sweep.sweep import run
+    from msae_sweep.sweep import resume, run
 
     given = "http://me:secret@mlflow:5000"
     begun, folder, _ = run.checked(config(tmp_path, f"tracking.uri={given}"), resume=False)
     folder.create()
     folder.write_text(folder.config_file, redact(begun.to_yaml()))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    resumed, _, _ = run.checked(run.load_config(folder.path, given), resume=True)
+    resumed, _, _ = run.checked(resume.load_config(folder.path, given), resume=True)
     assert resumed.tracking.uri == given
     assert "secret" not in folder.config_file.read_text()
 
@@ -372,7 +389,8 @@ def test_a_sweep_that_another_driver_began_meanwhile_is_left_alone(tmp_path, mon
 
 
 def test_ray_tune_leaves_no_handler_that_would_swallow_a_later_ctrl_c(finished):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before, after = CTRL_C_HANDLERS
+    assert after is before
 
 
 def test_tune_has_a_folder_of_the_sweeps_own(finished):
@@ -384,10 +402,17 @@ def test_tune_has_a_folder_of_the_sweeps_own(finished):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_data_is_prepared_it_says_how_to_go_on(tmp_path, monkeypatch, number):
     def prepare(*args, on_progress, **options):
+        is_waited_for.wait(60)
         os.kill(os.getpid(), number)  # to the main thread, which waits for the data
         ended.wait(60)
         on_progress("of no interest any more")
 
+    def wait(preparation):
+        is_waited_for.set()
+        return wait_for_all(preparation)
+
+    wait_for_all, is_waited_for = Preparation.wait, threading.Event()
+    monkeypatch.setattr(Preparation, "wait", wait)
     ended, before = threading.Event(), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("msae_sweep.sweep.preparation.shards.prepare", prepare)
     with pytest.raises(KeyboardInterrupt) as interrupt:
