@@ -203,7 +203,9 @@ def _drive(
     manifests = {block: p.manifest for block, p in prepared.items()}
     summary, histories = finish.write(config, folder, records, manifests, seconds=seconds)
     # At once: the report takes seconds, and a slow MLflow minutes.
-    console.print(best_table(summary), criteria_table(summary))
+    console.print(best_table(summary))
+    if any(block["best"] for block in summary["blocks"].values()):
+        console.print(criteria_table(summary))
     figure = beside([partial(training_figure, histories)] if histories else [])
     identity["runs"][-1]["seconds"] = round(seconds, 1)
     folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
