@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
             stack.enter_context(replaced("ray._private.services", "resolve_ip_for_localhost", lambda host: host))
             options |= {"address": "local", "_node_ip_address": LOOPBACK}
             options |= {"_system_config": {"enable_metrics_collection": False}}
+            stack.enter_context(_without_metrics_pages())
         if signals.sigterm_is_ours():
             stack.enter_context(replaced("ray._private.utils", "set_sigterm_handler", lambda handler: None))
         try:
@@ -119,6 +120,21 @@ def _keep_tune_quiet() -> None:
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     # Of every trial that it has no log of, it says so at the end.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _without_metrics_pages() -> Iterator[None]:
+    """Keep Ray's processes that are started meanwhile from serving pages of metrics, which ask for no token.
+
+    Ray has no switch for it, but goes on without a page whose port cannot be. A port that the user has set is kept.
+    """
+    pages = [name for name in ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT") if name not in os.environ]
+    os.environ.update(dict.fromkeys(pages, "-1"))
+    try:
+        yield
+    finally:
+        for name in pages:
+            os.environ.pop(name, None)
 
 
 def _make_token_private() -> Path | None:

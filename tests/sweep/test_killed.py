@@ -95,7 +95,9 @@ def kill(process: subprocess.Popen) -> None:
 def told_to_end(driver: subprocess.Popen, folder: Path) -> None:
     """Send a driver SIGTERM, as schedulers of clusters do, while a trial runs; and look at what listened until then."""
     wait_until(lambda: workers_of(driver.pid), driver)
-    assert listening(driver.pid) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    listens = listening(driver.pid)
+    assert {address for address, _ in listens} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert not {port for _, port in listens} & {44217, 44227}, "Ray's pages of metrics ask for no token"
     driver.terminate()
     assert driver.wait(timeout=120) == 143
     said = output(folder)
@@ -105,13 +107,13 @@ def told_to_end(driver: subprocess.Popen, folder: Path) -> None:
     assert "SIGTERM" not in said
 
 
-def listening(driver: int) -> set[str]:
-    """Addresses on which a driver and its Ray wait for connections."""
+def listening(driver: int) -> set[tuple[str, int]]:
+    """Addresses and ports on which a driver and its Ray wait for connections."""
     found = set()
     for process in (psutil.Process(driver), *psutil.Process(driver).children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
             connections = process.net_connections(kind="inet")
-            found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+            found |= {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
     return found
 
 
