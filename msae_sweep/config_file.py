@@ -152,7 +152,7 @@ def complaint(error: ValidationError, model: type[BaseModel] | None = None) -> s
 
 
 def suggest(key: str, known: Iterable[str]) -> str:
-    """What may have been meant by a key that nobody knows."""
+    """A hint at the known key that an unknown one was probably meant to be."""
     import difflib
 
     known = list(known)

@@ -11,7 +11,7 @@ from types import FrameType
 _open = False
 """Whether SIGTERM is ours now."""
 _terminated = False
-"""Whether it came."""
+"""Whether SIGTERM has come since `sigterm_as_ctrl_c` was entered."""
 _leaving_with: int | None = None
 
 

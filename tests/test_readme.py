@@ -40,9 +40,9 @@ NOT_RUN = {
 }
 """Programs that are not run, and why."""
 NOT_RUN_WITH = {"resources.gpu=": "needs a GPU"}
-"""What a command may hold that keeps it from running here, and why."""
+"""Parts of a command that keep it from running in a test, with the reason."""
 PLACEHOLDER = re.compile(r"\b[A-Z]{4,}\b|\w+://(?!/)\w|/shared/")
-"""What the reader has to replace: HEAD, s3://bucket …"""
+"""Placeholders that a reader replaces: HEAD, s3://bucket …"""
 
 
 class Block(NamedTuple):
@@ -100,7 +100,7 @@ def typed(block: Block, folder: Path) -> list[list[str]]:
 
 
 class World:
-    """What lies in the reader's folder after the commands so far."""
+    """Files that lie in the reader's folder after the commands so far."""
 
     def __init__(self) -> None:
         self.files = {*GIVEN}

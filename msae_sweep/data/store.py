@@ -53,7 +53,7 @@ class ShardFolder:
         self._write_json("manifest.json", manifest)
 
     def origin(self) -> dict[str, Any]:
-        """What the rows were made from, as `save_origin` had it; empty where an earlier version prepared them."""
+        """Return what `save_origin` wrote; empty where an earlier version prepared the rows."""
         try:
             found: dict[str, Any] = json.loads((self.path / "origin.json").read())
         except (FileNotFoundError, ValueError):

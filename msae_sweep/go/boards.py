@@ -55,7 +55,7 @@ class Settings(NamedTuple):
     precision: Precision = "auto"
     first_row: Literal["top", "bottom"] = "top"
     notes: tuple[str, ...] = ()
-    """What a reader of the page should know of model and network."""
+    """Notes on model and network for readers of the page."""
 
 
 class Summary(NamedTuple):

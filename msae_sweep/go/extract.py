@@ -204,7 +204,7 @@ def _timed(spent: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-    """What makes two extractions the same one, but for `games_sha256`."""
+    """Settings that two extractions share if they are the same one; `games_sha256` is compared besides."""
     return {
         "weights_sha256": weights_sha256(settings.weights),
         "blocks": list(settings.blocks),

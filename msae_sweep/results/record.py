@@ -47,7 +47,7 @@ class TrialRecord:
 
     @property
     def has_model(self) -> bool:
-        """Whether it ended in a way that leaves a model which may be the best."""
+        """Whether the trial ended in a way that leaves a model which may be the best."""
         return self.status in ("completed", "stopped_early")
 
     def add_points(self, points: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -45,7 +45,7 @@ class Model(NamedTuple):
 
     @property
     def state_bytes(self) -> int:
-        """What a trial holds on its device as long as it trains, besides rows and intermediate results."""
+        """Bytes that a trial holds on its device while it trains, without rows and intermediate results."""
         return STATE_BYTES * self.n_parameters
 
 

@@ -65,7 +65,7 @@ def trials_at_once(config: SweepConfig, gpus_per_trial: float) -> int | None:
 
 
 def too_few(setting: str, asked: float, have: float) -> DeviceError:
-    """What is said where no node has the CPUs or GPUs (`setting`) of one trial."""
+    """The error to raise where no node has the CPUs or GPUs (`setting`) of one trial."""
     less = "0 or auto" if setting == "gpu" else "that or less"
     return DeviceError(f"resources.{setting}: {asked:g} a trial, but the cluster has {have:g}; write {less}")
 

@@ -1,4 +1,4 @@
-"""What a sweep that was started can be resumed from: its settings, its data, and what the journal holds of both."""
+"""Settings and data of a sweep that was started, for resuming it; what is damaged is taken from the journal."""
 
 import logging
 import os

@@ -26,7 +26,7 @@ WINDOW_SECONDS = 60.0
 
 
 class Length(NamedTuple):
-    """What the estimate needs to know of a trial besides its record."""
+    """Facts on a trial that the estimate needs besides its record."""
 
     group: str
     """Trials that early stopping compares have one group."""
@@ -37,13 +37,13 @@ class Length(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is left of one trial, in epochs or in seconds."""
+    """Work that is left of one trial, in epochs or in seconds."""
 
     expected: float
     most: float
     """If it passes every rung."""
     probability: float
-    """That it does."""
+    """Probability that the trial passes every rung."""
 
     def times(self, factor: float) -> "Work":
         """In another unit."""
@@ -129,7 +129,7 @@ class TimeLeft:
         return max(0.0, left - (self._clock() - self._heard))
 
     def is_waiting(self, record: TrialRecord, records: Iterable[TrialRecord]) -> bool:
-        """Whether it stands at a rung and cannot be judged, as a predecessor has not come there."""
+        """Whether a trial stands at a rung and cannot be judged, as a predecessor has not come there."""
         length = self._length(record)
         if record.epochs not in rungs(self._config.asha, length.epochs):
             return False

@@ -120,7 +120,7 @@ class Tuning:
                         self._preparation.abandon()
 
     def _known_records(self) -> dict[str, TrialRecord]:
-        """What an earlier run wrote down. What is damaged or missing and can be trained again counts as not done."""
+        """Records of an earlier run. A trial whose record or model is damaged or missing counts as not done."""
         records, damaged = self._folder.read_records()
         for trial_id, what in damaged.items():
             self._say(f"{what}: {trial_id} is trained again")

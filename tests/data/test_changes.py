@@ -1,4 +1,4 @@
-"""What a change of the activations is called, and what is no change."""
+"""Changes of the activations are named, and copies of the same rows are no change."""
 
 import os
 import shutil

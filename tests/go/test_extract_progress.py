@@ -1,4 +1,4 @@
-"""What is shown while games go through a network."""
+"""Progress lines of an extraction."""
 
 import io
 

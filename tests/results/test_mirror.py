@@ -1,4 +1,4 @@
-"""What a mirror promises of order and of ends, over a folder in the place of a store."""
+"""A mirror keeps the order of what it brings across and always ends; a folder stands in for the store."""
 
 import threading
 

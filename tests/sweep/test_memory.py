@@ -1,4 +1,4 @@
-"""What certainly cannot fit is refused before it starts, and nothing else is."""
+"""A sweep that certainly cannot fit is refused before it starts, and no other one is."""
 
 import shutil
 from collections import namedtuple

@@ -1,4 +1,4 @@
-"""What is shown of a running sweep: which trials run, how fast, and what became of those that ended."""
+"""The display of a running sweep: which trials run, how fast, and how the others ended."""
 
 import io
 import sys

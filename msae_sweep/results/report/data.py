@@ -87,7 +87,7 @@ class Trial:
 
     @property
     def still_rising(self) -> bool:
-        """Whether its best epoch is among the last tenth, and that tenth added 0.002 or more to the mean R²."""
+        """Whether the best epoch is among the last tenth, and that tenth added 0.002 or more to the mean R²."""
         gain = self.late_gain
         if gain is None or self.record.reason != "epochs":
             return False

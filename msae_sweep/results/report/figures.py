@@ -228,7 +228,7 @@ def _training_reading(key: str, groups: Sequence[Group]) -> str:
 
 
 def _late_gains(groups: Sequence[Group]) -> str:
-    """What the last epochs gained, without a claim on epochs that nobody trained."""
+    """A sentence on the gain of the last epochs, without a claim on epochs that nobody trained."""
     gains = {group.block: group.best.late_gain for group in groups}
     known = [f"{gain} (block {block})" for block, gain in gains.items() if gain is not None]
     short = [f"block {group.block} has {_epochs(group.best)}" for group in groups if gains[group.block] is None]
@@ -260,5 +260,5 @@ def _every_other(value: float, position: int | None = None) -> str:
 
 
 def name(kind: str, group: Group) -> str:
-    """Of a figure's files, e.g. `size_block5`."""
+    """Stem of the figure's file names, e.g. `size_block5`."""
     return f"{kind}_block{group.block}" + (f"_k{group.levels[0]}" if len(group.levels) == 1 else "")

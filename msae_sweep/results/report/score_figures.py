@@ -47,7 +47,7 @@ def learning_rate(group: Group) -> Drawing:
 
 
 def front(trials: Iterable[Trial], cost: Callable[[Trial], float]) -> list[Trial]:
-    """Those that no other one beats in mean R² at the same or lower cost, cheapest first."""
+    """Trials that no other one beats in mean R² at the same or lower cost, cheapest first."""
     order = sorted(trials, key=lambda trial: (cost(trial), -trial.best["r2_mean"]))
     kept: list[Trial] = []
     for trial in order:
