@@ -11,7 +11,7 @@ from msae_sweep.results.evaluation import data_of
 
 
 def notes(model: str, weights: Path, first_row: str) -> tuple[str, ...]:
-    """Differences between a network and the one that a model was trained on; empty where there are none or none are known.
+    """Known differences between a network and the one that a model was trained on.
 
     Differences are said and not refused: a network that was packed or written anew has another hash.
 

@@ -74,7 +74,7 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
 
 
 def cluster_address() -> str | None:
-    """The cluster that RAY_ADDRESS names, as it does in every Ray job; None where Ray is to be started on this machine."""
+    """The cluster that RAY_ADDRESS names, as in every Ray job; None where Ray is to be started on this machine."""
     address = os.environ.get("RAY_ADDRESS", "")
     return None if address in ("", "local") else address
 
