@@ -1,6 +1,7 @@
 """Fixtures that several rooms share: one local Ray, and the real activations where they lie beside the checkout."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,10 @@ if not torch.cuda.is_available():
 # Set before ray is imported anywhere: tests start throw-away clusters on loopback and need no token file.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+# A shell has Ctrl-C ignored for what it runs in the background, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

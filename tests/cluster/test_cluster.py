@@ -159,9 +159,9 @@ def assert_tracked(sweep: Sweep) -> None:
     assert sorted(model.source_run_id for model in models) == sorted(run.info.run_id for run in trials.values())
     assert {str(model.status) for model in models} == {"READY"}
     for name, block in sweep.summary["blocks"].items():
-        versions = client.search_model_versions(f"name='planted-{name}'")
+        versions = client.search_model_versions(f"name='quickstart-{name}'")
         assert [version.run_id for version in versions] == [trials[block["best"]].info.run_id]
-        assert client.get_model_version_by_alias(f"msae-{name}", "champion").version == versions[0].version
+        assert client.get_model_version_by_alias(f"quickstart-{name}", "champion").version == versions[0].version
 
 
 @pytest.fixture(scope="module")

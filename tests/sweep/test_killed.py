@@ -52,6 +52,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return sweep(tmp_path_factory.mktemp("undisturbed"), *CHANGES).summary
 
 
+def test_a_driver_and_then_the_workers_are_killed_and_it_ends_as_the_undisturbed_sweep(undisturbed, tmp_path):
+    ended = killed_after_a_trial(tmp_path)
+    process = launch(tmp_path, "resume", "sweeps/small")
+    wait_until(lambda: workers_of(process.pid), process)
+    check_listening(process)
+    lose_workers(process, tmp_path)
+    check_end(process, tmp_path, ended, undisturbed)
+
+
+@pytest.mark.slow
 def test_drivers_that_are_killed_and_told_to_end_and_lost_workers_change_nothing(undisturbed, tmp_path):
     ended = killed_after_a_trial(tmp_path)
     told_to_end(launch(tmp_path, "resume", "sweeps/small"), tmp_path)
@@ -93,11 +103,8 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def told_to_end(driver: subprocess.Popen, folder: Path) -> None:
-    """Send a driver SIGTERM, as schedulers of clusters do, while a trial runs; and look at what listened until then."""
+    """Send a driver SIGTERM, as schedulers of clusters do, while a trial runs."""
     wait_until(lambda: workers_of(driver.pid), driver)
-    listens = listening(driver.pid)
-    assert {address for address, _ in listens} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    assert not {port for _, port in listens} & {44217, 44227}, "Ray's pages of metrics ask for no token"
     driver.terminate()
     assert driver.wait(timeout=120) == 143
     said = output(folder)
@@ -105,6 +112,13 @@ def told_to_end(driver: subprocess.Popen, folder: Path) -> None:
     assert said.endswith(f"interrupted; go on with: msae-sweep resume {folder}/sweeps/small\n")
     assert "Traceback" not in said
     assert "SIGTERM" not in said
+
+
+def check_listening(driver: subprocess.Popen) -> None:
+    """A Ray that a command starts listens on loopback alone, and serves no pages of metrics."""
+    listens = listening(driver.pid)
+    assert {address for address, _ in listens} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert not {port for _, port in listens} & {44217, 44227}, "Ray's pages of metrics ask for no token"
 
 
 def listening(driver: int) -> set[tuple[str, int]]:
