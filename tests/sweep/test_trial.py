@@ -1,7 +1,9 @@
 """One trial in a worker, driven as Ray Tune drives it, without Tune."""
 
 import copy
+import errno
 import gc
+import os
 import re
 import weakref
 from pathlib import Path
@@ -192,9 +194,16 @@ def test_a_damaged_state_counts_as_lost_and_the_trial_ends_as_it_would_have(
     assert_same_model(interrupted.model_file(spec), workers.model_file(spec))
 
 
-def test_a_state_that_cannot_be_saved_is_an_error_that_names_disk_and_way_out(workers, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, r"No space left on device, [\d,]+ MiB are free; make room"),
+        (errno.EROFS, "Read-only file system; make it writable"),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_an_error_that_names_disk_and_way_out(workers, monkeypatch, number, says):
     def full(self, content):
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     worker = workers.worker(workers.specs()[0], checkpoint_seconds=0)
     monkeypatch.setattr(Path, "write_bytes", full)
@@ -202,8 +211,7 @@ def test_a_state_that_cannot_be_saved_is_an_error_that_names_disk_and_way_out(wo
         worker.step()
     file, folder = workers.state_file(workers.specs()[0]), workers.folder
     assert re.fullmatch(
-        rf"{file.parent}/(state|model).pt cannot be written: No space left on device, [\d,]+ MiB are free; make room, "
-        rf"then go on with: msae-sweep resume {folder}",
+        rf"{file.parent}/(state|model).pt cannot be written: {says}, then go on with: msae-sweep resume {folder}",
         str(raised.value),
     )
 
