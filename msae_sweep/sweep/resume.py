@@ -45,16 +45,17 @@ def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConf
 
 def _config_file(folder: SweepFolder) -> SweepConfig:
     """The resolved search-space file; where it is damaged, as the journal has it."""
-    source, started = f"{folder}/sweep.yaml", last_start(folder)
+    source = f"{folder}/sweep.yaml"
     config: SweepConfig | None = None
     try:
         config = load(folder.config_file, source=source)
         # `to_yaml` writes every key, and this one last. A file that was cut off can still be YAML.
-        if started is None or "storage" in config.model_fields_set:
+        if "storage" in config.model_fields_set:
             return config
         fault = ConfigError(f"{source}: is cut off")
     except ConfigError as error:
         fault = error
+    started = last_start(folder)
     try:
         whole = parse(started["config_yaml"] if started else "", source=source)
     except ConfigError:  # it is not the file that is wrong, e.g. another version wrote it
