@@ -26,6 +26,8 @@ search: {trials_per_block: 4, seed: 0}
 asha: {grace_epochs: 1, reduction_factor: 2}
 """
 
+ONE_WORKER = "resources.max_concurrent=1"
+
 
 def database(folder: Path) -> str:
     """Tracking URI of a SQLite file in `folder`, empty unless it is there."""
@@ -42,7 +44,8 @@ def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = Fal
     """Run one. Where a test looks at what it leaves (`drawn`) it does all that a sweep does.
 
     Elsewhere its report is not written and the notebook's figure not drawn, which takes 8 s, and MLflow is sent what
-    happened by a thread instead of a process, which would import for 5 s of two cores.
+    happened by a thread instead of a process, which would import for 5 s of two cores. One trial runs at a time unless
+    `overrides` say otherwise: a second worker costs more seconds to start than all trials take.
     """
     from msae_sweep.sweep import run
     from msae_sweep.track import tracker
@@ -54,7 +57,7 @@ def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = Fal
             patch.setattr(run, "_write_report", lambda folder, console: None)
             patch.setattr(run, "training_figure", lambda histories: b"")
             patch.setattr(tracker, "SenderProcess", SenderThread)
-        return run.run(config(folder, *overrides), resume=resume, command="test", console=console)
+        return run.run(config(folder, ONE_WORKER, *overrides), resume=resume, command="test", console=console)
 
 
 def results(summary: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from planted_sweep import SPACE, database, results, sweep
+from planted_sweep import ONE_WORKER, SPACE, database, results, sweep
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -44,7 +44,10 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 240) -> No
 
 CHANGES = ["data.blocks=[5]", "training.epochs=24", "asha.grace_epochs=3", "training.early_stopping_patience=null",
            "data.planted.rows=8000", "resources.checkpoint_seconds=0.5"]  # fmt: skip
-LONGER = [word for change in CHANGES for word in ("--set", change)]
+
+
+def options(changes: list[str]) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_driver_and_then_the_workers_are_killed_and_it_ends_as_the_undisturbed_sweep(undisturbed, tmp_path):
-    ended = killed_after_a_trial(tmp_path)
+    # One worker, whose start costs less than a second one gains; the slow tests have two.
+    ended = killed_after_a_trial(tmp_path, ONE_WORKER)
     process = launch(tmp_path, "resume", "sweeps/small")
     wait_until(lambda: workers_of(process.pid), process)
     check_listening(process)
@@ -81,14 +85,14 @@ def test_a_driver_that_is_killed_twice_and_resumed_ends_as_the_undisturbed_sweep
 
 @pytest.mark.slow
 def test_a_lost_worker_costs_no_trial(undisturbed, tmp_path):
-    process = launch(tmp_path, "run", "space.yaml", *LONGER)
+    process = launch(tmp_path, "run", "space.yaml", *options(CHANGES))
     lose_workers(process, tmp_path)
     check_end(process, tmp_path, {}, undisturbed)
 
 
-def killed_after_a_trial(folder: Path) -> dict[Path, int]:
+def killed_after_a_trial(folder: Path, *changes: str) -> dict[Path, int]:
     """Start a sweep and kill its driver when a trial has ended; when each model that is there then was written."""
-    process = launch(folder, "run", "space.yaml", *LONGER)
+    process = launch(folder, "run", "space.yaml", *options([*CHANGES, *changes]))
     wait_until(lambda: finished_trials(folder), process)
     kill(process)
     ended = finished_trials(folder)

@@ -41,7 +41,7 @@ CTRL_C_HANDLERS: list[Any] = []
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     CTRL_C_HANDLERS.append(signal.getsignal(signal.SIGINT))
-    result = sweep(tmp_path_factory.mktemp("finished"), drawn=True)
+    result = sweep(tmp_path_factory.mktemp("finished"), "resources.max_concurrent=2", drawn=True)
     CTRL_C_HANDLERS.append(signal.getsignal(signal.SIGINT))
     return result
 
@@ -112,15 +112,16 @@ def test_what_a_report_needs_to_tell_how_to_run_it_again_is_written(finished):
     assert manifests == {name.removeprefix("block"): b["data"] for name, b in finished.summary["blocks"].items()}
 
 
-def test_a_report_that_fails_costs_the_sweep_nothing(tmp_path, monkeypatch):
+def test_a_report_that_fails_costs_the_sweep_nothing(finished, tmp_path, monkeypatch):
     from msae_sweep.results import report
 
     def fail(path, draw):
         raise RuntimeError("no fonts")
 
+    copy_of(finished, tmp_path)
     monkeypatch.setattr(report, "write_at_the_end", fail)
-    result = sweep(tmp_path, "search.trials_per_block=1", "data.blocks=[5]", "training.epochs=1", drawn=True)
-    assert result.summary["blocks"]["block5"]["best"] == "block5-000"
+    result = sweep(tmp_path, resume=True, drawn=True)
+    assert results(result.summary) == results(finished.summary)
     assert not result.tracking.pending
     said = (tmp_path / "log").read_text()
     assert "no report: RuntimeError: no fonts; try msae-sweep report" in said
@@ -255,7 +256,7 @@ def test_mlflow_has_a_run_for_the_sweep_and_one_for_each_trial_with_every_epoch(
     assert finished.tracking.pending == 0
 
 
-@pytest.mark.parametrize("concurrent", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("concurrent", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp_path, concurrent):
     other = sweep(tmp_path, f"resources.max_concurrent={concurrent}")
     assert results(other.summary) == results(finished.summary)
@@ -287,10 +288,10 @@ def test_a_fast_trial_waits_at_its_rung_for_a_slow_predecessor(tmp_path, monkeyp
                "training.epochs=4", "asha.grace_epochs=2", "data.planted.rows=1500"]  # fmt: skip
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
-    together = sweep(tmp_path / "two", *changes)
+    together = sweep(tmp_path / "two", *changes, "resources.max_concurrent=2")
     assert any(index > 0 and decision == "PAUSE" for index, decision in decisions)
     assert not any(index == 0 and decision != "CONTINUE" for index, decision in decisions)
-    alone = sweep(tmp_path / "one", *changes, "resources.max_concurrent=1")
+    alone = sweep(tmp_path / "one", *changes)
     assert results(together.summary) == results(alone.summary)
 
 
@@ -440,7 +441,7 @@ def test_interrupted_while_workers_start_beside_the_preparation_it_says_the_same
 
 def test_the_result_does_not_depend_on_whether_workers_start_beside_the_preparation(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("msae_sweep.sweep.run.leaves_cores", lambda config, gpus: True)
-    beside = sweep(tmp_path, "resources.max_concurrent=1")
+    beside = sweep(tmp_path)
     assert results(beside.summary) == results(finished.summary)
 
 
@@ -449,7 +450,7 @@ def test_data_that_cannot_be_used_leaves_no_sweep_though_workers_started(tmp_pat
     rng = np.random.default_rng(0)
     good = {block: rng.standard_normal((600, 16), dtype=np.float32) for block in (5, 20)}
     bad = np.where(np.arange(600)[:, None] == 77, np.nan, good[20])
-    changes = ["resources.max_concurrent=1", "search.trials_per_block=2"]
+    changes = ["search.trials_per_block=1", "training.epochs=1"]
     for folder, last_block in ((tmp_path / "bad", bad), (tmp_path / "good", good[20])):
         for block, x in ((5, good[5]), (20, last_block)):
             (folder / "data" / f"block{block}").mkdir(parents=True)
@@ -554,17 +555,6 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_a_damaged_record_of_a_trial_that_optuna_proposed_is_proposed_again(tmp_path):
-    changes = ["search.algorithm=optuna", "data.blocks=[5]", "search.trials_per_block=3", "training.epochs=2",
-               "resources.max_concurrent=1", "asha=null"]  # fmt: skip
-    first = sweep(tmp_path, *changes)
-    record = tmp_path / "sweeps/small/trials/block5-001/trial.json"
-    record.write_text("{")
-    again = sweep(tmp_path, *changes, resume=True)
-    assert results(again.summary) == results(first.summary)
-    assert not again.interrupted
-
-
 def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_the_same_is_not(tmp_path):
     rng = np.random.default_rng(0)
     chunks = tmp_path / "data" / "block5"
@@ -635,11 +625,27 @@ def test_a_trial_that_fails_says_of_what(tmp_path, monkeypatch):
     assert "block5-000 starts again from its last state: " in (tmp_path / "log").read_text()
 
 
-def test_optuna_proposes_within_the_space_and_resumes(tmp_path):
-    first = sweep(tmp_path, "search.algorithm=optuna", "data.blocks=[5]")
-    trials = first.summary["blocks"]["block5"]["trials"]
+OPTUNA = ["search.algorithm=optuna", "data.blocks=[5]"]
+
+
+@pytest.fixture(scope="module")
+def proposed(tmp_path_factory):
+    """A finished sweep whose trials Optuna proposed."""
+    return sweep(tmp_path_factory.mktemp("proposed"), *OPTUNA)
+
+
+def test_optuna_proposes_within_the_space_and_resumes(proposed):
+    trials = proposed.summary["blocks"]["block5"]["trials"]
     assert len(trials) == 4
     assert all(1e-3 <= t["params"]["learning_rate"] <= 3e-2 for t in trials)
     assert all(t["params"]["expansion_factor"] in (2, 4) for t in trials)
-    again = sweep(tmp_path, "search.algorithm=optuna", "data.blocks=[5]", resume=True)
-    assert results(again.summary) == results(first.summary)
+    again = sweep(proposed.folder.path.parents[1], *OPTUNA, resume=True)
+    assert results(again.summary) == results(proposed.summary)
+
+
+def test_a_damaged_record_of_a_trial_that_optuna_proposed_is_proposed_again(proposed, tmp_path):
+    record = copy_of(proposed, tmp_path) / "trials" / "block5-001" / "trial.json"
+    record.write_text("{")
+    again = sweep(tmp_path, *OPTUNA, resume=True)
+    assert results(again.summary) == results(proposed.summary)
+    assert not again.interrupted
