@@ -236,12 +236,20 @@ def test_python_m_runs_the_same_command_line():
         ([], "b: no such file or folder"),
     ],
 )
-def test_an_extraction_that_cannot_be_is_one_line_before_anything_starts(options, message, tmp_path):
-    command = [sys.executable, "-m", "msae_sweep", "extract", "--weights", "a", "--games", "b", "--out", "c", *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"})
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"msae-sweep: {message}")
-    assert len(done.stderr.splitlines()) == 1
+def test_an_extraction_that_cannot_be_is_one_line_before_anything_starts(
+    options, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["msae-sweep", "extract", "--weights", "a", "--games", "b", "--out", "c", *options]
+    )
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"msae-sweep: {message}")
+    assert len(said.splitlines()) == 1
 
 
 def test_the_readme_names_only_commands_and_files_that_exist():

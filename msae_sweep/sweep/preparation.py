@@ -5,10 +5,8 @@ fewer than its cores there is no need to let it wait for the data, nor the first
 take every core, the blocks are prepared first: a trial that waits for its block would keep the core that prepares it.
 """
 
-import asyncio
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from msae_sweep.data import shards
 from msae_sweep.data.shards import PreparedBlock
 from msae_sweep.data.source import BlockInfo
 from msae_sweep.errors import SweepError
+from msae_sweep.sweep.ready_blocks import ReadyBlocks
 from msae_sweep.sweep.resources import trials_at_once
 
 CORES_TO_PREPARE = 4
@@ -43,7 +42,7 @@ class Preparation:
         self._error: BaseException | None = None
         # Beside the driver: lost with it, and with nothing else.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._desk = ray.remote(num_cpus=0, scheduling_strategy=here)(_Desk).remote()
+        self._ready = ray.remote(num_cpus=0, scheduling_strategy=here)(ReadyBlocks).remote()
         self._settled = threading.Event()
         # A daemon: a driver that ends with an error does not wait for data.
         self._thread = threading.Thread(target=self._run, name="preparation", daemon=True)
@@ -69,11 +68,11 @@ class Preparation:
     def close(self) -> None:
         """Let go of what it takes to hand blocks out; the blocks stay."""
         self.abandon()
-        ray.kill(self._desk)
+        ray.kill(self._ready)
 
     def blocks(self) -> "PreparedBlocks":
         """What a trial needs to get its block."""
-        return PreparedBlocks(self._desk)
+        return PreparedBlocks(self._ready)
 
     def _run(self) -> None:
         started = time.monotonic()
@@ -83,7 +82,7 @@ class Preparation:
                 self._config.storage,
                 batch_size=max(int(b) for b in self._config.corners("batch_size")),
                 on_progress=self._on_progress,
-                on_ready=lambda prepared: self._desk.put.remote(prepared.block, prepared),
+                on_ready=lambda prepared: self._ready.put.remote(prepared.block, [ray.put(prepared)]),
             )
         except BaseException as error:
             self._settle(error)
@@ -99,54 +98,27 @@ class Preparation:
     def _settle(self, error: BaseException | None) -> None:
         if error is not None:
             self._error = error
-            self._desk.give_up.remote()
+            self._ready.give_up.remote()
         self._settled.set()
 
 
 class PreparedBlocks:
     """A mapping of blocks that waits for one that is not ready yet; picklable."""
 
-    def __init__(self, desk: Any) -> None:
-        """`desk`: handle of the actor that hands them out."""
-        self._desk = desk
+    def __init__(self, ready: Any) -> None:
+        """`ready` is a handle of the actor `ReadyBlocks`."""
+        self._ready = ready
         self._known: dict[int, PreparedBlock] = {}
 
     def __getitem__(self, block: int) -> PreparedBlock:
         if block not in self._known:
-            self._known[block] = ray.get(self._desk.get.remote(block))
+            (reference,) = ray.get(self._ready.get.remote(block))
+            self._known[block] = ray.get(reference)
         return self._known[block]
 
     def __contains__(self, block: int) -> bool:
         """Whether it is ready."""
-        return block in self._known or bool(ray.get(self._desk.has.remote(block)))
-
-
-class _Desk:
-    """Hands out what is ready, and lets those wait who ask for the rest."""
-
-    def __init__(self) -> None:
-        self._prepared: dict[int, PreparedBlock] = {}
-        self._settled: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
-        self._gave_up = False
-
-    async def put(self, block: int, prepared: PreparedBlock) -> None:
-        self._prepared[block] = prepared
-        self._settled[block].set()
-
-    async def give_up(self) -> None:
-        self._gave_up = True
-        for settled in self._settled.values():
-            settled.set()
-
-    async def has(self, block: int) -> bool:
-        return block in self._prepared
-
-    async def get(self, block: int) -> PreparedBlock:
-        if not self._gave_up:
-            await self._settled[block].wait()
-        if block not in self._prepared:
-            raise SweepError(f"block {block} could not be prepared")
-        return self._prepared[block]
+        return block in self._known or bool(ray.get(self._ready.has.remote(block)))
 
 
 def leaves_cores(config: SweepConfig, gpus_per_trial: float) -> bool:

@@ -134,6 +134,7 @@ name: small
 data: {path: planted, blocks: [5], planted: {rows: 3000, input_dim: 16, dictionary_size: 32, active: 3}}
 training: {k_levels: [2, 4, 8], expansion_factor: 4, batch_size: 64, epochs: 2, aux_k: 8, precision: fp32}
 search: {trials_per_block: 1}
+resources: {max_concurrent: 1}
 asha: null
 """
 
@@ -141,6 +142,7 @@ asha: null
 def test_of_a_sweeps_model_it_says_what_the_sweep_said(tmp_path, ray_session, monkeypatch, capsys):
     (tmp_path / "space.yaml").write_text(SPACE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("msae_sweep.sweep.run._write_report", lambda folder, console: None)
     assert not command_line(monkeypatch, "run", "space.yaml", "--storage", "sweeps")
     summary = json.loads((tmp_path / "sweeps/small/summary.json").read_text())
     said = summary["blocks"]["block5"]["trials"][0]["metrics"]

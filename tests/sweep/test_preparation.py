@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -105,3 +107,9 @@ def test_trials_start_beside_the_preparation_where_they_leave_it_half_of_the_cor
     monkeypatch.setattr(preparation.ray, "cluster_resources", lambda: cluster)
     overrides = [f"resources.{key}={value}" for key, value in resources.items()]
     assert leaves_cores(config(tmp_path, *overrides), gpus) is expected
+
+
+def test_the_process_that_hands_blocks_out_imports_nothing_heavy():
+    script = "import sys, msae_sweep.sweep.ready_blocks; print(*{'torch', 'ray.tune', 'ray.data'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
