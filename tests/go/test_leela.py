@@ -277,7 +277,7 @@ def reference_of(folder: Path, records: dict[int, bytes], name: str) -> Referenc
     return Reference(torch.from_numpy(planes), {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-@pytest.mark.parametrize("name", ["lz-6x64", "lz-40x256"])
+@pytest.mark.parametrize("name", ["lz-6x64", pytest.param("lz-40x256", marks=pytest.mark.slow)])
 def test_real_networks_give_what_an_independent_loader_computed(networks_and_games, records, name):
     network = load_network(networks_and_games / "weights" / f"{name}.txt.gz")
     reference_of(networks_and_games, records, name).compare(network)

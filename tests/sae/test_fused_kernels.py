@@ -59,7 +59,13 @@ PRE_ACTS = {
 }
 
 
-SLOW_TOP_CODES = {(1024, 16, "constant"), (1024, 16, "clustered"), (320, 50, "constant"), (192, 7, "constant")}
+SLOW_TOP_CODES = {
+    (64, 1, "constant"),
+    (1024, 16, "constant"),
+    (1024, 16, "clustered"),
+    (320, 50, "constant"),
+    (192, 7, "constant"),
+}
 """They take ten seconds each in the interpreter, and others are much like them."""
 
 

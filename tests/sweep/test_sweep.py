@@ -256,7 +256,8 @@ def test_mlflow_has_a_run_for_the_sweep_and_one_for_each_trial_with_every_epoch(
     assert finished.tracking.pending == 0
 
 
-@pytest.mark.parametrize("concurrent", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the tests below that compare with `finished`, which had two workers, have one
+@pytest.mark.parametrize("concurrent", [1, 3])
 def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp_path, concurrent):
     other = sweep(tmp_path, f"resources.max_concurrent={concurrent}")
     assert results(other.summary) == results(finished.summary)
@@ -472,7 +473,7 @@ def test_a_sweep_folder_that_fills_up_ends_the_sweep_and_it_can_be_resumed(finis
 
     def until_full(self, content):
         n_written.append(self)
-        if len(n_written) > 15:
+        if len(n_written) > 12:
             write(self, content[: len(content) // 2])
             raise OSError(28, "No space left on device", str(self))
         return write(self, content)
@@ -483,13 +484,13 @@ def test_a_sweep_folder_that_fills_up_ends_the_sweep_and_it_can_be_resumed(finis
     with monkeypatch.context() as disk:
         disk.setattr(Path, "write_bytes", until_full)
         with pytest.raises(StorageError, match=line):
-            sweep(tmp_path)
+            sweep(tmp_path, "data.blocks=[5]")
     folder = tmp_path / "sweeps" / "small"
     known = {f.parent.name: json.loads(f.read_text()) for f in (folder / "trials").glob("*/trial.json")}
-    assert 0 < len(known) <= 8
+    assert 0 < len(known) <= 4
     assert not list((folder / "trials").rglob("*.part"))
-    resumed = sweep(tmp_path, resume=True)
-    assert results(resumed.summary) == results(finished.summary)
+    resumed = sweep(tmp_path, "data.blocks=[5]", resume=True)
+    assert results(resumed.summary)["blocks"]["block5"] == results(finished.summary)["blocks"]["block5"]
 
 
 def test_a_worker_that_cannot_save_ends_the_sweep_in_one_line_and_no_trial_counts_as_failed(tmp_path, monkeypatch):
