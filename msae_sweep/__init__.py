@@ -9,7 +9,7 @@ codes = sae.encode(x, k=32)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from msae_sweep.api import SAE, load
+    from msae_sweep.models.api import SAE, load
 
 __version__ = "0.1.0"
 __all__ = ["SAE", "__version__", "load"]
@@ -18,7 +18,7 @@ __all__ = ["SAE", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     # Torch takes seconds to import; the command line answers without it.
     if name in ("SAE", "load"):
-        from msae_sweep import api
+        from msae_sweep.models import api
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,29 +12,29 @@ PACKAGE = Path(__file__).parents[1] / "msae_sweep"
 # A room may import itself and any room to its right.
 ORDER = [
     ["cli"],
-    ["cli_models"],
-    ["api"],
     ["sweep", "go"],
-    ["results"],
-    ["track", "data"],
-    ["sae"],
+    ["report"],
+    ["models"],
+    ["track"],
+    ["sae", "data", "sweep_folder"],
     ["config"],
-    ["config_file", "distribution"],
-    ["frozen_model"],
-    ["places", "replaced", "signals"],
+    ["paths", "patching", "signals"],
     ["errors"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 HOMES = {
-    "ray": ("go/boards.py", "go/codes.py", "go/extract.py", "go/pipeline.py", "go/taps.py", "data/shards.py", "sweep/"),
+    "ray": (
+        "data/prepare/shards.py", "go/extract.py", "go/extraction_actor.py", "go/pipeline.py", "go/top_activation",
+        "sweep/",
+    ),
     "mlflow": ("track/",),
     "triton": ("sae/kernels/",),
     "optuna": ("sweep/",),
-    "matplotlib": ("results/",),
-    "jinja2": ("results/report/", "go/draw.py"),
+    "matplotlib": ("models/", "report/"),
+    "jinja2": ("report/", "go/diagrams.py"),
     "sgfmill": ("go/sgf.py",),
-}
+}  # fmt: skip
 
 
 def imports_of(source: str) -> set[str]:
@@ -71,16 +71,16 @@ def test_no_module_imports_across_a_wall(path):
     ("relative", "source"),
     [
         ("sae/train.py", "import ray"),
-        ("sae/train.py", "def f():\n    from msae_sweep.data import loader"),
-        ("data/loader.py", "from msae_sweep.track.tracker import Tracker"),
-        ("data/source.py", "import ray.data"),
+        ("sae/train.py", "def f():\n    from msae_sweep.data.batches import loader"),
+        ("data/batches/loader.py", "from msae_sweep.track.tracker import Tracker"),
+        ("data/sources/base.py", "import ray.data"),
         ("sweep/run.py", "import mlflow"),
         ("sae/model.py", "import triton.language as tl"),
         ("go/planes.py", "from sgfmill import boards"),
-        ("data/source.py", "from msae_sweep.go.sgf import Game"),
+        ("data/sources/base.py", "from msae_sweep.go.sgf import Game"),
         ("errors.py", "from msae_sweep import config"),
-        ("results/summary.py", "from msae_sweep.sweep.run import run"),
-        ("results/models.py", "from msae_sweep.api import load"),
+        ("sweep_folder/summary.py", "from msae_sweep.sweep.run import run"),
+        ("models/find.py", "from msae_sweep.report.build import build"),
     ],
 )
 def test_the_walls_can_fail(relative, source):
@@ -95,7 +95,7 @@ def test_the_front_door_imports_nothing_heavy(module):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["msae_sweep.go.pipeline", "msae_sweep.data.passes"])
+@pytest.mark.parametrize("module", ["msae_sweep.go.pipeline", "msae_sweep.data.prepare.passes"])
 def test_what_runs_in_a_process_a_core_imports_no_torch(module):
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,13 +17,13 @@ import ray
 
 import msae_sweep
 from msae_sweep.errors import ConfigError, DataError
+from msae_sweep.go.activation_folder import FORMATS, OutputFolder
+from msae_sweep.go.extraction_actor import Seconds, Taps, device_here
 from msae_sweep.go.leela import Precision, resolve
-from msae_sweep.go.output import FORMATS, OutputFolder
 from msae_sweep.go.pipeline import Games, read_all, run
-from msae_sweep.go.plan import Sampling, cut, games_sha256
-from msae_sweep.go.progress import Progress
+from msae_sweep.go.progress_bar import Progress
 from msae_sweep.go.records import Unit, find_units
-from msae_sweep.go.taps import Seconds, Taps, device_here
+from msae_sweep.go.sampling import Sampling, cut, games_sha256
 from msae_sweep.go.weights import Weights, read_weights, weights_sha256
 
 

@@ -19,9 +19,9 @@ from jaxtyping import Bool, Int8, Int16, Int64
 from ray.data import DataContext
 
 from msae_sweep.errors import DataError, MsaeSweepError
-from msae_sweep.go.plan import Chunk, Sampling, points_of
 from msae_sweep.go.records import Record, Refused, Unit, read_unit
 from msae_sweep.go.replay import replay
+from msae_sweep.go.sampling import Chunk, Sampling, points_of
 from msae_sweep.go.sgf import Game, distinct, read_games
 
 BATCH = {"cuda": 2048, "cpu": 32}

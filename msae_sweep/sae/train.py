@@ -10,10 +10,10 @@ import torch
 from msae_sweep.config import TrainingConfig
 from msae_sweep.errors import DeviceError
 from msae_sweep.sae import kernels, loss
-from msae_sweep.sae.autograd import AutogradEngine, Engine
+from msae_sweep.sae.engines.autograd import AutogradEngine, Engine
+from msae_sweep.sae.engines.step_cache import StepCache
 from msae_sweep.sae.metrics import objective, total_variance
 from msae_sweep.sae.state import Batches, StopReason, TrainState
-from msae_sweep.sae.step_cache import StepCache
 
 __all__ = ["Batches", "Progress", "StepCache", "TrainState", "choose_device", "fit", "learning_rate_at"]
 
@@ -81,7 +81,7 @@ def _engine(state: TrainState, train: Batches, config: TrainingConfig, steps: St
     dead_after_samples = config.dead_after_samples or train.n_rows
     if choice.reconstruct is not None:
         return AutogradEngine(state, config, choice.reconstruct, dead_after_samples)
-    from msae_sweep.sae.fused import FusedEngine
+    from msae_sweep.sae.engines.fused import FusedEngine
 
     return FusedEngine(state, config, train.batch_size, dead_after_samples, StepCache() if steps is None else steps)
 

@@ -9,16 +9,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from msae_sweep.config import Distribution, SweepConfig, registered_name
-from msae_sweep.data import shards
-from msae_sweep.data.loader import machine_bytes
-from msae_sweep.data.source import BlockInfo
+from msae_sweep.data.batches.loader import machine_bytes
+from msae_sweep.data.prepare import shards
+from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.errors import DeviceError, SweepError
-from msae_sweep.results.folder import SweepFolder
-from msae_sweep.results.record import FINAL, TrialRecord
 from msae_sweep.sweep.memory import model_of, shard_bytes, size
 from msae_sweep.sweep.resources import starts_ray_here, too_few
 from msae_sweep.sweep.run import checked
 from msae_sweep.sweep.space import plan
+from msae_sweep.sweep_folder.folder import SweepFolder
+from msae_sweep.sweep_folder.trial_record import FINAL, TrialRecord
 from msae_sweep.track.uri import redact
 
 ROWS_SHOWN = 12

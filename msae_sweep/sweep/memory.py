@@ -15,9 +15,9 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from msae_sweep.config import SweepConfig
-from msae_sweep.data import shards
-from msae_sweep.data.loader import machine_bytes
-from msae_sweep.data.source import BlockInfo
+from msae_sweep.data.batches.loader import machine_bytes
+from msae_sweep.data.prepare import shards
+from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.sweep.resources import starts_ray_here
 from msae_sweep.sweep.space import plan

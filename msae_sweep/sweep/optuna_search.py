@@ -9,8 +9,8 @@ from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 
 from msae_sweep.config import Distribution, SweepConfig
-from msae_sweep.results.record import TrialRecord
 from msae_sweep.sweep.space import trial_record
+from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 
 class BlockOptuna(Searcher):  # type: ignore[misc]

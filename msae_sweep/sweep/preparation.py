@@ -14,9 +14,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from msae_sweep.config import SweepConfig
-from msae_sweep.data import shards
-from msae_sweep.data.shards import PreparedBlock
-from msae_sweep.data.source import BlockInfo
+from msae_sweep.data.prepare import shards
+from msae_sweep.data.prepare.shards import PreparedBlock
+from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.errors import SweepError
 from msae_sweep.sweep.ready_blocks import ReadyBlocks
 from msae_sweep.sweep.resources import trials_at_once

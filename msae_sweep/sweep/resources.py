@@ -10,7 +10,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.errors import DeviceError
-from msae_sweep.sweep.cluster import cluster_address
+from msae_sweep.sweep.ray_cluster import cluster_address
 
 JOIN_SECONDS = 1800.0
 """How long a sweep waits for the first node that can run one of its trials: a cloud takes minutes to start one."""

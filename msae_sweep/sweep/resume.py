@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from msae_sweep.config import SweepConfig, load, parse
-from msae_sweep.data.catalog import open_source
-from msae_sweep.data.changes import what_changed
-from msae_sweep.data.source import BlockInfo
+from msae_sweep.data.prepare.changes import what_changed
+from msae_sweep.data.sources.base import BlockInfo
+from msae_sweep.data.sources.catalog import open_source
 from msae_sweep.errors import ConfigError, SweepError
-from msae_sweep.results.folder import SweepFolder
+from msae_sweep.sweep_folder.folder import SweepFolder
 from msae_sweep.track import journal
 
 

@@ -21,20 +21,19 @@ from rich.console import Console
 import msae_sweep
 from msae_sweep import signals
 from msae_sweep.config import SweepConfig
-from msae_sweep.data import shards
-from msae_sweep.data.source import BlockInfo
+from msae_sweep.data.prepare import shards
+from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.errors import SweepError
-from msae_sweep.results import finish
-from msae_sweep.results.figures import import_ahead, training_figure
-from msae_sweep.results.folder import SweepFolder
-from msae_sweep.results.table import best_table, criteria_table
-from msae_sweep.sweep import cluster
-from msae_sweep.sweep.drawing import beside, side_by_side
+from msae_sweep.report.tables import best_table, criteria_table
+from msae_sweep.report.training_figure import import_ahead, training_figure
+from msae_sweep.sweep import final_files, ray_cluster
+from msae_sweep.sweep.figure_workers import beside, side_by_side
 from msae_sweep.sweep.memory import check_devices, check_here
 from msae_sweep.sweep.preparation import Interrupted, Preparation, leaves_cores
 from msae_sweep.sweep.resources import check_device, gpus_per_trial
 from msae_sweep.sweep.resume import check_same_data, check_same_question, flatten, last_start, undamaged
 from msae_sweep.sweep.tuning import Tuning
+from msae_sweep.sweep_folder.folder import SweepFolder
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.tracker import SyncReport, Tracker
 from msae_sweep.track.uri import redact, resolve_uri
@@ -94,7 +93,7 @@ def _connected(
 
     if not ray.is_initialized():
         say(f"{config.name}: {len(infos)} x {config.n_trials_per_block()} trials; connecting to Ray")
-    cluster.connect(say)
+    ray_cluster.connect(say)
     gpus = gpus_per_trial(config, say)
     check_devices(config, infos, gpus)
     is_resumed = resume and folder.exists()
@@ -198,10 +197,10 @@ def _drive(
         preparation.close()
     interrupted = not tuning.is_whole
     if any(record.status == "failed" for record in records):
-        cluster.keep_session()
+        ray_cluster.keep_session()
     seconds = time.monotonic() - started
     manifests = {block: p.manifest for block, p in prepared.items()}
-    summary, histories = finish.write(config, folder, records, manifests, seconds=seconds)
+    summary, histories = final_files.write(config, folder, records, manifests, seconds=seconds)
     # At once: the report takes seconds, and a slow MLflow minutes.
     console.print(best_table(summary))
     if any(block["best"] for block in summary["blocks"].values()):
@@ -212,13 +211,13 @@ def _drive(
     # Told before anything is drawn, so that MLflow is brought up to date meanwhile.
     tracker.sweep_ended(
         status="interrupted" if interrupted else "completed",
-        artifacts=[folder.path / name for name in finish.ARTIFACTS if (folder.path / name).exists()],
-        champions={} if interrupted else finish.champions(summary),
-        metrics=finish.block_metrics(summary) | {"wall_seconds": seconds},
+        artifacts=[folder.path / name for name in final_files.ARTIFACTS if (folder.path / name).exists()],
+        champions={} if interrupted else final_files.champions(summary),
+        metrics=final_files.block_metrics(summary) | {"wall_seconds": seconds},
     )
     report = _write_report(folder, console) if any(record.finished for record in records) else None
-    drawn = [finish.write_figure(folder, png) for png in figure()] + (
-        [folder.path / finish.REPORT] if report is not None else []
+    drawn = [final_files.write_figure(folder, png) for png in figure()] + (
+        [folder.path / final_files.REPORT] if report is not None else []
     )
     if drawn:
         tracker.artifacts(drawn)
@@ -256,7 +255,7 @@ def _write_report(folder: SweepFolder, console: Console) -> str | None:
     """The report of what there is, its page; what goes wrong with it is said, and takes nothing from the sweep."""
     console.print("writing the report", highlight=False)
     try:
-        from msae_sweep.results import report
+        from msae_sweep import report
 
         return report.write_at_the_end(folder, side_by_side).page
     except Exception as error:

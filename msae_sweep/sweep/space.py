@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from msae_sweep.config import Distribution, SweepConfig
-from msae_sweep.results.record import TrialRecord
+from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 
 def trial_record(config: SweepConfig, block: int, index: int, params: dict[str, Any]) -> TrialRecord:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from msae_sweep.config import AshaConfig, SweepConfig
-from msae_sweep.results.ladder import at_rungs, rungs
-from msae_sweep.results.record import TrialRecord
+from msae_sweep.sweep_folder.rungs import at_rungs, rungs
+from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 PRIOR_VERDICTS = 6.0
 """Verdicts at a rung that count as much as what is expected of early stopping without knowing any; chosen by hand."""

@@ -26,14 +26,14 @@ import torch
 from ray import tune
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.data.loader import Batches, ResidentBatches, default_budget, make_batches
-from msae_sweep.data.shards import PreparedBlock
+from msae_sweep.data.batches.loader import Batches, ResidentBatches, default_budget, make_batches
+from msae_sweep.data.prepare.shards import PreparedBlock
 from msae_sweep.errors import MsaeSweepError, StorageError, first_line
-from msae_sweep.results.folder import SweepFolder
-from msae_sweep.sae import kernels, modelfile
-from msae_sweep.sae.step_cache import StepCache
+from msae_sweep.sae import kernels, model_file
+from msae_sweep.sae.engines.step_cache import StepCache
 from msae_sweep.sae.train import Progress, TrainState, choose_device, fit
-from msae_sweep.sweep.notice import Notice
+from msae_sweep.sweep.preemption import Notice
+from msae_sweep.sweep_folder.folder import SweepFolder
 
 LEAVING_SECONDS = 1.0
 """Between two states of a trial whose node is about to go, where `checkpoint_seconds` is not less."""
@@ -203,7 +203,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             return None
         state = TrainState.create(self._training, input_dim, seed=self._training.seed, device=device)
         try:
-            modelfile.check_sums(saved)
+            model_file.check_sums(saved)
             raw = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
             seconds = float(raw["seconds"])
             state.load_state_dict(raw["train_state"])
@@ -257,9 +257,9 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         assert self._state is not None
         if self._state.best_epoch:
             block = self._prepared[self._block]
-            model = modelfile.ModelFile(self._state.best_model(), block.mean, block.std, self._state.history())
+            model = model_file.ModelFile(self._state.best_model(), block.mean, block.std, self._state.history())
             file = self._folder.model_file(self._trial_id)
-            self._folder.write(file, modelfile.to_bytes(model), durable=False)
+            self._folder.write(file, model_file.to_bytes(model), durable=False)
 
     def _save_state(self) -> None:
         """Write the state, with the best weights in it."""

@@ -12,20 +12,20 @@ from rich.console import Console
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.errors import SweepError
-from msae_sweep.replaced import replaced
-from msae_sweep.results import finish
-from msae_sweep.results.folder import SweepFolder
-from msae_sweep.results.ladder import at_rungs, rungs
-from msae_sweep.results.record import TrialRecord
+from msae_sweep.models.trial_models import lost_models
+from msae_sweep.patching import replaced
 from msae_sweep.signals import handlers_put_back
-from msae_sweep.sweep.monitor import Monitor
+from msae_sweep.sweep.callback import Monitor
+from msae_sweep.sweep.display import Display
 from msae_sweep.sweep.preparation import Preparation
-from msae_sweep.sweep.progress import Display
+from msae_sweep.sweep.record_writer import Scribe
 from msae_sweep.sweep.resources import trials_at_once
-from msae_sweep.sweep.schedule import BlockAsha
-from msae_sweep.sweep.scribe import Scribe
+from msae_sweep.sweep.scheduler import BlockAsha
 from msae_sweep.sweep.space import plan, trial_record
 from msae_sweep.sweep.trial import MSAETrial
+from msae_sweep.sweep_folder.folder import SweepFolder
+from msae_sweep.sweep_folder.rungs import at_rungs, rungs
+from msae_sweep.sweep_folder.trial_record import TrialRecord
 from msae_sweep.track import journal
 from msae_sweep.track.tracker import Tracker
 
@@ -69,7 +69,7 @@ class Tuning:
         """
         self._run(begin)
         trained_again: set[str] = set()
-        while lost := finish.lost_models(self._folder, list(self.records.values())):
+        while lost := lost_models(self._folder, list(self.records.values())):
             is_whole = self.is_whole
             for trial_id, what in lost.items():
                 if trial_id in trained_again:

@@ -10,11 +10,11 @@ from typing import IO, NamedTuple
 
 from msae_sweep.config import TrackingConfig
 from msae_sweep.errors import TrackingError
-from msae_sweep.track import journal, models
+from msae_sweep.track import journal, logged_models
 from msae_sweep.track.connection import connect, one_line
 from msae_sweep.track.cursor import Cursor
+from msae_sweep.track.event_handlers import Replay
 from msae_sweep.track.journal import Entry
-from msae_sweep.track.replay import Replay
 from msae_sweep.track.runs import Runs
 from msae_sweep.track.uploads import Uploads
 from msae_sweep.track.uri import artifact_root, redact
@@ -115,7 +115,7 @@ class Sender:
                 if is_last:
                     break
                 if not closing.is_set():
-                    models.get_ready()
+                    logged_models.get_ready()
                 wake.wait()
                 closing.wait(COALESCE_SECONDS)
         if self._lock is not None:

@@ -19,7 +19,7 @@ from msae_sweep.config import TrackingConfig
 from msae_sweep.track import journal
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.sender import Fetch, Sender, TrackingStatus
-from msae_sweep.track.sending import SenderProcess, Sending
+from msae_sweep.track.sender_process import SenderProcess, Sending
 from msae_sweep.track.uri import redact, resolve_uri
 
 SAY_SECONDS, SILENT_SECONDS = 5.0, 30.0

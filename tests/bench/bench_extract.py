@@ -32,10 +32,10 @@ import torch
 
 from msae_sweep.go import extract as extraction
 from msae_sweep.go import pipeline as feeding
+from msae_sweep.go.activation_folder import INDEX, OutputFolder
 from msae_sweep.go.board import BLACK, N_POINTS, SIZE, WHITE, Board, dead_group
-from msae_sweep.go.output import INDEX, OutputFolder
-from msae_sweep.go.plan import Sampling, cut, points_asked_for
 from msae_sweep.go.records import Record, read_records
+from msae_sweep.go.sampling import Sampling, cut, points_asked_for
 from msae_sweep.go.sgf import Game, read_games
 from msae_sweep.go.weights import random_weights, read_weights, write_weights
 

@@ -25,10 +25,10 @@ import torch
 from ray import tune
 
 from msae_sweep.config import parse
-from msae_sweep.data import shards
-from msae_sweep.results.folder import SweepFolder
+from msae_sweep.data.prepare import shards
 from msae_sweep.sweep.space import plan
 from msae_sweep.sweep.trial import MSAETrial
+from msae_sweep.sweep_folder.folder import SweepFolder
 
 SPACE = """
 name: handoff

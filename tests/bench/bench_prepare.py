@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import ray
 
 from msae_sweep.config import DataConfig
-from msae_sweep.data import shards
+from msae_sweep.data.prepare import shards
 
 
 def write(folder: Path, form: str, blocks: int, rows: int, input_dim: int, dtype: str) -> str:

@@ -31,12 +31,12 @@ from ray import tune
 from rich.console import Console
 
 from msae_sweep.config import parse
-from msae_sweep.results.folder import SweepFolder
-from msae_sweep.sae import modelfile
+from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sweep import run as sweep
 from msae_sweep.sweep import tuning
-from msae_sweep.sweep.monitor import Monitor
+from msae_sweep.sweep.callback import Monitor
+from msae_sweep.sweep_folder.folder import SweepFolder
 
 EPOCHS = 30
 
@@ -170,8 +170,8 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
     of_epoch = dict.fromkeys(("train_loss", "val_loss", "dead_ratio"), [0.0] * EPOCHS)
     history = {**of_epoch, "val_r2": {f"r2_k{k}": [0.0] * EPOCHS for k in (16, 32, 64, 128)}}
     sae = MSAE(16, 256, [16, 32, 64, 128])
-    file = modelfile.ModelFile(sae, torch.zeros(16).numpy(), torch.ones(16).numpy(), history)
-    modelfile.save(file, folder / "model.pt")
+    file = model_file.ModelFile(sae, torch.zeros(16).numpy(), torch.ones(16).numpy(), history)
+    model_file.save(file, folder / "model.pt")
     model = (folder / "model.pt").read_bytes()
     with_parameters = tune.with_parameters
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from msae_sweep.config import DataConfig, TrainingConfig
-from msae_sweep.data.catalog import open_source
-from msae_sweep.data.loader import ResidentBatches
+from msae_sweep.data.batches.loader import ResidentBatches
+from msae_sweep.data.sources.catalog import open_source
 from msae_sweep.sae import kernels
-from msae_sweep.sae.autograd import AutogradEngine
+from msae_sweep.sae.engines.autograd import AutogradEngine
+from msae_sweep.sae.engines.step_cache import StepCache
 from msae_sweep.sae.kernels import Reconstruction
-from msae_sweep.sae.step_cache import StepCache
 from msae_sweep.sae.train import TrainState, _engine
 
 NEVER = 10**15

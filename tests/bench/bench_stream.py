@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.data.loader import Batches, ResidentBatches, Shard, StreamedBatches, _tensor
-from msae_sweep.data.pipeline import copying_threads
-from msae_sweep.data.stream import WINDOW_BYTES
+from msae_sweep.data.batches.loader import Batches, ResidentBatches, Shard, StreamedBatches, _tensor
+from msae_sweep.data.batches.prefetch import copying_threads
+from msae_sweep.data.batches.stream import WINDOW_BYTES
 from msae_sweep.sae.train import StepCache, TrainState, _engine
 
 Step = Callable[[Tensor, Tensor], None]

@@ -36,9 +36,9 @@ import torch
 from rich.console import Console
 
 from msae_sweep.config import parse
-from msae_sweep.sweep import cluster
+from msae_sweep.sweep import ray_cluster
 from msae_sweep.sweep import run as sweep
-from msae_sweep.sweep.monitor import Monitor
+from msae_sweep.sweep.callback import Monitor
 
 CHUNK_ROWS = 50_000
 SAMPLE_SECONDS = 0.1
@@ -220,10 +220,10 @@ def main() -> None:
 
 
 def connect(n_gpus: int) -> None:
-    """`cluster.connect`, with fewer GPUs than there are if so wished."""
+    """`ray_cluster.connect`, with fewer GPUs than there are if so wished."""
     init: Callable[..., Any] = ray.init
     ray.init = lambda **options: init(**options, num_gpus=n_gpus)  # type: ignore[assignment]
-    cluster.connect()
+    ray_cluster.connect()
     ray.init = init
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from servers import S3, Mlflow, Postgres
 
 from msae_sweep.config import TrackingConfig, TrainingConfig
-from msae_sweep.sae import modelfile
+from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.track.connection import connect
 from msae_sweep.track.tracker import Tracker, sync
@@ -85,8 +85,8 @@ def measured(args: argparse.Namespace, folder: Path, uri: str) -> list[str]:
     sae = MSAE(INPUT_DIM, args.hidden_dim, list(K_LEVELS))
     model = folder / "model.pt"
     folder.mkdir()
-    file = modelfile.ModelFile(sae, np.zeros(INPUT_DIM, np.float32), np.ones(INPUT_DIM, np.float32), history)
-    modelfile.save(file, model)
+    file = model_file.ModelFile(sae, np.zeros(INPUT_DIM, np.float32), np.ones(INPUT_DIM, np.float32), history)
+    model_file.save(file, model)
     tracker = Tracker.start(folder, TrackingConfig(uri=uri, experiment=f"bench-{os.getpid()}"), sweep_id="bench")
     calls: list[float] = []
     behind: list[tuple[float, int]] = []

@@ -21,9 +21,9 @@ from bench_step import rows_of
 from torch import Tensor
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.data.loader import ResidentBatches
+from msae_sweep.data.batches.loader import ResidentBatches
 from msae_sweep.sae import kernels
-from msae_sweep.sae.step_cache import StepCache
+from msae_sweep.sae.engines.step_cache import StepCache
 from msae_sweep.sae.train import TrainState, fit
 
 

@@ -23,8 +23,8 @@ import yaml
 from nodes import MB, ROOT, Cluster, Job, Node, why_not
 from servers import S3, Mlflow, Postgres, SlowProxy, in_environment
 
-from msae_sweep.places import Place
-from msae_sweep.sae import modelfile
+from msae_sweep.paths import Place
+from msae_sweep.sae import model_file
 
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -120,7 +120,7 @@ def results(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(file: Path) -> dict[str, torch.Tensor]:
-    return modelfile.load(file).model.state_dict()
+    return model_file.load(file).model.state_dict()
 
 
 def assert_same(sweep: Sweep, reference: Sweep) -> None:

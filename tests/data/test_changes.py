@@ -8,9 +8,9 @@ import pytest
 from activation_files import WRITERS
 
 from msae_sweep.config import DataConfig
-from msae_sweep.data import changes, passes
-from msae_sweep.data.catalog import open_source
-from msae_sweep.data.changes import what_changed
+from msae_sweep.data.prepare import changes, passes
+from msae_sweep.data.prepare.changes import what_changed
+from msae_sweep.data.sources.catalog import open_source
 
 ROWS = np.random.default_rng(0).standard_normal((90, 4)).astype(np.float32)
 SPLIT = {"by": "row", "seed": 0, "val_split": 0.2}

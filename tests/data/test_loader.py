@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from msae_sweep.data.loader import ResidentBatches, StreamedBatches, default_budget, make_batches
-from msae_sweep.data.pipeline import DEVICE_WINDOWS, HOST_WINDOWS
-from msae_sweep.data.split import _splitmix64
-from msae_sweep.data.windows import order_key, permutation
+from msae_sweep.data.batches.loader import ResidentBatches, StreamedBatches, default_budget, make_batches
+from msae_sweep.data.batches.prefetch import DEVICE_WINDOWS, HOST_WINDOWS
+from msae_sweep.data.batches.windows import order_key, permutation
+from msae_sweep.data.prepare.split import _splitmix64
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,8 +3,8 @@ import pytest
 from activation_files import write_npy
 
 from msae_sweep.config import DataConfig, PlantedConfig
-from msae_sweep.data.inspect import inspect, render
-from msae_sweep.data.planted import PlantedSource, recovery, true_dictionary
+from msae_sweep.data.inspection import inspect, render
+from msae_sweep.data.sources.planted import PlantedSource, recovery, true_dictionary
 
 CONFIG = PlantedConfig(rows=20_000, input_dim=32, dictionary_size=64, active=6)
 

@@ -8,11 +8,11 @@ import ray.data
 from activation_files import WRITERS, write_npy
 
 from msae_sweep.config import DataConfig
-from msae_sweep.data import shards
-from msae_sweep.data.split import Moments, is_validation, standardise
-from msae_sweep.data.store import ShardFolder
+from msae_sweep.data.prepare import shards
+from msae_sweep.data.prepare.shard_folder import ShardFolder
+from msae_sweep.data.prepare.split import Moments, is_validation, standardise
 from msae_sweep.errors import DataError, SweepError
-from msae_sweep.places import Place
+from msae_sweep.paths import Place
 
 
 def prepare(path, storage, **settings):

@@ -8,11 +8,11 @@ import pytest
 from activation_files import WRITERS, table, write_h5, write_npy, write_parquet
 
 from msae_sweep.config import DataConfig, PlantedConfig
-from msae_sweep.data.catalog import check, open_source
-from msae_sweep.data.npy import NpyFolder
-from msae_sweep.data.source import block_of
+from msae_sweep.data.sources.base import block_of
+from msae_sweep.data.sources.catalog import check, open_source
+from msae_sweep.data.sources.npy import NpyFolder
 from msae_sweep.errors import DataError
-from msae_sweep.places import Place
+from msae_sweep.paths import Place
 
 
 def read_all(path: str, block: int = 5, rows: int = 64) -> tuple[np.ndarray, np.ndarray | None]:

@@ -18,21 +18,21 @@ import ray
 import torch
 
 from msae_sweep.config import DataConfig
-from msae_sweep.data.catalog import open_source
+from msae_sweep.data.sources.catalog import open_source
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go import extract as extraction
-from msae_sweep.go import pipeline, plan
+from msae_sweep.go import pipeline, sampling
+from msae_sweep.go.activation_folder import OutputFolder, atomic
 from msae_sweep.go.extract import Settings, extract
+from msae_sweep.go.extraction_actor import Taps
 from msae_sweep.go.leela import Network
-from msae_sweep.go.output import OutputFolder, atomic
-from msae_sweep.go.plan import Sampling, cut, plies_of, points_of
 from msae_sweep.go.planes import planes
 from msae_sweep.go.records import find_units, read_records
 from msae_sweep.go.replay import replay
+from msae_sweep.go.sampling import Sampling, cut, plies_of, points_of
 from msae_sweep.go.sgf import Game, read_games
-from msae_sweep.go.taps import Taps
 from msae_sweep.go.weights import random_weights, read_weights, write_weights
-from msae_sweep.results import lease
+from msae_sweep.sweep_folder import driver_lock
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -151,7 +151,7 @@ def test_the_games_of_one_tar_are_parsed_by_many_tasks(tmp_path):
 
 def test_threads_that_share_a_network_write_what_one_writes(extracted, network, records, tmp_path, monkeypatch):
     chosen, _ = extracted
-    monkeypatch.setattr(plan, "CHUNK_POSITIONS", 6)
+    monkeypatch.setattr(sampling, "CHUNK_POSITIONS", 6)
     folder = OutputFolder(tmp_path / "out", chosen.blocks, chosen.formats)
     assert folder.begin({})
     taps = Taps([ray.put(read_weights(network))], chosen, folder)
@@ -172,7 +172,7 @@ def test_stopped_half_way_it_goes_on_without_repeating_or_losing_a_row(
     extracted, network, records, tmp_path, monkeypatch
 ):
     chosen, _ = extracted
-    monkeypatch.setattr(plan, "CHUNK_POSITIONS", 10)
+    monkeypatch.setattr(sampling, "CHUNK_POSITIONS", 10)
     half = settings(network, records, tmp_path / "out")
 
     def stop(progress: extraction.Progress) -> None:
@@ -455,9 +455,9 @@ def test_an_extraction_on_another_machine_is_left_alone_as_long_as_it_lives(begu
     chosen, folder = begun
     # Its lock does not reach here.
     (folder.path / "driver.json").write_text(json.dumps({"driver": "process 1 on elsewhere", "beat": "a"}))
-    monkeypatch.setattr(lease, "DEAD_SECONDS", 0.2)
-    read, beats = lease._read, itertools.count()
-    monkeypatch.setattr(lease, "_read", lambda place: {**read(place), **({"beat": next(beats)} if alive else {})})
+    monkeypatch.setattr(driver_lock, "DEAD_SECONDS", 0.2)
+    read, beats = driver_lock._read, itertools.count()
+    monkeypatch.setattr(driver_lock, "_read", lambda place: {**read(place), **({"beat": next(beats)} if alive else {})})
 
     class Reached(Exception):
         pass

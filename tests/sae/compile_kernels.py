@@ -16,16 +16,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from msae_sweep.sae.kernels import fused
+from msae_sweep.sae.kernels import fused_step
 
 SHAPES = {
-    "notebook": fused.Shape(256, 256, 4096, (16, 32, 64, 128), (16, 32, 64, 128), 512, True, False),
+    "notebook": fused_step.Shape(256, 256, 4096, (16, 32, 64, 128), (16, 32, 64, 128), 512, True, False),
     # Nothing a power of two, and gradients clipped.
-    "odd": fused.Shape(100, 361, 5000, (10, 30, 50), (10, 30, 50), 64, False, True),
+    "odd": fused_step.Shape(100, 361, 5000, (10, 30, 50), (10, 30, 50), 64, False, True),
     # The widest rows, with every k.
-    "widest": fused.Shape(16, 4096, 4096, (64, 128, 256, 512), tuple(range(1, 513)), 512, True, False),
+    "widest": fused_step.Shape(16, 4096, 4096, (64, 128, 256, 512), tuple(range(1, 513)), 512, True, False),
     # The most latents.
-    "most": fused.Shape(16, 32, 131_072, (512,), (512,), 0, True, False),
+    "most": fused_step.Shape(16, 32, 131_072, (512,), (512,), 0, True, False),
 }
 
 
@@ -64,9 +64,9 @@ def main() -> None:
     args = parser.parse_args()
     triton.runtime.driver.set_active(Driver(args.capability))
     JITFunction.run = compile_instead(JITFunction.run)
-    fused._product = lambda a, b, out: None
+    fused_step._product = lambda a, b, out: None
     for name in args.shapes or SHAPES:
-        step = fused.FusedStep(SHAPES[name], torch.device("cpu"))
+        step = fused_step.FusedStep(SHAPES[name], torch.device("cpu"))
         step.train(dead_possible=True)
         step.evaluate()
 

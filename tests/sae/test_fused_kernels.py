@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed, and without it the fused step is not taken")
 
-from msae_sweep.sae.kernels import by_latent, dead, decode, fused, launch, rows, topk, update, words
+from msae_sweep.sae.kernels import adam, aux_loss, decode, fused_step, gather, latent_gradients, launch, packing, topk
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16_TOLERANCE = 6e-3
@@ -87,7 +87,7 @@ def test_top_codes_are_the_largest_in_order_with_the_lowest_latent_first(hidden,
 def test_top_codes_keep_nan_so_that_a_diverged_trial_is_seen():
     pre_acts = randn(3, 64).bfloat16()
     pre_acts[1, 5] = float("nan")
-    values, latents = words.split_codes(run_top_codes(pre_acts, 4)[0])
+    values, latents = packing.split_codes(run_top_codes(pre_acts, 4)[0])
     assert values[1, 0].isnan()
     assert latents[1, 0] == 5
     assert values[[0, 2]].isfinite().all()
@@ -96,7 +96,7 @@ def test_top_codes_keep_nan_so_that_a_diverged_trial_is_seen():
 def test_top_codes_say_who_holds_a_latent_and_at_which_rank():
     pre_acts = randn(40, 128).bfloat16()
     codes, ranks, holders = run_top_codes(pre_acts, 9)
-    values, latents = words.split_codes(codes)
+    values, latents = packing.split_codes(codes)
     expected = torch.zeros(128, 40, dtype=torch.bool)
     for row in range(40):
         for rank in range(9):
@@ -110,18 +110,18 @@ def test_top_codes_say_who_holds_a_latent_and_at_which_rank():
 
 def test_codes_hold_the_largest_latent_and_any_positive_value():
     values = torch.tensor([1e-38, 0.5, 1.0, 3e38, float("inf")]).bfloat16()
-    codes = (values.view(torch.int16).int() << 17) | (words.MAX_HIDDEN_DIM - 1)
-    got, latents = words.split_codes(codes)
+    codes = (values.view(torch.int16).int() << 17) | (packing.MAX_HIDDEN_DIM - 1)
+    got, latents = packing.split_codes(codes)
     assert torch.equal(got, values.float())
-    assert (latents == words.MAX_HIDDEN_DIM - 1).all()
+    assert (latents == packing.MAX_HIDDEN_DIM - 1).all()
 
 
 def collected(
     codes: Tensor, hidden: int, levels: tuple[int, ...], part: int
-) -> tuple[by_latent.Entries, Tensor, Tensor]:
+) -> tuple[latent_gradients.Entries, Tensor, Tensor]:
     """Entries of codes; the holders as left behind; and samples_since_fired, 5 before."""
     batch = len(codes)
-    values, latents = words.split_codes(codes)
+    values, latents = packing.split_codes(codes)
     ranks = torch.full((hidden, batch), 200, dtype=torch.uint8, device=DEVICE)
     bits = torch.zeros(hidden, 32 * -(-batch // 32), dtype=torch.int64)
     for row in range(batch):
@@ -135,15 +135,15 @@ def collected(
     def empty(n: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.full((n,), -77, dtype=dtype, device=DEVICE)
 
-    n_parts = max(1, by_latent.n_parts(batch, levels[-1], part))
-    entries = by_latent.Entries(
+    n_parts = max(1, latent_gradients.n_parts(batch, levels[-1], part))
+    entries = latent_gradients.Entries(
         empty(batch * levels[-1], torch.int64), empty(hidden), empty(hidden), empty(hidden), empty(n_parts),
         empty(n_parts), torch.zeros(2, dtype=torch.int32, device=DEVICE),
     )  # fmt: skip
     since = torch.full((hidden,), 5, dtype=torch.int64, device=DEVICE)
     fired = torch.zeros(hidden, dtype=torch.int32, device=DEVICE)
     level_of_rank = torch.tensor([sum(r >= k for k in levels[:-1]) for r in range(levels[-1])], dtype=torch.int32)
-    by_latent.collect(codes, ranks, holders, level_of_rank.to(DEVICE), entries, since, fired, len(levels), part)
+    latent_gradients.collect(codes, ranks, holders, level_of_rank.to(DEVICE), entries, since, fired, len(levels), part)
     assert torch.equal(fired > 0, since == 0)
     return entries, holders, since
 
@@ -155,7 +155,7 @@ def test_entries_are_the_codes_by_latent_in_the_order_of_rows(batch, hidden, lev
     further = {}
     for i in range(int(entries.cursors[1])):
         further[int(entries.parts[i]), int(entries.part_numbers[i])] = i
-    for latent, expected in enumerate(by_latent.entries_reference(codes, hidden)):
+    for latent, expected in enumerate(latent_gradients.entries_reference(codes, hidden)):
         assert entries.counts[latent] == len(expected)
         assert since[latent] == (0 if expected else 5 + batch)
         start = int(entries.start[latent])
@@ -186,25 +186,25 @@ def nans(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 LEVELS = [(1,), (2, 5, 12), (16, 32), (3, 20, 21)]
 
 
-def poisoned_quads(batch: int, n_levels: int, width: int) -> words.Quads:
-    return words.Quads(
+def poisoned_quads(batch: int, n_levels: int, width: int) -> packing.Quads:
+    return packing.Quads(
         torch.full((batch, n_levels, width // 4), -1, dtype=torch.int32, device=DEVICE), nans(batch, n_levels)
     )
 
 
-def quantized(x: Tensor) -> words.Quads:
-    quads, scales = words.quantize_reference(x.flatten(0, 1))
-    return words.Quads(quads.view(*x.shape[:2], -1).contiguous(), scales.view(x.shape[:2]).contiguous())
+def quantized(x: Tensor) -> packing.Quads:
+    quads, scales = packing.quantize_reference(x.flatten(0, 1))
+    return packing.Quads(quads.view(*x.shape[:2], -1).contiguous(), scales.view(x.shape[:2]).contiguous())
 
 
-def unquantized(G: words.Quads) -> Tensor:
-    return words.dequantize_reference(G.words.flatten(0, 1), G.scales.flatten()).view(*G.scales.shape, -1)
+def unquantized(G: packing.Quads) -> Tensor:
+    return packing.dequantize_reference(G.words.flatten(0, 1), G.scales.flatten()).view(*G.scales.shape, -1)
 
 
 def test_quad_words_keep_zeros_and_are_off_by_half_a_step_at_the_most():
     x = randn(9, 64, seed=2)
     x[0], x[1, ::2], x[2] = 0, 0, -x[2].abs()
-    back = words.dequantize_reference(*words.quantize_reference(x))
+    back = packing.dequantize_reference(*packing.quantize_reference(x))
     assert torch.equal(back == 0, x.abs() * 254 <= x.abs().amax(dim=1, keepdim=True))
     assert ((back - x).abs() <= x.abs().amax(dim=1, keepdim=True) * (1 + 1e-5) / 254).all()
 
@@ -215,7 +215,7 @@ def test_decoding_few_levels_gives_every_levels_gradient(levels):
     codes, W_dec, start, scales, errors, G_expected = decode_case(batch, hidden, width, levels)
     G = poisoned_quads(batch, len(levels), width)
     row_loss, last_error, grad_pre = nans(batch), nans(batch), nans(hidden, 16, dtype=torch.bfloat16)
-    decode.decode_few(start, codes, words.pack_reference(W_dec), scales, G, row_loss, last_error, grad_pre, levels)
+    decode.decode_few(start, codes, packing.pack_reference(W_dec), scales, G, row_loss, last_error, grad_pre, levels)
     assert difference(unquantized(G), G_expected.transpose(0, 1)) < INT8_TOLERANCE
     assert difference(row_loss, (scales[:, None] / 2 * errors.square().sum(dim=2)).sum(dim=0)) < 1e-5
     assert difference(last_error, errors[-1].square().sum(dim=1)) < 1e-5
@@ -226,12 +226,12 @@ def test_decoding_few_levels_gives_every_levels_gradient(levels):
 def test_decoding_many_levels_gives_the_same_by_walking_back(levels):
     batch, hidden, width, k = 9, 64, 64, levels[-1]
     codes, W_dec, start, scales, errors, G_expected = decode_case(batch, hidden, width, levels)
-    rank_scales = torch.tensor(fused.rank_scales(scales.tolist(), levels), device=DEVICE)
+    rank_scales = torch.tensor(fused_step.rank_scales(scales.tolist(), levels), device=DEVICE)
     level_of_rank = torch.tensor([sum(r >= n for n in levels[:-1]) for r in range(k)], dtype=torch.int32, device=DEVICE)
     G = poisoned_quads(batch, len(levels), width)
     row_loss, last_error = nans(batch), nans(batch)
     grad_pre = nans(hidden, 16, dtype=torch.bfloat16)
-    packed = words.pack_reference(W_dec)
+    packed = packing.pack_reference(W_dec)
     decode.decode_many(start, codes, packed, rank_scales, level_of_rank, G, row_loss, last_error, grad_pre)
     assert difference(row_loss, (scales[:, None] / 2 * errors.square().sum(dim=2)).sum(dim=0)) < 1e-5
     assert difference(last_error, errors[-1].square().sum(dim=1)) < 1e-5
@@ -241,7 +241,7 @@ def test_decoding_many_levels_gives_the_same_by_walking_back(levels):
 
 def pre_gradient(codes: Tensor, W_dec: Tensor, G: Tensor, hidden: int, levels: tuple[int, ...]) -> Tensor:
     """[batch, hidden_dim]: G · w wherever a latent is active, the plain way."""
-    values, latents = words.split_codes(codes)
+    values, latents = packing.split_codes(codes)
     expected = torch.zeros(len(codes), hidden, dtype=torch.float64, device=DEVICE)
     for rank in range(levels[-1]):
         level = sum(rank >= k for k in levels[:-1])
@@ -256,9 +256,9 @@ def test_validation_errors_and_active_counts_are_those_of_every_level(levels):
     batch, hidden, width = 6, 64, 64
     codes, W_dec, start, _, errors, _ = decode_case(batch, hidden, width, levels, seed=3)
     got, active = nans(batch, len(levels)), torch.full((batch, len(levels)), -1, dtype=torch.int32, device=DEVICE)
-    decode.decode_errors(start, codes, words.pack_reference(W_dec), got, active, levels)
+    decode.decode_errors(start, codes, packing.pack_reference(W_dec), got, active, levels)
     assert difference(got, errors.square().sum(dim=2).T) < 1e-5
-    holds = words.split_codes(codes)[0] > 0
+    holds = packing.split_codes(codes)[0] > 0
     assert torch.equal(active, torch.stack([holds[:, :k].sum(dim=1) for k in levels], dim=1).int())
 
 
@@ -271,14 +271,14 @@ def test_the_backward_pass_sums_each_latents_rows_part_by_part(batch, levels, pa
     rounded_G = unquantized(packed_G).transpose(0, 1).double()
     expected_pre = pre_gradient(codes, W_dec, rounded_G, hidden, levels)
     n_parts = len(entries.parts)
-    gradients = by_latent.Gradients(nans(hidden, width), nans(n_parts, width), nans(hidden), nans(n_parts))
+    gradients = latent_gradients.Gradients(nans(hidden, width), nans(n_parts, width), nans(hidden), nans(n_parts))
     grad_pre = torch.zeros(hidden, -(-batch // 8) * 8, dtype=torch.bfloat16, device=DEVICE)
-    by_latent.backward(packed_G, words.pack_reference(W_dec), entries, gradients, grad_pre, part)
+    latent_gradients.backward(packed_G, packing.pack_reference(W_dec), entries, gradients, grad_pre, part)
     used = int(entries.cursors[1])
     W_grad, pre_sum = gradients.W_dec.double(), gradients.pre_sum.double()
     W_grad.index_add_(0, entries.parts[:used].long(), gradients.W_dec_parts[:used].double())
     pre_sum.index_add_(0, entries.parts[:used].long(), gradients.pre_sum_parts[:used].double())
-    values, latents = words.split_codes(codes)
+    values, latents = packing.split_codes(codes)
     expected = torch.zeros(hidden, width, dtype=torch.float64, device=DEVICE)
     for rank in range(levels[-1]):
         level = sum(rank >= k for k in levels[:-1])
@@ -293,7 +293,7 @@ def update_case(hidden: int, width: int, n_parts: int = 6):
     """Moments, gradients with parts, and hyperparameters of one step; latent 3 has three parts, latent 7 none."""
     part = 4
     moments = [
-        update.Moments(randn(*size, seed=i), 0.1 * randn(*size, seed=i + 10), 0.01 * randn(*size, seed=i + 20).square())
+        adam.Moments(randn(*size, seed=i), 0.1 * randn(*size, seed=i + 10), 0.01 * randn(*size, seed=i + 20).square())
         for i, size in enumerate([(hidden, width), (hidden, width), (width,)])
     ]
     moments[1].value.copy_(torch.nn.functional.normalize(moments[1].value, dim=1))
@@ -302,12 +302,12 @@ def update_case(hidden: int, width: int, n_parts: int = 6):
     more_parts = torch.full((hidden,), -5, dtype=torch.int32, device=DEVICE)
     more_parts[3] = 1
     unused = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    entries = by_latent.Entries(unused, unused, counts, more_parts, unused, unused, unused)
-    gradients = by_latent.Gradients(
+    entries = latent_gradients.Entries(unused, unused, counts, more_parts, unused, unused, unused)
+    gradients = latent_gradients.Gradients(
         randn(hidden, width, seed=31), randn(n_parts, width, seed=32), randn(hidden, seed=33), randn(n_parts, seed=34)
     )
     totals = torch.tensor([1.0, 2.0], dtype=torch.float64, device=DEVICE)
-    hyper = update.Hyper(
+    hyper = adam.Hyper(
         torch.tensor([[9.0, 9.0], [0.02, 0.3]], device=DEVICE), torch.tensor([0.9, 0.99, 1e-6, 0.5], device=DEVICE),
         torch.tensor([4, 1], dtype=torch.int32, device=DEVICE), torch.tensor([0.02, 0.3, 0.25], device=DEVICE), totals,
     )  # fmt: skip
@@ -322,9 +322,9 @@ def test_pre_biass_gradient_is_summed_and_the_counters_move_on():
     hidden, width, batch = 64, 64, 37
     part, (W_enc, _, _), entries, gradients, hyper, _, pre_sum = update_case(hidden, width)
     G = quantized(randn(batch * 3, width, seed=1).view(batch, 3, width))
-    sums = nans(update.N_SUMS, width)
-    update.sum_decoding_gradient(G, sums, hyper)
-    update.sum_encoding_gradient(W_enc.value, entries, gradients, sums, part)
+    sums = nans(adam.N_SUMS, width)
+    adam.sum_decoding_gradient(G, sums, hyper)
+    adam.sum_encoding_gradient(W_enc.value, entries, gradients, sums, part)
     first = unquantized(G)[:, 0].double().sum(dim=0)
     assert difference(sums.sum(dim=0), first - pre_sum @ W_enc.value.double()) < 1e-5
     assert hyper.counters.tolist() == [5, 2]
@@ -337,7 +337,7 @@ def test_adam_updates_everything_and_keeps_decoder_rows_at_unit_norm(normalize):
     part, (W_enc, W_dec, pre_bias), entries, gradients, hyper, W_dec_gradient, _ = update_case(hidden, width)
     grad_W_enc, sums, row_loss = (
         randn(hidden, width, seed=40),
-        randn(update.N_SUMS, width, seed=41),
+        randn(adam.N_SUMS, width, seed=41),
         randn(1500, seed=42),
     )
     aux_losses = randn(7, seed=43)
@@ -348,7 +348,7 @@ def test_adam_updates_everything_and_keeps_decoder_rows_at_unit_norm(normalize):
     settings = {"lr": 0.02 * (1 - 0.9), "beta1": 0.9, "beta2": 1 - 0.3**2, "eps": 1e-6, "step": 1}
     hyper.betas[1] = 1 - 0.3**2
     expected = [
-        update.adam_reference(moments, 0.25 * gradient, **settings)
+        adam.adam_reference(moments, 0.25 * gradient, **settings)
         for moments, gradient in (
             (W_enc, grad_W_enc), (W_dec, W_dec_gradient), (pre_bias, sums.double().sum(dim=0)),
         )
@@ -357,7 +357,7 @@ def test_adam_updates_everything_and_keeps_decoder_rows_at_unit_norm(normalize):
         expected[1] = torch.nn.functional.normalize(expected[1], dim=1)
     encoder_copy = nans(hidden, width, dtype=torch.bfloat16)
     decoder_copy = torch.full((hidden, width // 2), -1, dtype=torch.int32, device=DEVICE)
-    update.update_weights(
+    adam.update_weights(
         W_enc, W_dec, pre_bias, grad_W_enc, entries, gradients, sums, row_loss, aux_losses, hyper, encoder_copy,
         decoder_copy, part, normalize=normalize,
     )  # fmt: skip
@@ -365,7 +365,7 @@ def test_adam_updates_everything_and_keeps_decoder_rows_at_unit_norm(normalize):
         assert difference(moments.value, value) < 1e-6
     assert difference(W_enc.mean, 0.9 * 0.1 * randn(hidden, width, seed=10) + 0.1 * 0.25 * grad_W_enc) < 1e-6
     assert difference(encoder_copy, W_enc.value) < BF16_TOLERANCE
-    assert difference(words.unpack_reference(decoder_copy), W_dec.value) < BF16_TOLERANCE
+    assert difference(packing.unpack_reference(decoder_copy), W_dec.value) < BF16_TOLERANCE
     assert hyper.totals.tolist() == pytest.approx([1 + row_loss.sum().item(), 2 + aux_losses.sum().item()], rel=1e-5)
 
 
@@ -374,8 +374,8 @@ def test_clipping_takes_the_norm_over_all_parameters(limit):
     hidden, width = 64, 64
     part, (_, W_dec, _), entries, gradients, hyper, W_dec_gradient, _ = update_case(hidden, width)
     hyper.betas[3] = limit
-    grad_W_enc, sums, norms = randn(hidden, width, seed=40), randn(update.N_SUMS, width, seed=41), nans(4)
-    update.clip_gradients(grad_W_enc, W_dec.value, entries, gradients, sums, norms, hyper, part, normalize=True)
+    grad_W_enc, sums, norms = randn(hidden, width, seed=40), randn(adam.N_SUMS, width, seed=41), nans(4)
+    adam.clip_gradients(grad_W_enc, W_dec.value, entries, gradients, sums, norms, hyper, part, normalize=True)
     along = (W_dec_gradient * W_dec.value).sum(dim=1, keepdim=True)
     parts = (grad_W_enc, W_dec_gradient - along * W_dec.value.double(), sums.double().sum(dim=0))
     norm = sum(p.double().square().sum() for p in parts) ** 0.5
@@ -385,9 +385,9 @@ def test_clipping_takes_the_norm_over_all_parameters(limit):
 def dead_case(batch: int, hidden: int, width: int, n_dead: int):
     since = torch.zeros(hidden, dtype=torch.int64, device=DEVICE)
     since[torch.randperm(hidden, generator=torch.Generator().manual_seed(1))[:n_dead]] = 100
-    aux = dead.AuxHyper(torch.tensor([100], device=DEVICE), torch.tensor([0.3], device=DEVICE))
-    row_tiles = -(-batch // dead.TILE)
-    buffers = dead.Dead(
+    aux = aux_loss.AuxHyper(torch.tensor([100], device=DEVICE), torch.tensor([0.3], device=DEVICE))
+    row_tiles = -(-batch // aux_loss.TILE)
+    buffers = aux_loss.Dead(
         torch.full((hidden,), -1, dtype=torch.int32, device=DEVICE),
         torch.full((1,), -1, dtype=torch.int32, device=DEVICE),
         nans(batch, hidden, dtype=torch.bfloat16),
@@ -403,26 +403,26 @@ def dead_case(batch: int, hidden: int, width: int, n_dead: int):
 def test_the_dead_are_listed_and_each_row_uses_its_largest_aux_k(n_dead, aux_k):
     since, aux, buffers = dead_case(5, 128, 32, n_dead)
     since[120:] = 100  # beyond the first 120 latents there is only padding
-    dead.find_dead(since, aux, buffers, 120)
+    aux_loss.find_dead(since, aux, buffers, 120)
     expected = (since[:120] >= 100).nonzero().flatten()
     assert buffers.n_dead.item() == len(expected)
     assert torch.equal(buffers.latents[: len(expected)].long(), expected)
     pre_acts = (randn(5, 128) * 2).round().div(2).bfloat16()  # many ties
-    dead.select(pre_acts, buffers, aux_k)
+    aux_loss.select(pre_acts, buffers, aux_k)
     if len(expected):
         acts = buffers.acts[:, : len(expected)].float()
         chosen = pre_acts[:, expected].float().clamp_min(0)
         values, places = chosen.sort(dim=1, descending=True, stable=True)
         wanted = torch.zeros_like(chosen).scatter(1, places[:, :aux_k], values[:, :aux_k])
         assert torch.equal(acts, wanted)
-        assert not buffers.acts[:, len(expected) : -(-len(expected) // dead.TILE) * dead.TILE].any()
+        assert not buffers.acts[:, len(expected) : -(-len(expected) // aux_loss.TILE) * aux_loss.TILE].any()
 
 
 @pytest.mark.parametrize(("batch", "n_dead", "aux_k"), [(70, 50, 10), (20, 100, 512), (5, 0, 8)])
 def test_the_auxiliary_loss_and_its_gradients_are_those_of_the_plain_one(batch, n_dead, aux_k):
     hidden, width = 128, 64
     since, aux, buffers = dead_case(batch, hidden, width, n_dead)
-    dead.find_dead(since, aux, buffers, hidden)
+    aux_loss.find_dead(since, aux, buffers, hidden)
     W_enc, W_dec = (randn(hidden, width, seed=i).bfloat16().double() for i in (1, 2))
     bias, x, x_hat = randn(width, seed=3).double(), randn(batch, width, seed=4).double(), randn(batch, width, seed=5)
     centred = (x - bias).float().bfloat16().double()
@@ -433,12 +433,12 @@ def test_the_auxiliary_loss_and_its_gradients_are_those_of_the_plain_one(batch, 
     last = quantized((0.4 * error).float()[:, None])
     G.words[:, 1], G.scales[:, 1] = last.words[:, 0], last.scales[:, 0]
     before = randn(hidden, width, seed=6), randn(hidden, seed=7), randn(hidden, 72, seed=8).bfloat16()
-    gradients = by_latent.Gradients(before[0].clone(), nans(1, width), before[1].clone(), nans(1))
+    gradients = latent_gradients.Gradients(before[0].clone(), nans(1, width), before[1].clone(), nans(1))
     grad_pre = before[2].clone()
-    dead.select(pre_acts, buffers, aux_k)
-    packed = words.pack_reference(W_dec.float())
-    dead.residual_gradient(G, scales, error.square().sum(dim=1).float(), packed, aux, buffers)
-    dead.add_gradients(packed, buffers, grad_pre, gradients)
+    aux_loss.select(pre_acts, buffers, aux_k)
+    packed = packing.pack_reference(W_dec.float())
+    aux_loss.residual_gradient(G, scales, error.square().sum(dim=1).float(), packed, aux, buffers)
+    aux_loss.add_gradients(packed, buffers, grad_pre, gradients)
 
     # The same by autograd, from the rounded pre_acts on, so that both choose the same latents.
     is_dead = since >= 100
@@ -480,7 +480,7 @@ def test_rows_are_fetched_in_order_and_the_last_one_fills_a_batch(with_order):
         counter = torch.tensor([step], dtype=torch.int32, device=DEVICE)
         centred, start = nans(batch, width, dtype=torch.bfloat16), nans(batch, width)
         cursors = torch.ones(2, dtype=torch.int32, device=DEVICE)
-        rows.fetch_rows(window, counter, bias, centred, start, cursors, batch, input_dim)
+        gather.fetch_rows(window, counter, bias, centred, start, cursors, batch, input_dim)
         numbers = torch.arange(step * batch, (step + 1) * batch, device=DEVICE).clamp_max(n - 1)
         expected = (x[order] if with_order else x)[numbers] - bias[:input_dim]
         assert torch.equal(start[:, :input_dim], -expected)
@@ -502,7 +502,7 @@ def test_rows_beyond_the_windows_end_do_not_count_in_validation():
         inside = min(batch, n - step * batch)
         expected_sums += errors[:inside].double().sum(dim=0)
         expected_counts += active[:inside].sum(dim=0)
-        rows.add_errors(window, counter, errors, active, sums, counts)
+        gather.add_errors(window, counter, errors, active, sums, counts)
     torch.testing.assert_close(sums, expected_sums)
     assert torch.equal(counts, expected_counts)
     assert counter.item() == 3

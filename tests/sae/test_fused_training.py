@@ -16,11 +16,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed, and without it the fused step is not taken")
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.data.loader import ResidentBatches
+from msae_sweep.data.batches.loader import ResidentBatches
 from msae_sweep.sae import kernels, loss
-from msae_sweep.sae.kernels import fused, sparse_cpu, words
+from msae_sweep.sae.engines.step_cache import StepCache
+from msae_sweep.sae.kernels import fused_step, packing, sparse_cpu
 from msae_sweep.sae.model import MSAE
-from msae_sweep.sae.step_cache import StepCache
 from msae_sweep.sae.train import TrainState, fit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +129,7 @@ def test_a_trial_in_a_used_process_equals_one_in_a_fresh_process(first_epoch):
 
 def test_a_step_that_runs_out_of_memory_when_it_is_captured_gets_the_memory_of_the_others(monkeypatch):
     steps, attempts, alive = StepCache(), weakref.WeakSet(), []
-    shapes = [fused.Shape(8, 16, 64, (4,), (4,), 0, True, False)._replace(batch=batch) for batch in (8, 16)]
+    shapes = [fused_step.Shape(8, 16, 64, (4,), (4,), 0, True, False)._replace(batch=batch) for batch in (8, 16)]
     first = weakref.ref(steps.get(shapes[0], DEVICE))
 
     def capture(step):
@@ -138,7 +138,7 @@ def test_a_step_that_runs_out_of_memory_when_it_is_captured_gets_the_memory_of_t
         if first() is not None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fused.FusedStep, "capture", capture)
+    monkeypatch.setattr(fused_step.FusedStep, "capture", capture)
     assert steps.get(shapes[1], DEVICE).shape == shapes[1]
     assert (len(steps), alive) == (1, [1, 1]), "the failed attempt was still held"
 
@@ -194,8 +194,8 @@ def test_gradients_of_a_whole_step_are_those_of_autograd(changes):
     model.to(DEVICE)
     is_dead = torch.rand(hidden_dim) < changes["dead"]
 
-    step = fused.FusedStep(
-        fused.Shape(batch, input_dim, hidden_dim, changes["k_levels"], loss_levels, 16, True, False), DEVICE
+    step = fused_step.FusedStep(
+        fused_step.Shape(batch, input_dim, hidden_dim, changes["k_levels"], loss_levels, 16, True, False), DEVICE
     )
     step.capture()
     for moments in (step.W_enc, step.W_dec, step.pre_bias):
@@ -206,7 +206,7 @@ def test_gradients_of_a_whole_step_are_those_of_autograd(changes):
     step.copy_weights()
     weights = loss.level_weights(len(loss_levels), settings.weighting)
     step.level_scales.copy_(2 * weights / (batch * input_dim))
-    step.rank_scales.copy_(torch.tensor(fused.rank_scales(step.level_scales.tolist(), loss_levels)))
+    step.rank_scales.copy_(torch.tensor(fused_step.rank_scales(step.level_scales.tolist(), loss_levels)))
     step.hyper.betas.copy_(torch.tensor([0.9, 0.999, 1e-8, 1.0]))
     step.set_schedule(torch.tensor([[1e-3, 0.03]]))
     step.aux.dead_after.fill_(7)
@@ -219,7 +219,7 @@ def test_gradients_of_a_whole_step_are_those_of_autograd(changes):
     step.train(dead_possible=True)
 
     # Which latents a row uses is the kernel's choice, proven elsewhere; the rest is autograd in float64.
-    taken, latents = words.split_codes(step.codes[:, : loss_levels[-1]])
+    taken, latents = packing.split_codes(step.codes[:, : loss_levels[-1]])
     W_enc, W_dec = (p.detach().double().requires_grad_() for p in (model.W_enc, model.W_dec))
     bias = torch.zeros(input_dim, dtype=torch.float64, device=DEVICE, requires_grad=True)
     pre_acts = (x.double() - bias) @ W_enc.T

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from msae_sweep.errors import DataError
-from msae_sweep.sae import modelfile
+from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE, geometric_median
-from msae_sweep.sae.modelfile import ModelFile
+from msae_sweep.sae.model_file import ModelFile
 
 
 def random_file(seed: int = 0) -> ModelFile:
@@ -94,8 +94,8 @@ def test_a_saved_model_loads_to_identical_outputs(tmp_path, form):
     file, raw = random_file(), torch.randn(20, 8)
     path = tmp_path / ("msae_block5.pt" if form == "notebook" else "msae_block5.safetensors")
     save, load = {
-        "notebook": (modelfile.save, modelfile.load),
-        "safetensors": (modelfile.save_safetensors, modelfile.load_safetensors),
+        "notebook": (model_file.save, model_file.load),
+        "safetensors": (model_file.save_safetensors, model_file.load_safetensors),
     }[form]
     save(file, path)
     loaded = load(path)
@@ -105,7 +105,7 @@ def test_a_saved_model_loads_to_identical_outputs(tmp_path, form):
 
 
 def test_the_model_file_has_the_notebooks_keys(tmp_path):
-    modelfile.save(random_file(), tmp_path / "m.pt")
+    model_file.save(random_file(), tmp_path / "m.pt")
     # What the notebook's own code does; the file is ours, so unpickling it is safe.
     raw = torch.load(tmp_path / "m.pt", weights_only=False)
     assert set(raw) == {"model_state_dict", "config", "normalization", "history"}
@@ -144,9 +144,9 @@ def test_a_notebooks_own_names_and_orientations_are_understood(tmp_path):
         saved = foreign()
         saved["model_state_dict"] = {rename(name): tensor for name, tensor in saved["model_state_dict"].items()}
         torch.save(saved, tmp_path / "m.pt")
-        loaded = modelfile.load(tmp_path / "m.pt")
+        loaded = model_file.load(tmp_path / "m.pt")
         torch.testing.assert_close(loaded.standardised()(raw), expected.standardised()(raw))
-        modelfile.save_safetensors(loaded, tmp_path / "m.safetensors")  # its history is plain
+        model_file.save_safetensors(loaded, tmp_path / "m.safetensors")  # its history is plain
         assert loaded.history == {"train_loss": [1.0, 0.5], "val_r2": {"r2_k2": [0.1, 0.2]}}
 
 
@@ -162,12 +162,12 @@ def test_a_notebooks_own_names_and_orientations_are_understood(tmp_path):
 def test_tensors_that_could_mean_two_things_are_refused(tmp_path, changed, says):
     torch.save(foreign(**changed), tmp_path / "m.pt")
     with pytest.raises(DataError, match=says):
-        modelfile.load(tmp_path / "m.pt")
+        model_file.load(tmp_path / "m.pt")
 
 
 def test_a_latent_bias_of_zeros_is_no_bias(tmp_path):
     torch.save(foreign(b_enc=torch.zeros(24)), tmp_path / "m.pt")
-    assert modelfile.load(tmp_path / "m.pt").model.hidden_dim == 24
+    assert model_file.load(tmp_path / "m.pt").model.hidden_dim == 24
 
 
 class Evil:
@@ -176,16 +176,16 @@ class Evil:
 
 
 def test_threads_read_model_files_side_by_side(tmp_path):
-    modelfile.save(random_file(), tmp_path / "model.pt")
+    model_file.save(random_file(), tmp_path / "model.pt")
     with ThreadPoolExecutor(4) as threads:
-        files = list(threads.map(modelfile.load, [tmp_path / "model.pt"] * 200))
+        files = list(threads.map(model_file.load, [tmp_path / "model.pt"] * 200))
     assert all(torch.equal(file.model.W_dec, files[0].model.W_dec) for file in files)
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     torch.save({"model_state_dict": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(DataError, match=r"safely: it holds .*print"):
-        modelfile.load(tmp_path / "evil.pt")
+        model_file.load(tmp_path / "evil.pt")
     assert "ran" not in capsys.readouterr().out
 
 
@@ -194,7 +194,7 @@ def test_a_file_of_something_else_is_refused_in_one_line(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     for name in ("other.pt", "text.pt", "missing.pt"):
         with pytest.raises(DataError) as caught:
-            modelfile.load(tmp_path / name)
+            model_file.load(tmp_path / name)
         assert "\n" not in str(caught.value)
         assert name in str(caught.value)
         assert "weights_only" not in str(caught.value)  # torch advises to switch the safety off

@@ -8,7 +8,7 @@ from torch import Tensor
 from msae_sweep.config import TrainingConfig
 from msae_sweep.errors import DeviceError
 from msae_sweep.sae import train
-from msae_sweep.sae.autograd import AutogradEngine
+from msae_sweep.sae.engines.autograd import AutogradEngine
 from msae_sweep.sae.kernels import reference
 from msae_sweep.sae.train import TrainState, choose_device, fit, learning_rate_at
 

@@ -49,7 +49,7 @@ def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = Fal
     """
     from msae_sweep.sweep import run
     from msae_sweep.track import tracker
-    from msae_sweep.track.sending import SenderThread
+    from msae_sweep.track.sender_process import SenderThread
 
     console = Console(file=open(folder / "log", "a"), width=200)  # noqa: SIM115
     with pytest.MonkeyPatch.context() as patch:

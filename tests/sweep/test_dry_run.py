@@ -13,9 +13,9 @@ from rich.console import Console
 from msae_sweep.cli import main
 from msae_sweep.config import SweepConfig, parse
 from msae_sweep.errors import ConfigError, DataError, DeviceError, MsaeSweepError, SweepError
-from msae_sweep.results.folder import SweepFolder
 from msae_sweep.sweep import dry_run, run
 from msae_sweep.sweep.space import plan
+from msae_sweep.sweep_folder.folder import SweepFolder
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from msae_sweep.config import SweepConfig, parse
-from msae_sweep.data.source import BlockInfo
+from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sweep import memory

@@ -17,12 +17,12 @@ import torch
 from planted_sweep import database
 
 from msae_sweep.errors import DataError, SweepError
-from msae_sweep.places import Place
-from msae_sweep.results import lease
-from msae_sweep.results.folder import SweepFolder
-from msae_sweep.results.mirror import Mirror, fetch
-from msae_sweep.sae import modelfile
+from msae_sweep.paths import Place
+from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
+from msae_sweep.sweep_folder import driver_lock
+from msae_sweep.sweep_folder.folder import SweepFolder
+from msae_sweep.sweep_folder.store_sync import Mirror, fetch
 from msae_sweep.track import journal
 
 SPACE = """
@@ -215,7 +215,7 @@ def test_a_store_that_fails_for_a_while_loses_nothing_and_one_that_stays_away_en
         real(place, content)
 
     monkeypatch.setattr(Place, "write", write)
-    monkeypatch.setattr("msae_sweep.results.mirror.time.sleep", lambda seconds: failing.__setitem__(0, False))
+    monkeypatch.setattr("msae_sweep.sweep_folder.store_sync.time.sleep", lambda seconds: failing.__setitem__(0, False))
     (tmp_path / "file").write_text("kept")
     mirror = Mirror(tmp_path, shared)
     mirror.changed(tmp_path / "file")
@@ -223,7 +223,7 @@ def test_a_store_that_fails_for_a_while_loses_nothing_and_one_that_stays_away_en
     assert (shared / "file").read() == b"kept"
 
     failing[0] = True
-    monkeypatch.setattr("msae_sweep.results.mirror.PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr("msae_sweep.sweep_folder.store_sync.PATIENCE_SECONDS", -1.0)
     mirror.changed(tmp_path / "file")
     with pytest.raises(Exception, match="the store is away; what is on its way is lost, resume when"):
         mirror.flush()
@@ -232,24 +232,24 @@ def test_a_store_that_fails_for_a_while_loses_nothing_and_one_that_stays_away_en
 
 def test_a_sweep_in_a_store_has_one_driver_and_a_dead_one_is_told_from_a_living(object_store, tmp_path, monkeypatch):
     place = Place(object_store.bucket) / "leased" / "sweep" / "journal" / "driver.json"
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
-    monkeypatch.setattr(lease, "DEAD_SECONDS", 1.0)
+    monkeypatch.setattr(driver_lock, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(driver_lock, "DEAD_SECONDS", 1.0)
     elsewhere = f"process {os.getpid()} on another-machine"
-    with lease.held(place):
+    with driver_lock.held(place):
         wait_for(place.exists)
         first = place.read()
         wait_for(lambda: place.read() != first)
-        monkeypatch.setattr(lease, "_is_dead_here", lambda driver: False)
+        monkeypatch.setattr(driver_lock, "_is_dead_here", lambda driver: False)
         with (
             pytest.raises(SweepError, match=r"sweep: this sweep is being run by process \d+"),
-            lease.held(place),
+            driver_lock.held(place),
         ):
             pass
     assert not place.exists()
     # Killed on another machine: its file stays, and does not change.
     place.write(json.dumps({"driver": elsewhere, "beat": "1"}).encode())
     started = time.monotonic()
-    with lease.held(place):
+    with driver_lock.held(place):
         assert time.monotonic() - started >= 1.0
         wait_for(lambda: elsewhere.encode() not in place.read())
     monkeypatch.undo()
@@ -258,8 +258,8 @@ def test_a_sweep_in_a_store_has_one_driver_and_a_dead_one_is_told_from_a_living(
     gone.wait()
     place.write(json.dumps({"driver": f"process {gone.pid} on {socket.gethostname()}", "beat": "1"}).encode())
     started = time.monotonic()
-    with lease.held(place):
-        assert time.monotonic() - started < lease.DEAD_SECONDS / 2
+    with driver_lock.held(place):
+        assert time.monotonic() - started < driver_lock.DEAD_SECONDS / 2
 
 
 def wait_for(condition) -> None:
@@ -270,12 +270,12 @@ def wait_for(condition) -> None:
 
 
 def test_a_model_is_found_in_a_store_as_on_a_disk(object_store, tmp_path):
-    from msae_sweep.results.models import find
+    from msae_sweep.models.find import find
 
     sae = MSAE(4, 8, [1, 2])
-    file = modelfile.ModelFile(sae, np.zeros(4, np.float32), np.ones(4, np.float32), {})
-    modelfile.save(file, tmp_path / "msae_block5.pt")
-    modelfile.save_safetensors(file, tmp_path / "msae_block5.safetensors")
+    file = model_file.ModelFile(sae, np.zeros(4, np.float32), np.ones(4, np.float32), {})
+    model_file.save(file, tmp_path / "msae_block5.pt")
+    model_file.save_safetensors(file, tmp_path / "msae_block5.safetensors")
     sweep = Place(object_store.bucket) / "models of a sweep"
     for path in tmp_path.iterdir():
         (sweep / "models" / path.name).write(path.read_bytes())

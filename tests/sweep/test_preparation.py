@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from msae_sweep.config import DataConfig, SweepConfig, parse
-from msae_sweep.data.shards import PreparedBlock
-from msae_sweep.data.source import BlockInfo
+from msae_sweep.data.prepare.shards import PreparedBlock
+from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.errors import DataError, SweepError
 from msae_sweep.sweep import preparation
 from msae_sweep.sweep.preparation import Preparation, leaves_cores

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from msae_sweep.config import Distribution, parse
-from msae_sweep.results.record import TrialRecord, ranked
 from msae_sweep.sweep.space import plan, sample
+from msae_sweep.sweep_folder.trial_record import TrialRecord, ranked
 
 SPACE = """
 name: test

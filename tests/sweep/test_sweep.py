@@ -21,12 +21,12 @@ import torch
 from planted_sweep import config, results, sweep
 
 from msae_sweep import signals
-from msae_sweep.data.planted import PlantedSource
+from msae_sweep.data.sources.planted import PlantedSource
 from msae_sweep.errors import ConfigError, DataError, DeviceError, StorageError, SweepError
-from msae_sweep.results.record import FINAL
-from msae_sweep.sae import modelfile
+from msae_sweep.sae import model_file
 from msae_sweep.sweep.preparation import Preparation
 from msae_sweep.sweep.tuning import Tuning
+from msae_sweep.sweep_folder.trial_record import FINAL
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.uri import redact
 
@@ -113,7 +113,7 @@ def test_what_a_report_needs_to_tell_how_to_run_it_again_is_written(finished):
 
 
 def test_a_report_that_fails_costs_the_sweep_nothing(finished, tmp_path, monkeypatch):
-    from msae_sweep.results import report
+    from msae_sweep import report
 
     def fail(path, draw):
         raise RuntimeError("no fonts")
@@ -129,8 +129,8 @@ def test_a_report_that_fails_costs_the_sweep_nothing(finished, tmp_path, monkeyp
 
 
 def test_figures_drawn_side_by_side_are_those_drawn_here(finished, monkeypatch):
-    from msae_sweep.results.report import write_at_the_end
-    from msae_sweep.sweep.drawing import side_by_side
+    from msae_sweep.report import write_at_the_end
+    from msae_sweep.sweep.figure_workers import side_by_side
 
     def figures() -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in (finished.folder.path / "report" / "figures").iterdir()}
@@ -152,7 +152,7 @@ def test_figures_drawn_side_by_side_are_those_drawn_here(finished, monkeypatch):
 
 
 def test_what_a_worker_cannot_draw_is_drawn_here(monkeypatch):
-    from msae_sweep.sweep.drawing import beside
+    from msae_sweep.sweep.figure_workers import beside
 
     here = os.getpid()
 
@@ -197,11 +197,11 @@ def test_the_report_goes_with_the_sweeps_run_in_mlflow(finished):
 @pytest.mark.parametrize("block", [5, 20])
 def test_the_best_model_of_a_block_has_the_r2_that_the_summary_states(finished, block):
     best = finished.summary["blocks"][f"block{block}"]["trials"][0]
-    file = modelfile.load(finished.folder.path / "models" / f"msae_block{block}.pt")
-    same = modelfile.load_safetensors(finished.folder.path / "models" / f"msae_block{block}.safetensors")
+    file = model_file.load(finished.folder.path / "models" / f"msae_block{block}.pt")
+    same = model_file.load_safetensors(finished.folder.path / "models" / f"msae_block{block}.safetensors")
     source = PlantedSource(config(finished.folder.path).data.planted)
     raw = torch.from_numpy(np.concatenate([source.read(r).x for r in source.row_ranges(block, 3000)]))
-    from msae_sweep.data.split import is_validation
+    from msae_sweep.data.prepare.split import is_validation
 
     val = raw[torch.from_numpy(is_validation(np.arange(3000) // 10, 0, 0.1))]
     x = (val - torch.from_numpy(file.mean)) / torch.from_numpy(file.std)
@@ -265,7 +265,7 @@ def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp
 
 def test_a_fast_trial_waits_at_its_rung_for_a_slow_predecessor(tmp_path, monkeypatch):
     from msae_sweep.sweep import tuning
-    from msae_sweep.sweep.schedule import BlockAsha
+    from msae_sweep.sweep.scheduler import BlockAsha
 
     decisions, one_waits = [], tmp_path / "one waits"
     judge_result = BlockAsha.on_trial_result
@@ -552,7 +552,7 @@ def test_what_is_damaged_and_can_be_made_again_is_and_the_sweep_ends_as_before(f
 
 def assert_same_weights(one: Path, other: Path) -> None:
     for name in ("models/msae_block5.pt", "models/msae_block20.pt"):
-        weights = [modelfile.load(folder / name).model.state_dict() for folder in (one, other)]
+        weights = [model_file.load(folder / name).model.state_dict() for folder in (one, other)]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 

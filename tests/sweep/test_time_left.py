@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from msae_sweep.config import parse
-from msae_sweep.results.ladder import STOPPED_AT, cutoff, rungs
-from msae_sweep.sweep.schedule import BlockAsha
+from msae_sweep.sweep.scheduler import BlockAsha
 from msae_sweep.sweep.space import plan
 from msae_sweep.sweep.time_left import TimeLeft, pass_probability
+from msae_sweep.sweep_folder.rungs import STOPPED_AT, cutoff, rungs
 
 START_SECONDS, REPORT_SECONDS, ROWS = 40.0, 5.0, 1000.0
 

@@ -15,13 +15,13 @@ import torch
 from ray import tune
 
 from msae_sweep.config import SweepConfig, parse
-from msae_sweep.data import shards
+from msae_sweep.data.prepare import shards
 from msae_sweep.errors import StorageError
-from msae_sweep.results.folder import SweepFolder
-from msae_sweep.results.ladder import rungs
-from msae_sweep.sae import modelfile
+from msae_sweep.sae import model_file
 from msae_sweep.sweep.space import plan
 from msae_sweep.sweep.trial import MSAETrial
+from msae_sweep.sweep_folder.folder import SweepFolder
+from msae_sweep.sweep_folder.rungs import rungs
 
 SPACE = """
 name: trials
@@ -98,7 +98,7 @@ def metrics(reports: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def assert_same_model(one: Path, other: Path) -> None:
-    weights = [modelfile.load(path).model.state_dict() for path in (one, other)]
+    weights = [model_file.load(path).model.state_dict() for path in (one, other)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -125,7 +125,7 @@ def test_a_trial_that_passes_its_rungs_and_ends_writes_models_and_no_state(worke
     worker = workers.worker(spec)
     for _ in spec["trial"]["rungs"]:
         report = worker.train()
-        assert len(modelfile.load(workers.model_file(spec)).history["objective"]) == report["epoch"]
+        assert len(model_file.load(workers.model_file(spec)).history["objective"]) == report["epoch"]
         assert not workers.state_file(spec).exists()
     assert to_the_end(worker)[-1]["status"] == "completed"
     assert not workers.state_file(spec).exists()
@@ -230,14 +230,14 @@ def test_a_trial_that_gives_up_says_what_it_ran_on(workers, monkeypatch):
 
 
 def test_a_trial_on_a_node_that_was_told_to_go_saves_its_state_whatever_its_settings(workers, monkeypatch):
-    from msae_sweep.sweep import notice, trial
+    from msae_sweep.sweep import preemption, trial
 
     monkeypatch.setattr(trial, "LEAVING_SECONDS", 0)
-    monkeypatch.setattr(notice, "POLL_SECONDS", 0)
+    monkeypatch.setattr(preemption, "POLL_SECONDS", 0)
     spec = workers.specs()[0]
     worker = workers.worker(spec, checkpoint_seconds=600)
     draining = {"another node": 0}
-    monkeypatch.setattr(notice.cluster_state, "get_draining_nodes", lambda: draining)
+    monkeypatch.setattr(preemption.cluster_state, "get_draining_nodes", lambda: draining)
     worker.train()
     assert not workers.state_file(spec).exists()
     draining[ray.get_runtime_context().get_node_id()] = 0

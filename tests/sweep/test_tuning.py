@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from msae_sweep.config import parse
-from msae_sweep.results.folder import SweepFolder
 from msae_sweep.sweep import tuning
 from msae_sweep.sweep.space import plan
+from msae_sweep.sweep_folder.folder import SweepFolder
 
 BLOCKS = (35, 5, 20)
 

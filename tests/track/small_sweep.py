@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from msae_sweep.config import TrackingConfig, TrainingConfig
-from msae_sweep.sae import modelfile
+from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
-from msae_sweep.sae.modelfile import ModelFile
+from msae_sweep.sae.model_file import ModelFile
 from msae_sweep.track.connection import connect
-from msae_sweep.track.sending import SenderThread
+from msae_sweep.track.sender_process import SenderThread
 from msae_sweep.track.tracker import SyncReport, Tracker
 
 EXPERIMENT = "study"
@@ -79,7 +79,7 @@ def write_model(path: Path, seed: int = 0) -> ModelFile:
     mean, std = rng.normal(size=INPUT_DIM).astype("f4"), rng.uniform(0.5, 2, INPUT_DIM).astype("f4")
     file = ModelFile(MSAE(INPUT_DIM, 24, [2, 4]), mean, std, {"train_loss": [1.0, 0.5]})
     path.parent.mkdir(parents=True, exist_ok=True)
-    modelfile.save(file, path)
+    model_file.save(file, path)
     return file
 
 

@@ -11,8 +11,8 @@ from small_sweep import Store, send
 
 import msae_sweep as ms
 from msae_sweep.errors import TrackingError
-from msae_sweep.sae import modelfile
-from msae_sweep.track.models import fetch
+from msae_sweep.sae import model_file
+from msae_sweep.track.logged_models import fetch
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -21,7 +21,7 @@ def test_every_uri_gives_the_trials_model(uri, tmp_path):
     send(tmp_path / "sweep", uri)
     store = Store(uri)
     run_id = store.trial("block5-000").info.run_id
-    expected = modelfile.load(tmp_path / "sweep" / "trials" / "block5-000" / "model.pt")
+    expected = model_file.load(tmp_path / "sweep" / "trials" / "block5-000" / "model.pt")
     names = [f"runs:/{run_id}", f"runs:/{run_id}/model", f"models:/{store.models('block5-000')[0].model_id}"]
     for name in [*names, "models:/msae-block5@champion", "models:/msae-block5/1"]:
         file, block, found_run = fetch(name, uri)

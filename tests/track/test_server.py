@@ -26,7 +26,7 @@ from small_sweep import (
     tracking,
 )
 
-from msae_sweep.sae import modelfile
+from msae_sweep.sae import model_file
 from msae_sweep.track import sender as sender_module
 from msae_sweep.track import tracker as tracker_module
 from msae_sweep.track.tracker import sync
@@ -66,7 +66,7 @@ def test_a_sweep_over_http_is_whole_and_its_model_loads(server, tmp_path, monkey
     assert_whole(store)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-    ours = modelfile.load(tmp_path / "sweep/trials/block5-000/model.pt").standardised()
+    ours = model_file.load(tmp_path / "sweep/trials/block5-000/model.pt").standardised()
     torch.testing.assert_close(mlflow.pytorch.load_model("models:/msae-block5@champion")(x), ours(x))
 
 

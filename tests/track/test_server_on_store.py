@@ -9,8 +9,8 @@ import torch
 from servers import S3, Mlflow, Postgres, in_environment, wait_for
 from small_sweep import CONFIG_YAML, INPUT_DIM, Store, assert_whole, manifest, params, send, start, write_model
 
-from msae_sweep.places import Place
-from msae_sweep.sae import modelfile
+from msae_sweep.paths import Place
+from msae_sweep.sae import model_file
 
 pytestmark = pytest.mark.slow
 if reason := Postgres.why_not() or S3.why_not():
@@ -48,7 +48,7 @@ def test_artifacts_reach_the_store_through_the_server_alone(server, store, tmp_p
     assert_whole(Store(server.uri))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     x = torch.randn(3, INPUT_DIM, generator=torch.Generator().manual_seed(1))
-    ours = modelfile.load(tmp_path / "sweep/trials/block5-000/model.pt").standardised()
+    ours = model_file.load(tmp_path / "sweep/trials/block5-000/model.pt").standardised()
     torch.testing.assert_close(mlflow.pytorch.load_model("models:/msae-block5@champion")(x), ours(x))
     with in_environment(store.environment()):
         objects = {file: file.read() for file in (Place(store.bucket) / "mlflow").files(recursive=True)}

@@ -5,7 +5,7 @@ import threading
 import pytest
 from small_sweep import Store, assert_whole, start, tell, tell_end, tell_start, tell_trial
 
-from msae_sweep.track import models, sender
+from msae_sweep.track import logged_models, sender
 from msae_sweep.track.cursor import Cursor
 from msae_sweep.track.journal import Entry
 from msae_sweep.track.uploads import Uploads
@@ -90,14 +90,14 @@ def four_at_once(monkeypatch) -> None:
 
 
 def test_events_do_not_wait_for_a_model_and_the_cursor_does(four_at_once, uri, tmp_path, monkeypatch):
-    held, log_model = Held(), models.log_model
+    held, log_model = Held(), logged_models.log_model
 
     def slow(client, run, file, metrics, step):
         if not held.begun.is_set():
             held()
         log_model(client, run, file, metrics, step)
 
-    monkeypatch.setattr(models, "log_model", slow)
+    monkeypatch.setattr(logged_models, "log_model", slow)
     folder = tmp_path / "sweep"
     tracker = start(folder, uri)
     tell_start(tracker)
@@ -125,7 +125,7 @@ def test_events_do_not_wait_for_a_model_and_the_cursor_does(four_at_once, uri, t
 def test_a_model_that_fails_while_others_get_through_is_sent_again_and_nothing_is_doubled(
     four_at_once, uri, tmp_path, monkeypatch
 ):
-    log_model, failures = models.log_model, []
+    log_model, failures = logged_models.log_model, []
     others = threading.Event()
 
     def failing(client, run, file, metrics, step):
@@ -136,7 +136,7 @@ def test_a_model_that_fails_while_others_get_through_is_sent_again_and_nothing_i
         log_model(client, run, file, metrics, step)
         others.set()
 
-    monkeypatch.setattr(models, "log_model", failing)
+    monkeypatch.setattr(logged_models, "log_model", failing)
     tracker = start(tmp_path / "sweep", uri)
     tell(tracker, tmp_path / "sweep")
     report = tracker.close(timeout_seconds=120)

@@ -17,7 +17,7 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from msae_sweep.sae.kernels.launch import launch
-from msae_sweep.sae.kernels.words import Quads, code_latent, code_value, high_half, low_half, quantize, split_codes
+from msae_sweep.sae.kernels.packing import Quads, code_latent, code_value, high_half, low_half, quantize, split_codes
 
 FEW_LEVELS = 8
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from msae_sweep.replaced import replaced
+from msae_sweep.patching import replaced
 
 _collected: ContextVar[dict[Hashable, partial[Any]] | None] = ContextVar("collected", default=None)
 

@@ -1,0 +1,402 @@
+"""The front door. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+import atexit
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from msae_sweep import __version__, signals
+from msae_sweep.cli import models
+from msae_sweep.errors import MsaeSweepError, TrackingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from msae_sweep.config import SweepConfig
+    from msae_sweep.track.sender import TrackingStatus
+
+
+class _Commands(TyperGroup):
+    """Says that a command was interrupted in one line, where the command did not say it itself."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            _say("; ".join(["interrupted", *getattr(interrupt, "__notes__", [])]))
+            raise typer.Exit(signals.exit_code()) from None
+
+
+app = typer.Typer(
+    name="msae-sweep",
+    cls=_Commands,
+    help="Sweeps of Matryoshka sparse autoencoders over a network's activations.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Space = Annotated[
+    str, typer.Argument(metavar="SPACE", help="Search-space file or its URI, e.g. search_spaces/quickstart.yaml.")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="PATH", help="Activations: replaces data.path of the file.")
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Where sweep folders and prepared shards lie: a folder that every node shares, or s3://bucket/folder."
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="Name of the sweep: replaces the file's.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set any key of the file, e.g. --set training.epochs=5. Repeatable."
+    ),
+]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI: replaces tracking.uri of the file.")]
+SweepPath = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A sweep: sweeps/quickstart, or its URI in an object store.")
+]
+
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, and start and write nothing.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"msae-sweep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Sweeps of Matryoshka sparse autoencoders over a network's activations."""
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143."""
+    # Ray is connected to where that is meant. A thread that still prepares data when a command is interrupted would
+    # start another Ray by its next call.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    # The first that is registered is the last that is called.
+    atexit.register(signals.end_if_leaving)
+    with signals.sigterm_as_ctrl_c():
+        code = _run()
+        # A command that came to Ray has imported it.
+        cluster = sys.modules.get("msae_sweep.sweep.ray_cluster")
+        try:
+            if cluster and code not in (130, 143):
+                cluster.disconnect(keep_session=code != 0)
+        except KeyboardInterrupt:
+            code = signals.exit_code()
+    if code in (130, 143):
+        if cluster:
+            cluster.abandon()
+        signals.leave_at_once(code)
+    sys.exit(code)
+
+
+def _run() -> Any:
+    """Run the command that was given; returns its exit code."""
+    try:
+        app()
+    except SystemExit as ended:
+        return ended.code
+    except MsaeSweepError as error:
+        _say(str(error))
+        return 2
+    return 0
+
+
+def _say(line: str) -> None:
+    # A path may hold anything, also what begins a line or moves a terminal's cursor.
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"msae-sweep: {line}", file=sys.stderr)
+
+
+@app.command()
+def run(
+    space: Space,
+    data: Data = None,
+    storage: Storage = None,
+    name: Name = None,
+    overrides: Overrides = None,
+    tracking_uri: TrackingUri = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the sweep of this name where it stopped; begin it if there is none."),
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a sweep: prepare the data, schedule the trials, track them, leave a finished comparison."""
+    import yaml
+
+    from msae_sweep import config
+
+    named = {"data.path": data, "storage": storage, "name": name, "tracking.uri": tracking_uri}
+    # json-like quoting, so that a path or URI is never read as anything but text
+    options = [
+        f"{key}={yaml.safe_dump(value, default_style=chr(34))}" for key, value in named.items() if value is not None
+    ]
+    _sweep_or_show(config.load(space, [*(overrides or []), *options]), resume=resume, dry_run=dry_run)
+
+
+@app.command()
+def resume(sweep: SweepPath, tracking_uri: TrackingUri = None, dry_run: DryRun = False) -> None:
+    """Go on with a sweep that was interrupted; finished trials stay finished."""
+    from msae_sweep.sweep.resume import load_config
+
+    _sweep_or_show(load_config(sweep, tracking_uri), resume=True, dry_run=dry_run)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Activations: folder, .h5, Parquet, or `planted`.")],
+) -> None:
+    """Show what lies in PATH: a row per block, and how much its principal components explain."""
+    from msae_sweep.config import DataConfig
+    from msae_sweep.data import inspection as inspection
+
+    _console().print(inspection.render(inspection.inspect(DataConfig(path=path))))
+
+
+@app.command()
+def extract(
+    weights: Annotated[Path, typer.Option(metavar="NET", help="Leela Zero text weights, plain or .gz.")],
+    games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Activation folder to make, or to go on with.")],
+    blocks: Annotated[str, typer.Option(help="Residual blocks to tap, numbered from 1.")] = "5,20,35",
+    positions_per_game: Annotated[
+        int | None, typer.Option(min=1, help="Random positions of a game; all without.")
+    ] = None,
+    skip_first: Annotated[int, typer.Option(min=0, help="Moves at the beginning whose positions are left out.")] = 0,
+    points: Annotated[str, typer.Option(help="Rows of a position: mean, all, or N random points of the 361.")] = "mean",
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Type of the rows.")] = "float16",
+    format: Annotated[str, typer.Option(help="npy, h5, parquet, or several: npy,h5.")] = "npy",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU, fp32 on a CPU."),
+    ] = "auto",
+    first_row: Annotated[
+        Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
+    ] = "top",
+    seed: Annotated[int, typer.Option(help="Seed of positions and points.")] = 0,
+) -> None:
+    """Turn game records and a Leela Zero network into the activation folder that `run` reads."""
+    from msae_sweep.errors import ConfigError
+    from msae_sweep.go import extract as extraction
+    from msae_sweep.go.progress_bar import showing
+    from msae_sweep.go.sampling import Sampling, points_asked_for
+    from msae_sweep.sweep.ray_cluster import connect
+
+    try:
+        numbers = tuple(int(block) for block in blocks.split(","))
+    except ValueError:
+        raise ConfigError(f"--blocks: {blocks} must be numbers with commas, e.g. 5,20,35") from None
+    settings = extraction.Settings(
+        weights=weights,
+        games=games,
+        out=out,
+        blocks=numbers,
+        sampling=Sampling(positions_per_game, skip_first, points_asked_for(points), seed),
+        dtype=dtype,
+        formats=tuple(format.split(",")),
+        precision=precision,
+        first_row=first_row,
+    )
+    with showing(_console()) as report:
+        summary = extraction.extract(settings, report, connect)
+    _console().print(summary.text(settings), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def boards(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Model file, a sweep, champion:[NAME:]BLOCK, or what MLflow calls it."),
+    ],
+    weights: Annotated[Path, typer.Option(metavar="NET", help="The network whose activations the model knows.")],
+    games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
+    block: Annotated[
+        int | None, typer.Option(help="The residual block, numbered from 1, where MODEL does not tell it.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("boards.html"),
+    latents: Annotated[
+        str, typer.Option(help="How many, those strongest where they fire; or which, with commas: 12,77 (one: 12,).")
+    ] = "40",
+    top: Annotated[int, typer.Option(min=1, max=100, help="Boards of a latent, each of another game.")] = 8,
+    k: Annotated[int | None, typer.Option(help="Latents active at a point; the model's largest level without.")] = None,
+    positions_per_game: Annotated[
+        int | None, typer.Option(min=1, help="Random positions of a game; all without.")
+    ] = None,
+    skip_first: Annotated[int, typer.Option(min=0, help="Moves at the beginning whose positions are left out.")] = 0,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU, fp32 on a CPU."),
+    ] = "auto",
+    first_row: Annotated[
+        Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
+    ] = "top",
+    seed: Annotated[int, typer.Option(help="Seed of the positions.")] = 0,
+    tracking_uri: Annotated[str | None, typer.Option(help="Where MLflow is; as for run.")] = None,
+) -> None:
+    """Draw the positions of real games at which a model's latents are strongest, as Go boards on one page."""
+    from msae_sweep.errors import ConfigError
+    from msae_sweep.go import top_activations as diagrams
+    from msae_sweep.go.network_check import notes
+    from msae_sweep.go.progress_bar import showing
+    from msae_sweep.go.sampling import Sampling
+    from msae_sweep.models.find import find
+    from msae_sweep.sweep.ray_cluster import connect
+
+    wanted = diagrams.latents_asked_for(latents)
+    found = find(model, block, tracking_uri)
+    block = found.block if block is None else block
+    if block is None:
+        raise ConfigError(f"--block: {model} does not tell its block; say which")
+    settings = diagrams.Settings(
+        model=found.file,
+        name=found.where,
+        weights=weights,
+        games=games,
+        block=block,
+        out=out,
+        latents=wanted,
+        top=top,
+        k=found.file.model.k_levels[-1] if k is None else k,
+        sampling=Sampling(positions_per_game, skip_first, "all", seed),
+        precision=precision,
+        first_row=first_row,
+        notes=notes(found.where, weights, first_row),
+    )
+    for note in settings.notes:
+        _console().print(f"note: {note}", highlight=False, soft_wrap=True)
+    with showing(_console()) as report:
+        summary = diagrams.show(settings, report, connect)
+    _console().print(summary.text(settings), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="Sweeps; several are compared side by side.")],
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where to write, or a URI; report/ in the first sweep's folder without."),
+    ] = None,
+) -> None:
+    """Write the report of sweeps: one page to read anywhere, Markdown, CSV, figures, and the next search space."""
+    from msae_sweep import report as reporting
+
+    written = reporting.write(sweeps, out)
+    for line in written.notes:
+        print(line)
+    print(f"report: {written.page}")
+    for name in written.next_spaces:
+        print(f"next: msae-sweep run {shlex.quote(f'{written.where}/{name}')}")
+
+
+@app.command()
+def ui(
+    sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="A sweep whose trials to compare.")] = None,
+    tracking_uri: TrackingUri = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open a browser where there is one.")] = True,
+) -> None:
+    """Compare a sweep's trials in MLflow: on its tracking server, or on one started here until Ctrl-C."""
+    from msae_sweep.config import TrackingConfig
+    from msae_sweep.track import mlflow_ui as pages
+
+    folder, tracking = None, TrackingConfig(uri=tracking_uri)
+    if sweep is not None:
+        from msae_sweep.sweep.resume import config_of
+        from msae_sweep.sweep_folder.folder import SweepFolder
+
+        found = SweepFolder.at(sweep)
+        folder, tracking = found.path, config_of(found, tracking_uri).tracking
+    pages.serve(folder, tracking, where=sweep or "", host=host, port=port, open_browser=browser)
+
+
+@app.command("track-sync")
+def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
+    """Send MLflow what a sweep could not send while it ran; safe to repeat."""
+    from msae_sweep.sweep.resume import config_of
+    from msae_sweep.sweep_folder.folder import SweepFolder
+    from msae_sweep.track.tracker import sync
+
+    folder = SweepFolder.at(sweep)
+    tracking = config_of(folder, tracking_uri).tracking
+    with folder.driven():
+        report = sync(folder.path, tracking.uri, tracking, fetch=folder.fetch, on_progress=_Waiting().heard)
+    if report.pending:
+        raise TrackingError(str(report))
+    print(report)
+
+
+for _name, _command in (("export", models.export), ("eval", models.evaluate), ("import", models.import_)):
+    app.command(_name)(_command)
+
+
+class _Waiting:
+    """Says why nothing is sent, once for each reason: a silent server takes a minute to be given up."""
+
+    def __init__(self) -> None:
+        self._said = ""
+
+    def heard(self, status: "TrackingStatus") -> None:
+        if status.last_error and status.last_error != self._said:
+            print(f"waiting for MLflow: {status.last_error}; trying again", flush=True)
+        self._said = status.last_error
+
+
+def _console() -> "Console":
+    """Tables in a file or a job's log are as wide as they need to be."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _sweep_or_show(config: "SweepConfig", *, resume: bool, dry_run: bool) -> None:
+    if not dry_run:
+        _sweep(config, resume=resume)
+        return
+    from msae_sweep.sweep.dry_run import show
+
+    show(config, resume=resume, console=_console())
+
+
+def _sweep(config: "SweepConfig", *, resume: bool) -> None:
+    from msae_sweep.sweep.run import run as run_sweep
+
+    console = _console()
+    command = shlex.join(["msae-sweep", *sys.argv[1:]])
+    result = run_sweep(config, resume=resume, command=command, console=console)
+    console.print(f"results: {result.folder}", highlight=False, soft_wrap=True)
+    if result.report:
+        console.print(f"report: {result.report}", highlight=False, soft_wrap=True)
+    if result.tracking.pending:
+        console.print(
+            f"{result.tracking.pending} events not sent to MLflow ({result.tracking.reason}); "
+            f"later: msae-sweep track-sync {result.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if result.interrupted:
+        console.print(f"interrupted; go on with: msae-sweep resume {result.folder}", highlight=False, soft_wrap=True)
+        raise typer.Exit(signals.exit_code())
+    if any(block["best"] is None for block in result.summary["blocks"].values()):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Commands about one model: export, eval, import. Each imports what it needs when it runs."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from msae_sweep.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from msae_sweep.models.evaluate import Report
+
+What = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Model file (.pt, .safetensors), sweep folder, champion:BLOCK, champion:NAME:BLOCK (another "
+        "tracking.model_name), models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID.",
+    ),
+]
+Rows = Annotated[
+    Literal["all", "training", "validation"] | None,
+    typer.Option(help="Which rows, split as a sweep would; all where --data is given."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Cluster = Annotated[bool, typer.Option("--cluster", help="Spread the rows over a Ray cluster.")]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of data, e.g. --set data.val_split=0.2. Repeatable."),
+]
+Block = Annotated[int | None, typer.Option("--block", help="Which of a sweep's models, or of the data's blocks.")]
+StoreUri = Annotated[str | None, typer.Option("--tracking-uri", help="Where MLflow is; else MLFLOW_TRACKING_URI.")]
+
+
+def export(
+    what: What,
+    format: Annotated[str, typer.Option(help="notebook, safetensors, saelens or sparsify.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="File (notebook, safetensors) or folder to write.")],
+    block: Block = None,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="The one k of saelens and sparsify; the largest level without.")
+    ] = None,
+    tracking_uri: StoreUri = None,
+) -> None:
+    """Write a model in the format that the next tool reads."""
+    from msae_sweep.models.export import LOADERS
+    from msae_sweep.models.export import export as write
+    from msae_sweep.models.find import find
+
+    path = write(find(what, block, tracking_uri), format, out, k)
+    print(f"{path}: {LOADERS[format].format(path=path)}")  # type: ignore[index]
+
+
+def evaluate(
+    what: What,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="PATH", help="Activations; without, a sweep's own, its validation rows."),
+    ] = None,
+    block: Block = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help="Another model to match latents with, e.g. of another seed. Repeatable."),
+    ] = None,
+    rows: Rows = None,
+    max_k: Annotated[int | None, typer.Option(min=1, help="Largest k; the model's largest level without.")] = None,
+    device: Device = "auto",
+    cluster: Cluster = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Everything as JSON.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="R²(k) and firing frequencies, .png or .svg.")
+    ] = None,
+    overrides: DataOverrides = None,
+    tracking_uri: StoreUri = None,
+) -> None:
+    """Measure a model on any activations: R² at every k, dead and firing latents, its dictionary."""
+    import json
+
+    from msae_sweep.models import evaluate
+    from msae_sweep.models.evaluation_figure import check_suffix, evaluation_figure
+    from msae_sweep.paths import check_file
+
+    if figure is not None:
+        check_suffix(figure)
+        check_file("--figure", figure)
+    if out is not None:
+        check_file("--out", out)
+    report = _evaluate(what, data, block, against or [], rows, max_k, device, cluster, overrides or [], tracking_uri)
+    _console().print(evaluate.render(report), highlight=False)
+    try:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
+        if figure is not None:
+            evaluation_figure(report.evaluation, figure, report.found.where)
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}") from None
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Model file: the notebook's .pt, or .safetensors.")],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="PATH", help="Activations; without, the sweep's validation rows.")
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="SWEEP", help="Sweep whose trials it is compared with in MLflow.")
+    ] = None,
+    block: Annotated[int | None, typer.Option(help="Its block, where the file's name does not tell.")] = None,
+    rows: Rows = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Register it as NAME-blockB; as the sweep does, or msae, without."),
+    ] = None,
+    champion: Annotated[bool, typer.Option("--champion", help="Give it the alias, too.")] = False,
+    device: Device = "auto",
+    cluster: Cluster = False,
+    overrides: DataOverrides = None,
+    tracking_uri: StoreUri = None,
+) -> None:
+    """Measure a model from elsewhere, e.g. the notebook, and register it in MLflow beside the sweeps' own."""
+    import json
+
+    from msae_sweep.config import parse
+    from msae_sweep.models import evaluate
+    from msae_sweep.models.find import find
+    from msae_sweep.track.model_import import Import, register_import
+    from msae_sweep.track.uri import resolve_uri
+
+    if file.is_dir():
+        raise ConfigError(f"{file}: a folder; give one model file")
+    block = find(file).block if block is None else block
+    if block is None:
+        raise ConfigError(f"--block: the name of {file} tells no block; say which it is of")
+    if data is None and sweep is None:
+        raise ConfigError("--data: give activations, or a --sweep whose validation rows to take")
+    named = {} if model_name is None else {"model_name": model_name}
+    asked = {"name": "import", "data": {"path": data or "."}, "tracking": named}
+    tracking, sweep_id = parse(json.dumps(asked), source="--model-name").tracking, None
+    if sweep is not None:
+        from msae_sweep.sweep.resume import config_of
+        from msae_sweep.sweep_folder.folder import SweepFolder
+
+        folder = SweepFolder.at(sweep)
+        tracking = config_of(folder, tracking_uri).tracking.model_copy(update=named)
+        sweep_id = json.loads((folder.path / "identity.json").read_text(encoding="utf-8"))["sweep_id"]
+    uri = resolve_uri(tracking_uri or tracking.uri)
+    report = _evaluate(str(file), data, block, [], rows, None, device, cluster, overrides or [], None, sweep)
+    _console().print(evaluate.render(report), highlight=False)
+    measured = f"{report.evaluation.n_rows} {report.plan.side} rows of {report.plan.info.where}"
+    what = Import(
+        report.found.file,
+        block,
+        f"import-{file.stem}",
+        report.metrics(),
+        {"imported_from": str(file.absolute()), "measured_on": measured},
+    )
+    imported = register_import(
+        what,
+        tracking_uri=uri,
+        experiment=tracking.experiment,
+        model_name=tracking.model_name,
+        sweep_id=sweep_id,
+        champion=champion,
+    )
+    print(f"registered: models:/{imported.model}/{imported.version} (run {imported.run_id})")
+
+
+def _evaluate(
+    what: str,
+    data: str | None,
+    block: int | None,
+    against: list[str],
+    rows: Literal["all", "training", "validation"] | None,
+    max_k: int | None,
+    device: str,
+    cluster: bool,
+    overrides: list[str],
+    tracking_uri: str | None,
+    sweep: str | None = None,
+) -> "Report":
+    from functools import partial
+
+    from rich.progress import Progress
+
+    from msae_sweep.models import evaluate
+    from msae_sweep.models.find import find, is_folder
+
+    side = rows or ("validation" if data is None else "all")
+    config = evaluate.data_of(what if sweep is None else str(sweep), data, overrides)
+    # Of a file, --block names the block of the data only: a model may be tried on another one.
+    found = find(what, block if is_folder(what) else None, tracking_uri)
+    others = [find(other, found.block if is_folder(other) else None, tracking_uri) for other in against]
+    plan = evaluate.plan(found, config, block, side)
+    if data is None and not any(override.startswith("data.path=") for override in overrides):
+        evaluate.check_unchanged(what if sweep is None else sweep, plan, lambda line: print(line, file=sys.stderr))
+    if cluster:
+        from msae_sweep.sweep.ray_cluster import connect
+        from msae_sweep.sweep.ray_evaluation import sums_on_cluster
+
+        if device != "auto":
+            raise ConfigError(f"--device: {device} is for this machine; leave it out with --cluster")
+        connect()
+        parts = sums_on_cluster
+    else:
+        parts = partial(evaluate.sums_here, device=evaluate.choose_device(device))
+    with Progress(console=_console(), transient=True) as progress:
+        task = progress.add_task("row ranges", total=plan.n_ranges)
+        return evaluate.evaluate(
+            found,
+            plan,
+            parts,
+            max_k=max_k,
+            against=others,
+            on_progress=lambda done, _: progress.update(task, completed=done),
+        )
+
+
+def _console() -> "Console":
+    """As wide as it needs to be where nobody watches."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)

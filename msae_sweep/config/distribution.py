@@ -1,0 +1,124 @@
+"""How one training key varies, and every value that it can propose."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+from pydantic import model_validator
+
+from msae_sweep.config.frozen_model import FrozenModel, plain_types, shown
+
+DistributionKind = Literal["loguniform", "uniform", "quniform", "randint", "choice", "grid"]
+DECIMALS = 12
+"""Values of a `quniform` are rounded to these, so that 0.1 × 3 reads 0.3."""
+ROUNDING = 1e-9
+"""Share of a step by which floating-point numbers may miss a whole number of steps."""
+LARGEST_WHOLE, LARGEST_EXACT = 2**63, 2**53
+"""Bounds of a 64-bit integer, and of the whole numbers that a float tells apart."""
+
+
+class Distribution(FrozenModel):
+    """How one training key varies: exactly one of the six kinds, e.g. `{loguniform: [1.0e-4, 4.0e-3]}`."""
+
+    kind: DistributionKind
+    """`loguniform`, `uniform`, `quniform` (low, low + step, low + 2 step … up to high), `randint` (high excluded),
+    `choice` or `grid`."""
+    values: tuple[Any, ...]
+    """Bounds (with the step for `quniform`), or the options of `choice` and `grid`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, raw: object) -> object:
+        if isinstance(raw, Mapping) and set(raw) == {"kind", "values"}:
+            return raw
+        kinds = get_args(DistributionKind)
+        if not isinstance(raw, Mapping) or len(raw) != 1 or next(iter(raw)) not in kinds:
+            raise ValueError(
+                f"{shown(raw)} must be one of {', '.join(kinds)} with a list, e.g. {{choice: [8, 16, 32]}}"
+            )
+        ((kind, values),) = raw.items()
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"{kind}: {shown(values)} must be a list")
+        frozen = tuple(tuple(v) if isinstance(v, list) else v for v in values)
+        return {"kind": kind, "values": frozen}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kind, values = self.kind, self.values
+        if kind in ("choice", "grid"):
+            if not values:
+                raise ValueError(f"{kind}: needs at least one option")
+            if len({repr(v) for v in values}) != len(values):
+                raise ValueError(f"{kind}: {shown(list(values))} repeats an option")
+            return self
+        n_bounds = 3 if kind == "quniform" else 2
+        form = "[low, high, step]" if kind == "quniform" else "[low, high]"
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        if len(values) != n_bounds or not numbers:
+            hint = " (YAML reads 1e-4 as a word; write 1.0e-4)" if any(isinstance(v, str) for v in values) else ""
+            raise ValueError(f"{kind}: {shown(list(values))} must be numbers {form}{hint}")
+        low, high = values[:2]
+        if low >= high:
+            raise ValueError(f"{kind}: low {low} must be below high {high}")
+        if kind == "loguniform" and low <= 0:
+            raise ValueError(f"loguniform: low {low} must be above 0")
+        if kind == "randint":
+            if not all(isinstance(v, int) for v in values):
+                raise ValueError(f"randint: {shown(list(values))} must be whole numbers")
+            if low < -LARGEST_WHOLE or high > LARGEST_WHOLE:
+                raise ValueError(f"randint: {shown(list(values))} must lie between -2^63 and 2^63")
+        elif not math.isfinite(float(high) - float(low)):
+            raise ValueError(f"{kind}: [{low}, {high}] is wider than a float can say; bring low and high closer")
+        if kind == "quniform":
+            if values[2] <= 0 or (high - low) / values[2] < 1 - ROUNDING:
+                raise ValueError(f"quniform: step {values[2]} must be above 0 and at most high - low")
+            if (high - low) / values[2] > LARGEST_EXACT:
+                raise ValueError(f"quniform: step {values[2]} is too small for [{low}, {high}]; use uniform")
+        return self
+
+    def corners(self) -> tuple[Any, ...]:
+        """Values that show whether a whole distribution is legal: every option, or the smallest and the largest."""
+        if self.kind in ("choice", "grid"):
+            return self.values
+        low, high = self.values[:2]
+        if self.kind == "randint":
+            return low, high - 1
+        return float(low), self.largest if self.kind == "quniform" else float(high)
+
+    def check_fits(self, annotation: Any) -> None:
+        """Check that a key of this type can take what lies between the corners, too.
+
+        Raises:
+            ValueError: numbers for a key that takes none, or fractions for one that takes whole numbers.
+        """
+        if self.kind in ("choice", "grid"):
+            return
+        kinds = plain_types(annotation)
+        if not kinds & {int, float}:
+            raise ValueError(
+                f"{self.kind} proposes numbers, which this key does not take; use choice: […] or grid: […]"
+            )
+        whole = self.kind == "randint" or (self.kind == "quniform" and not any(v % 1 for v in self.values[::2]))
+        if float not in kinds and not whole:
+            low, high = math.ceil(self.values[0]), math.floor(self.values[1])
+            raise ValueError(
+                f"{self.kind} proposes fractions, and this key takes whole numbers; write randint: [{low}, {high + 1}] "
+                f"(high excluded), quniform: [{low}, {high}, 1] or choice: […]"
+            )
+
+    @property
+    def largest(self) -> float:
+        """The largest value of a `quniform`: high, where it is a whole number of steps above low."""
+        low, high, step = self.values
+        n_steps = (high - low) / step
+        if abs(n_steps - round(n_steps)) < ROUNDING:
+            return float(high)
+        return float(round(low + math.floor(n_steps) * step, DECIMALS))
+
+    def nearest(self, value: float) -> float:
+        """The value of a `quniform` that is nearest to a number between low and high."""
+        low, _, step = self.values
+        # Where low is a multiple of the step, as it mostly is, all values are, and are counted from 0.
+        origin = 0.0 if abs(low / step - round(low / step)) < ROUNDING else float(low)
+        point = round(origin + round((value - origin) / step) * step, DECIMALS)
+        return float(min(max(point, low), self.largest))

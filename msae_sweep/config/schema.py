@@ -1,0 +1,391 @@
+"""What a search-space file may say: validated and resolved once, frozen afterwards.
+
+`load()` reads YAML, applies the `--set a.b=c` overrides and returns one frozen `SweepConfig`. Nothing here imports
+torch, ray or mlflow, so a misspelt key is reported within a second.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from msae_sweep.config.distribution import Distribution
+from msae_sweep.config.frozen_model import FrozenModel
+from msae_sweep.config.yaml_file import apply_override, check_varied, complaint, read_text, read_yaml, section, suggest
+from msae_sweep.errors import ConfigError
+
+DEAD_RATIO_ALLOWED = 0.30
+"""Share of dead latents above which the objective falls; the notebook's success criterion."""
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+PLANTED = "planted"
+"""The `data.path` of built-in data."""
+MODEL_NAME = "msae"
+"""Default of `tracking.model_name`."""
+
+Weighting = Literal["uniform", "reverse"]
+# A union that is told apart before it is checked, so that one of its kinds reports what is wrong, not both. Tags in
+# brackets are no part of a key; messages leave them out.
+KLevels = Annotated[
+    Annotated[tuple[Annotated[int, Field(ge=1)], ...], Tag("[list]")] | Annotated[str, Tag("[all]")],
+    Discriminator(lambda levels: "[all]" if isinstance(levels, str) else "[list]"),
+]
+
+
+class PlantedConfig(FrozenModel):
+    """Built-in data with a known answer: sparse combinations of a random dictionary (`data.path: planted`)."""
+
+    rows: int = Field(40_000, ge=100)
+    """Rows per block."""
+    input_dim: int = Field(64, ge=2)
+    """Width of a row."""
+    dictionary_size: int = Field(256, ge=2)
+    """Unit-norm directions in the true dictionary."""
+    active: float = Field(12.0, gt=0)
+    """Mean number of directions active in a row."""
+    power: float = Field(0.7, ge=0)
+    """Exponent of the power law of the directions' frequencies: the i-th most frequent fires with p ∝ i^-power."""
+    noise: float = Field(0.05, ge=0)
+    """Standard deviation of the noise, relative to the signal's per channel."""
+    rows_per_group: int = Field(10, ge=1)
+    """Rows of one group (a stand-in for one game); they share some of their active directions."""
+    seed: int = 0
+    """Seed of dictionary and rows."""
+
+
+class DataConfig(FrozenModel):
+    """Where the activations are and how they are split."""
+
+    path: str = Field(min_length=1)
+    """Activation folder, `.h5` file, Parquet file or folder, or the word `planted`."""
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Residual blocks to sweep; null means every block found."""
+    val_split: float = Field(0.1, gt=0, lt=1)
+    """Share of rows (or of groups) held out for validation."""
+    split_by: Literal["auto", "row", "game_id"] = "auto"
+    """`auto`: by game where a `game_id` exists, else by row. By row puts near-duplicates of one game on both sides."""
+    seed: int = 0
+    """Seed of the split, and of nothing else, so that a sweep with another `search.seed` reuses the prepared shards."""
+    use_given_stats: bool = False
+    """Standardise with the folder's `normalization_stats.npz` instead of statistics of the training rows."""
+    drop_nonfinite: bool = False
+    """Drop rows with NaN or Inf and count them, instead of refusing the data."""
+    planted: PlantedConfig = PlantedConfig()
+    """Settings of the built-in data; used only when `path` is `planted`."""
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _blocks_as_list(cls, blocks: object) -> object:
+        return [blocks] if isinstance(blocks, int) else blocks
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_distinct(cls, blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if blocks is not None and (not blocks or len(set(blocks)) != len(blocks)):
+            raise ValueError(f"{list(blocks)} must name at least one block, each once")
+        return blocks
+
+
+class TrainingConfig(FrozenModel):
+    """One trial's settings, in the notebook's words; the defaults are the notebook's setting."""
+
+    k_levels: KLevels = (16, 32, 64, 128)
+    """Ascending sparsity levels; a single one is a plain TopK SAE. `all:128` puts every k up to 128 into the loss (the
+    multi-budget SAE of arXiv 2505.24473) and measures R² at k/8, k/4, k/2 and k, so that both kinds compare."""
+    expansion_factor: float = Field(16, gt=0, le=1e9)
+    """`hidden_dim = round(input_dim × expansion_factor)`."""
+    weighting: Weighting = "uniform"
+    """Weights of the levels in the loss: equal, or `reverse`, heavier on small k."""
+    learning_rate: float = Field(8e-4, gt=0)
+    """Adam's step size."""
+    batch_size: int = Field(4096, ge=1)
+    """Rows a step."""
+    epochs: int = Field(30, ge=1)
+    """Passes over the training rows at the most."""
+    early_stopping_patience: int | None = Field(5, ge=1)
+    """Epochs without a better objective after which a trial ends; null trains to `epochs`."""
+    aux_k: int = Field(512, ge=0)
+    """Dead latents that reconstruct the residual; 0 turns the auxiliary loss off. Source: arXiv 2406.04093, A.2."""
+    aux_coefficient: float = Field(1 / 32, ge=0)
+    """Weight of the auxiliary loss. Source: arXiv 2406.04093, A.2."""
+    dead_after_samples: int | None = Field(None, ge=1)
+    """Rows without firing after which a latent counts as dead for aux-k; null means one epoch of training rows."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    normalize_decoder: bool = True
+    """Keep decoder rows at unit norm, with the parallel part of the gradient projected out."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0; 0 is the notebook."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the learning rate falls to 0 over the last `decay_fraction` of all steps; `none` is the notebook."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of all steps over which `decay` acts."""
+    gradient_clip: float | None = Field(None, gt=0)
+    """Largest gradient norm over all parameters; null does not clip."""
+    pre_bias_init: Literal["zero", "geometric_median"] = "zero"
+    """Start of `pre_bias`: 0 (the data is standardised), or the geometric median of the first rows."""
+    encoder_init: Literal["transpose", "scaled"] = "transpose"
+    """Start of `W_enc`: the decoder's rows, or these times the one factor that reconstructs the first batch best.
+    `scaled` is far ahead in short runs and falls behind in long ones; see `encoder_scale` in `sae/train.py`."""
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
+    """Arithmetic of products on CUDA, with float32 weights and sums: bf16, which the fused step needs, tf32, or full
+    float32. CPU and MPS use float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device of a trial; `auto` takes CUDA where the trial holds a GPU, then MPS, then the CPU."""
+    seed: int | None = None
+    """Seed of initialisation and row order; null derives one from `search.seed`, block and trial number."""
+
+    @field_validator("k_levels", mode="before")
+    @classmethod
+    def _k_levels_as_list(cls, k_levels: object) -> object:
+        return [k_levels] if isinstance(k_levels, int) else k_levels
+
+    @field_validator("k_levels")
+    @classmethod
+    def _k_levels_ascend(cls, k_levels: tuple[int, ...] | str) -> tuple[int, ...] | str:
+        if isinstance(k_levels, str):
+            if not re.fullmatch(r"all:[1-9]\d{0,5}", k_levels):
+                raise ValueError(
+                    f"{k_levels!r} must be a list such as [16, 32, 64, 128], or all:128 for every k to 128"
+                )
+            return k_levels
+        if not k_levels or any(a >= b for a, b in itertools.pairwise(k_levels)):
+            right = sorted(set(k_levels)) or [16, 32, 64, 128]
+            raise ValueError(f"{list(k_levels)} must ascend without repeats; write {right}")
+        return k_levels
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Ascending k at which R² is measured; the model's levels."""
+        if isinstance(self.k_levels, str):
+            largest = int(self.k_levels.removeprefix("all:"))
+            return tuple(sorted({-(-largest // part) for part in (8, 4, 2, 1)}))
+        return self.k_levels
+
+    @property
+    def loss_levels(self) -> tuple[int, ...]:
+        """Ascending k whose reconstructions are in the loss."""
+        return tuple(range(1, self.levels[-1] + 1)) if isinstance(self.k_levels, str) else self.k_levels
+
+    def hidden_dim(self, input_dim: int) -> int:
+        """Number of latents for rows of width `input_dim`.
+
+        Raises:
+            ConfigError: the largest k exceeds it.
+        """
+        hidden_dim = round(input_dim * self.expansion_factor)
+        if self.levels[-1] > hidden_dim:
+            raise ConfigError(
+                f"training.k_levels: {self.levels[-1]} exceeds hidden_dim {hidden_dim} "
+                f"(input_dim {input_dim} × expansion_factor {self.expansion_factor:g}); "
+                "lower k or raise expansion_factor"
+            )
+        return hidden_dim
+
+
+class SearchConfig(FrozenModel):
+    """How many trials, and who proposes them."""
+
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    """`random` draws each trial alone; `grid` runs every combination; `optuna` learns from finished trials (TPE)."""
+    trials_per_block: int | None = Field(None, ge=1)
+    """Trials for each block; null means 16, or the whole grid."""
+    seed: int = 0
+    """Seed of the proposals and of the trials' own seeds."""
+
+
+class AshaConfig(FrozenModel):
+    """Asynchronous successive halving. Source: arXiv 1810.05934."""
+
+    grace_epochs: int = Field(3, ge=1)
+    """Epochs that every trial gets before it is judged first; the first rung."""
+    reduction_factor: int = Field(3, ge=2)
+    """Rungs are grace_epochs × reduction_factor^i; about one in `reduction_factor` trials passes each."""
+
+
+class ResourcesConfig(FrozenModel):
+    """What one trial holds while it runs."""
+
+    cpu: float = Field(1, gt=0)
+    """CPU cores a trial; torch uses as many threads."""
+    gpu: float | Literal["auto"] = "auto"
+    """GPUs a trial: 0, a fraction, 1; `auto` is 1 where the cluster has a GPU and 0 where it has none."""
+    max_failures: int = Field(3, ge=0)
+    """Times a trial is started again from its checkpoint after its worker or node was lost."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials at once at the most; null leaves it to the resources."""
+    checkpoint_seconds: float = Field(30, ge=0)
+    """A trial saves its state this often, and where it has to wait; one that is lost trains again from there."""
+
+    @field_validator("gpu")
+    @classmethod
+    def _gpu_share(cls, gpu: float | Literal["auto"]) -> float | Literal["auto"]:
+        if gpu != "auto" and (gpu < 0 or (gpu > 1 and gpu != int(gpu))):
+            raise ValueError(f"{gpu} must be auto, 0, a fraction below 1, or a whole number")
+        return gpu
+
+
+class TrackingConfig(FrozenModel):
+    """Where MLflow keeps the runs."""
+
+    uri: str | None = None
+    """Tracking URI; null means MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the working folder."""
+    experiment: str = "msae-sweep"
+    """MLflow experiment: one a study."""
+    register_models: bool = True
+    """Register each block's best model as `{model_name}-block{B}` with the alias `champion`."""
+    model_name: str = Field(MODEL_NAME, pattern=NAME_PATTERN)
+    """Beginning of the registered models' names. Built-in data never takes the default, which would put a toy over a
+    real network's model: left alone, it is `planted` there."""
+
+
+class SweepConfig(FrozenModel):
+    """A whole search-space file."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name of the sweep and of its folder: letters, digits, `.`, `_`, `-`."""
+    data: DataConfig
+    """Activations and their split."""
+    space: dict[str, Distribution] = Field(default_factory=dict)
+    """Distributions over training keys."""
+    training: TrainingConfig = TrainingConfig()
+    """Settings that every trial shares unless `space` varies them."""
+    search: SearchConfig = SearchConfig()
+    """Proposals."""
+    asha: AshaConfig | None = AshaConfig()
+    """Early stopping of poor trials; null runs every trial to its end."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """What a trial holds."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    storage: str = "sweeps"
+    """Folder (or URI) that holds the sweep folders and the prepared shards."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _planted_models_have_their_own_name(cls, raw: object) -> object:
+        if isinstance(raw, Mapping) and section(raw, "data").get("path") == PLANTED:
+            tracking = section(raw, "tracking")
+            if tracking.get("model_name", MODEL_NAME) == MODEL_NAME and raw.get("tracking") in (None, tracking):
+                return {**raw, "tracking": {**tracking, "model_name": PLANTED}}
+        return raw
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _null_varies_nothing(cls, space: object) -> object:
+        """Leave out keys that are null, so that `--set space.KEY=null` takes one out of a file's space."""
+        if not isinstance(space, Mapping):
+            return {} if space is None else space
+        return {key: distribution for key, distribution in space.items() if distribution is not None}
+
+    @model_validator(mode="after")
+    def _space_is_legal(self) -> Self:
+        for key, distribution in self.space.items():
+            if key not in TrainingConfig.model_fields:
+                raise ValueError(f"space.{key}: no such training key; {suggest(key, TrainingConfig.model_fields)}")
+            try:
+                for value in distribution.corners():
+                    TrainingConfig.model_validate({**self.training.model_dump(), key: value})
+                distribution.check_fits(TrainingConfig.model_fields[key].annotation)
+            except ValidationError as error:
+                raise ValueError(f"space.{key}: {complaint(error)}") from None
+            except ValueError as error:
+                raise ValueError(f"space.{key}: {error}") from None
+        if self.search.algorithm == "grid":
+            for key, distribution in self.space.items():
+                if distribution.kind not in ("grid", "choice"):
+                    raise ValueError(f"space.{key}: {distribution.kind} cannot be a grid; use grid or choice")
+            size = math.prod(len(d.values) for d in self.space.values())
+            if self.search.trials_per_block not in (None, size):
+                raise ValueError(
+                    f"search.trials_per_block: {self.search.trials_per_block} but the grid has {size} combinations; "
+                    f"write {size} or null"
+                )
+        epochs = min(int(e) for e in self.corners("epochs"))
+        if self.asha is not None and self.asha.grace_epochs > epochs:
+            raise ValueError(
+                f"asha.grace_epochs: {self.asha.grace_epochs} exceeds training.epochs {epochs}; "
+                "lower it or write asha: null"
+            )
+        return self
+
+    def corners(self, key: str) -> tuple[Any, ...]:
+        """Extreme values that training key `key` can take in this sweep."""
+        return self.space[key].corners() if key in self.space else (getattr(self.training, key),)
+
+    def training_for(self, sampled: Mapping[str, Any]) -> TrainingConfig:
+        """One trial's settings: the fixed ones with the sampled ones over them."""
+        return TrainingConfig.model_validate({**self.training.model_dump(), **sampled})
+
+    def n_trials_per_block(self) -> int:
+        """Trials that each block gets."""
+        if self.search.algorithm == "grid":
+            return math.prod(len(d.values) for d in self.space.values())
+        return self.search.trials_per_block or 16
+
+    def check_width(self, input_dim: int, block: int) -> None:
+        """Whether every trial that the space can propose has at least k latents at this width.
+
+        Raises:
+            ConfigError: some k level exceeds the smallest hidden_dim.
+        """
+        smallest = min(float(e) for e in self.corners("expansion_factor"))
+        largest_k = max(self.corners("k_levels"), key=lambda k: self.training_for({"k_levels": k}).levels[-1])
+        try:
+            self.training_for({"expansion_factor": smallest, "k_levels": largest_k}).hidden_dim(input_dim)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (block {block})") from None
+
+    def to_yaml(self) -> str:
+        """The resolved file; `load` reads it back to an equal object."""
+        raw = self.model_dump(mode="json")
+        raw["space"] = {key: {d["kind"]: d["values"]} for key, d in raw["space"].items()}
+        return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """Twelve hex digits that change with anything in the file."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def registered_name(model_name: str, block: int) -> str:
+    """Name of a block's registered model; `model_name` as in `TrackingConfig`."""
+    return f"{model_name}-block{block}"
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), *, source: str | None = None) -> SweepConfig:
+    """Read a search-space file (or a URI), apply `a.b=c` overrides (right-hand sides are YAML), validate.
+
+    Args:
+        source: names it in messages; the path without.
+
+    Raises:
+        ConfigError: unreadable file, bad YAML, unknown key or illegal value; the message names the first one.
+    """
+    source = source or str(path)
+    return parse(read_text(path, source), overrides, source=source)
+
+
+def parse(text: str, overrides: Iterable[str] = (), *, source: str = "search space") -> SweepConfig:
+    """`load` for text already read; `source` names it in messages."""
+    try:
+        raw = read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: must be a mapping with the keys {', '.join(SweepConfig.model_fields)}")
+    overridden = dict(apply_override(raw, override) for override in overrides)
+    try:
+        config = SweepConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {complaint(error, SweepConfig)}") from None
+    check_varied(overridden, config.space)
+    return config

@@ -1,0 +1,232 @@
+"""Text of a search-space file and of `--set`, read into plain mappings; and pydantic's complaints as one line.
+
+A search space is a few kilobytes of YAML, so its size and nesting are limited before anything is built from it: a few
+lines of aliases can stand for more than any memory holds. Nothing here knows the keys.
+"""
+
+import re
+import shlex
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from msae_sweep.config.frozen_model import shown
+from msae_sweep.errors import ConfigError, first_line
+from msae_sweep.paths import Place
+
+MAX_BYTES = 1 << 18
+"""Size of a file; reading YAML of this size takes about two seconds."""
+MAX_VALUES = 20_000
+"""Values in a file, those that an alias repeats counted each time."""
+MAX_DEPTH = 20
+"""Levels of nesting; a search space has five."""
+
+
+def read_text(path: str | Path, source: str) -> str:
+    """A search-space file as text.
+
+    Args:
+        path: a path or a URI.
+        source: names it in messages.
+
+    Raises:
+        ConfigError: no such file, or one that is no text of at most `MAX_BYTES`.
+    """
+    place = Place(path)
+    try:
+        if place.is_remote:
+            size, content = int(place.info().size or 0), b""
+            if size <= MAX_BYTES:
+                content = place.read()
+        else:
+            with open(path, "rb") as file:
+                content = file.read(MAX_BYTES + 1)
+            size = len(content)
+        if size > MAX_BYTES:
+            raise ConfigError(f"{source}: larger than {MAX_BYTES >> 10} KiB; give a search-space file")
+        return content.decode()
+    except FileNotFoundError:
+        raise ConfigError(f"{source}: no such search-space file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: cannot be read as text: {error}") from None
+
+
+def read_yaml(text: str) -> Any:
+    """The one document of a YAML text, as mappings, lists and plain values.
+
+    Raises:
+        ConfigError: not YAML, a key that stands twice or is no word, or too much of it; the message names no file.
+    """
+    try:
+        _check_size(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_keys(node, set())
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, LookupError) as error:  # of a tag such as !!int in front of what is none
+        raise ConfigError(f"not YAML: {first_line(error)}") from None
+
+
+def apply_override(raw: dict[str, Any], override: str) -> tuple[str, Any]:
+    """Set one key of `raw` as `a.b=c` says, sections in between included; the right-hand side is YAML.
+
+    Returns:
+        The dotted key and its new value.
+
+    Raises:
+        ConfigError: not of that form, or the way to the key leads through something that is no section.
+    """
+    dotted, separator, text = override.partition("=")
+    named = f"--set {override if len(override) <= 100 else override[:100] + '…'}"
+    *parents, last = dotted.split(".")
+    if not separator or not all([*parents, last]) or len(parents) >= MAX_DEPTH:
+        raise ConfigError(f"{named}: must be key=value, e.g. --set training.epochs=5")
+    try:
+        value = read_yaml(text)
+    except ConfigError as error:
+        reason = str(error).removeprefix("not YAML: ")
+        raise ConfigError(f"{named}: the value is not YAML" if reason != str(error) else f"{named}: {error}") from None
+    target = raw
+    for parent in parents:
+        below = target.get(parent)
+        if below is None:
+            below = target[parent] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"{named}: {parent} is {shown(below)}, not a section")
+        target = below
+    target[last] = value
+    return dotted, value
+
+
+def check_varied(overridden: Mapping[str, Any], varied: Collection[str]) -> None:
+    """Refuse a `--set` of a training key that the space varies: no trial would take its value.
+
+    Args:
+        overridden: dotted keys and values, as `apply_override` returns them.
+        varied: keys of the space.
+
+    Raises:
+        ConfigError: with what to write instead.
+    """
+    settings = {key: value for key, value in overridden.items() if key.startswith("training.")}
+    settings |= {f"training.{key}": value for key, value in section(overridden, "training").items()}
+    for dotted, value in settings.items():
+        key = dotted.removeprefix("training.")
+        if key in varied:
+            fixed = f"space.{key}={yaml.safe_dump({'choice': [value]}, default_flow_style=True).strip()}"
+            raise ConfigError(
+                f"--set {dotted}: space varies {key}, so no trial would take {shown(value)}; write "
+                f"--set {shlex.quote(fixed)}, or --set space.{key}=null to vary it no more"
+            )
+
+
+def complaint(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """The first complaint of pydantic as one line.
+
+    Args:
+        model: what was validated, to name the place and similar keys; without it the place is left out.
+    """
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("["))
+    message = " ".join(first["msg"].split()).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"no such key; {suggest(str(first['loc'][-1]), _fields_at(model, first['loc'][:-1]))}"
+    elif first["type"] == "missing":
+        message = "is missing"
+    elif first["type"] == "tuple_type":
+        message = f"{shown(first['input'])} must be a list in brackets, e.g. [5, 20]"
+    elif first["type"] != "value_error":
+        message = f"{message}, got {shown(first['input'])}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{place}: {message}{more}" if model and place else f"{message}{more}"
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """A hint at the known key that an unknown one was probably meant to be."""
+    import difflib
+
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as text and 2026-11-27 as a date; here the one is a number, the other text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _check_size(text: str) -> None:
+    """Count what a text holds without building it: parsing gives a flat stream of events."""
+    n_values, depth = 0, 0
+    sizes: dict[str, int] = {}
+    open_anchors: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            if any(event.anchor == anchor for anchor, _ in open_anchors):
+                raise ConfigError(f"alias *{event.anchor} lies within what it stands for")
+            n_values += sizes.get(str(event.anchor), 1)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_anchors.append((event.anchor, n_values))
+            n_values, depth = n_values + 1, depth + 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_anchors.pop()
+            depth -= 1
+            if anchor is not None:
+                sizes[anchor] = n_values - before
+        elif isinstance(event, yaml.ScalarEvent):
+            n_values += 1
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"more than {MAX_DEPTH} levels of nesting; a search space has five")
+        if n_values > MAX_VALUES:
+            raise ConfigError(f"more than {MAX_VALUES:,} values, aliases counted in full; a search space has a hundred")
+
+
+def _check_keys(node: yaml.Node, seen: set[int]) -> None:
+    """Refuse keys that are no words and keys that stand twice, before merge keys (`<<`) bring more of them."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _check_keys(child, seen)
+    elif isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: a list or mapping as a key; write a word")
+            if key.value in keys:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: key {key.value!r} stands twice")
+            keys.add(key.value)
+            _check_keys(value, seen)
+
+
+def _fields_at(model: Any, location: tuple[int | str, ...]) -> Iterable[str]:
+    for part in location:
+        annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
+        options = getattr(annotation, "__args__", (annotation,))
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return tuple(model.model_fields) if model else ()
+
+
+def section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a file that was read, empty where it is none."""
+    found = raw.get(name)
+    return found if isinstance(found, Mapping) else {}

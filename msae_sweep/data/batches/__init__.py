@@ -1,0 +1,1 @@
+"""Shards to batches on the trial's device: resident, or streamed in windows."""

@@ -1,0 +1,128 @@
+"""What lies in a folder of activations: a row per block, streamed in one pass."""
+
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+
+from msae_sweep.config import DataConfig
+from msae_sweep.data.sources.base import BlockInfo, Source
+from msae_sweep.data.sources.catalog import open_source, select
+
+COMPONENTS = (16, 32, 64, 128)
+"""Numbers of principal components whose share of the variance is shown: the notebook's k levels."""
+
+_SMALLEST_EXPONENT = -1074
+"""Every positive float64 is at least two to this power."""
+
+
+class BlockReport(NamedTuple):
+    """What one pass over a block found."""
+
+    info: BlockInfo
+    n_groups: int | None
+    mean_range: tuple[float, float]
+    """Smallest and largest channel mean over the finite rows."""
+    std_range: tuple[float, float]
+    n_constant: int
+    n_nonfinite: int
+    """Rows with NaN or Inf; they count in nothing else here."""
+    zeros: float
+    """Share of values that are exactly 0."""
+    explained: dict[int, float]
+    """Share of the standardised rows' variance that the first n principal components explain, by n ≤ input_dim."""
+
+
+def inspect(config: DataConfig) -> list[BlockReport]:
+    """Read every wanted block once, a few megabytes at a time.
+
+    Raises:
+        DataError: as for a sweep, but non-finite rows are counted.
+    """
+    source = open_source(config)
+    return [_inspect_block(source, info) for info in select(source.infos(), config)]
+
+
+def render(reports: list[BlockReport]) -> Group:
+    """Two tables with a row per block: the shape of the data, and how much its principal components explain."""
+    shape, spectrum = Table(title="Activations", title_justify="left"), Table(title_justify="left")
+    spectrum.title = "Variance of standardised rows that principal components explain"
+    columns = ("block", "rows", "dim", "dtype", "groups", "mean", "std", "constant", "non-finite", "zeros")
+    for heading in columns:
+        shape.add_column(heading, justify="right")
+    for heading in ("block", *(str(n) for n in COMPONENTS)):
+        spectrum.add_column(heading, justify="right")
+    for report in reports:
+        info = report.info
+        shape.add_row(
+            str(info.block),
+            f"{info.n_rows:,}",
+            str(info.input_dim),
+            info.dtype,
+            "–" if report.n_groups is None else f"{report.n_groups:,}",
+            "{:.3g} … {:.3g}".format(*report.mean_range),
+            "{:.3g} … {:.3g}".format(*report.std_range),
+            str(report.n_constant),
+            f"{report.n_nonfinite:,}",
+            f"{report.zeros:.0%}",
+        )
+        shares = (f"{report.explained[n]:.1%}" if n in report.explained else "–" for n in COMPONENTS)
+        spectrum.add_row(str(info.block), *shares)
+    return Group(shape, spectrum)
+
+
+def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:
+    dim = info.input_dim
+    n_finite = n_zeros = 0
+    # Sums are taken about the first finite row: a mean far from 0 costs no digits, a constant channel gives exactly 0.
+    origin: np.ndarray | None = None
+    total, products = np.zeros(dim), np.zeros((dim, dim))
+    # Each channel is divided by a power of two above its largest value, so that squares of values near float64's limits
+    # neither overflow nor vanish. Such a division is exact: no sum changes in any digit.
+    exponent = np.full(dim, _SMALLEST_EXPONENT)
+    groups: set[int] = set()
+    for row_range in source.row_ranges(info.block, max(1, (16 << 20) // (8 * dim))):
+        x, numbers = source.read(row_range)
+        if numbers is not None:
+            groups.update(np.unique(numbers).tolist())
+        x = x[np.isfinite(x).all(axis=1)].astype(np.float64)
+        if not len(x):
+            continue
+        n_finite += len(x)
+        n_zeros += int((x == 0).sum())
+        largest = np.abs(x).max(axis=0)
+        grown = np.where(largest > 0, np.maximum(exponent, np.frexp(largest)[1]), exponent)
+        if (shift := exponent - grown).any():
+            total, products = np.ldexp(total, shift), np.ldexp(products, np.add.outer(shift, shift))
+            origin = None if origin is None else np.ldexp(origin, shift)
+            exponent = grown
+        x = np.ldexp(x, -exponent)
+        if origin is None:
+            origin = x[0].copy()
+        x -= origin
+        total += x.sum(axis=0)
+        products += x.T @ x
+    n = max(n_finite, 1)
+    mean = total / n
+    covariance = products / n - np.outer(mean, mean)
+    std = np.sqrt(np.maximum(np.diag(covariance), 0))
+    centre = np.ldexp(mean if origin is None else mean + origin, exponent)
+    varies = std > 0
+    correlation = covariance[np.ix_(varies, varies)] / np.outer(std[varies], std[varies])
+    spectrum = np.linalg.eigvalsh(correlation)[::-1].cumsum() if varies.any() else np.zeros(0)
+    std = np.ldexp(std, exponent)
+    return BlockReport(
+        info,
+        len(groups) if info.has_groups else None,
+        (float(centre.min()), float(centre.max())),
+        (float(std.min()), float(std.max())),
+        int((~varies).sum()),
+        info.n_rows - n_finite,
+        n_zeros / (n * dim),
+        {
+            c: float(spectrum[min(c, len(spectrum)) - 1] / spectrum[-1])
+            for c in COMPONENTS
+            if c <= dim and len(spectrum)
+        },
+    )

@@ -1,0 +1,1 @@
+"""Row ranges to standardised shards: split, statistics, and the pipeline of Ray Data."""

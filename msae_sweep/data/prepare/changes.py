@@ -1,0 +1,64 @@
+"""Whether a block's activations are still those that a sweep was prepared from."""
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from msae_sweep.data.prepare.passes import Job, range_digest, rows_per_range
+from msae_sweep.data.sources.base import BlockInfo, Source, digest
+
+
+def what_changed(
+    source: Source,
+    info: BlockInfo,
+    manifest: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    say: Callable[[str], None] = lambda line: None,
+) -> str | None:
+    """One line that names what changed in a block since it was prepared; None where its rows are the same.
+
+    Headers, sizes and times are compared. Where nothing but the times of files differ, as after a copy, the rows are
+    read and compared.
+
+    Args:
+        manifest: manifest of the prepared block.
+        origin: `PreparedBlock.origin`; empty where an earlier version prepared the block.
+        say: takes a line for the user before rows are read.
+    """
+    before = manifest["source"]
+    if source.fingerprint(info.block) == before["fingerprint"]:
+        return None
+    now = {"rows": info.n_rows, "input_dim": info.input_dim, "dtype": info.dtype}
+    then = {"rows": before["rows"], "input_dim": manifest["input_dim"], "dtype": before["dtype"]}
+    for name, value in now.items():
+        if value != then[name]:
+            return f"{info.where}: {name} is {value} and was {then[name]}"
+    if not origin:
+        return f"{info.where}: its files have other names, sizes or times"
+    files_now, files_then = source.files(info.block), origin["files"]
+    for name in sorted(files_now.keys() ^ files_then.keys()):
+        return f"{info.where}: {name} is {'gone' if name in files_then else 'new'}"
+    for name in sorted(files_now):
+        if files_now[name][0] != files_then[name][0]:
+            return f"{info.where}: {name} has {files_now[name][0]} bytes and had {files_then[name][0]}"
+    say(f"{info.where}: files were written again; comparing their rows with those that were prepared")
+    if _content(source, info, manifest["split"]) == origin["content"]:
+        return None
+    changed = [name for name, file in files_now.items() if list(file) != list(files_then[name])]
+    when = f" ({_time(files_now[changed[0]][1])}, before {_time(files_then[changed[0]][1])})" if changed else ""
+    return f"{info.where}: {', '.join(changed[:3]) or 'a file'} was written again{when} and holds other rows"
+
+
+def _content(source: Source, info: BlockInfo, split: Mapping[str, Any]) -> str:
+    """Digest of a block's rows and of the side that each is on, as the preparation takes it."""
+    ranges = source.row_ranges(info.block, rows_per_range(info))
+    job = Job(source, ranges, split["by"], split["seed"], split["val_split"])
+    parts = []
+    for i in range(len(ranges)):
+        x, held_out, _ = job.read(i)
+        parts.append(range_digest(x, held_out))
+    return digest(*parts)
+
+
+def _time(ns: int) -> str:
+    return datetime.fromtimestamp(ns / 1e9, UTC).isoformat(sep=" ", timespec="seconds")

@@ -1,0 +1,383 @@
+"""Ray Data prepares activations once: row ranges → split → statistics → standardised shards, on disk and in memory.
+
+Two passes, each a Ray Data pipeline with one task a row range:
+
+1. read the ranges, find non-finite rows, split, and sum the training rows' moments in float64 (merged on the driver as
+   they stream in, so that its memory does not grow with the data);
+2. read them again, standardise, write each range as one float32 `.npy` (training rows first, then validation rows) and
+   keep it in the object store of the node that made it.
+
+A block is measured while those before it are being standardised, because much of a pass's time is Ray Data's own, in
+which cores and disk are idle.
+
+A later sweep reads the files instead; a shard that is lost with its node is made again by lineage, either way. The
+source is read twice rather than materialised raw in between: that would need as much object store again, and spill,
+while a second read of an npy or HDF5 file costs less than the statistics do.
+"""
+
+import contextlib
+import functools
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.data
+from jaxtyping import Float32
+from ray.data.block import BlockAccessor
+
+from msae_sweep import errors
+from msae_sweep.config import DataConfig
+from msae_sweep.data.prepare.passes import Job, measure, read_shard, rows_per_range, standardise_range
+from msae_sweep.data.prepare.shard_folder import ShardFolder
+from msae_sweep.data.prepare.split import Moments
+from msae_sweep.data.sources.base import BlockInfo, RowRange, Source, digest
+from msae_sweep.data.sources.catalog import check, open_source, select
+from msae_sweep.errors import DataError, MsaeSweepError
+from msae_sweep.paths import Place
+
+__all__ = ["PreparedBlock", "check", "prepare", "reusable"]
+
+FORMAT = 1
+"""Part of every key: raised when shards are written differently, so that old ones are not taken for new ones."""
+
+RANGES_A_WORKER = 4
+"""A worker is worth starting for so many row ranges: it imports for seconds, while a range of 32 MiB takes a tenth of
+one, and trials' workers that start meanwhile wait for the same cores and disk."""
+
+STANDARDISED_AT_ONCE = 3
+"""Blocks in the second pass; another is not measured before the first of them is ready."""
+
+PROGRESS_SECONDS = 10
+"""Between two lines about a pass that goes on."""
+
+
+@dataclass(frozen=True)
+class PreparedBlock:
+    """One block's standardised rows in the cluster's object stores; picklable, a few kilobytes."""
+
+    block: int
+    input_dim: int
+    n_train: int
+    n_val: int
+    mean: Float32[np.ndarray, " input_dim"]
+    """Of the training rows, raw units."""
+    std: Float32[np.ndarray, " input_dim"]
+    """The same; 1 for constant channels, which standardise to 0."""
+    manifest: dict[str, Any]
+    """Source fingerprint, split, counts, shards: the `manifest.json` beside the shards."""
+    refs: list[ray.ObjectRef]
+    """A shard each: training rows, then validation rows."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """The source's files and the digest of their rows, for `data.changes`."""
+
+    def train_shards(self) -> list[Callable[[], np.ndarray]]:
+        """Functions that fetch the training rows [rows, input_dim] of a shard each.
+
+        Read-only, and zero-copy where the shard is on this node.
+        """
+        return [functools.partial(_fetch, ref, i, 0, n) for ref, i, n, _ in self._shards() if n]
+
+    def val_shards(self) -> list[Callable[[], np.ndarray]]:
+        """The same for the validation rows."""
+        return [functools.partial(_fetch, ref, i, n, n + n_val) for ref, i, n, n_val in self._shards() if n_val]
+
+    def _shards(self) -> Iterator[tuple[ray.ObjectRef, int, int, int]]:
+        for ref, (i, n_train, n_val) in zip(self.refs, self.manifest["shards"], strict=True):
+            yield ref, i, n_train, n_val
+
+
+def prepare(
+    config: DataConfig,
+    storage: str,
+    *,
+    batch_size: int,
+    on_progress: Callable[[str], None] = lambda line: None,
+    on_ready: Callable[[PreparedBlock], None] = lambda prepared: None,
+) -> dict[int, PreparedBlock]:
+    """Standardised shards of every wanted block; those prepared before under the same key are only loaded.
+
+    Args:
+        storage: shards lie in `{storage}/prepared/block{B}-{key}/`; an object store, or a path that every node shares.
+        batch_size: the largest in the sweep; fewer training rows are an error.
+        on_progress: told a line now and then, in any thread.
+        on_ready: told of each block when it is ready, in any thread.
+
+    Raises:
+        DataError: the rows cannot be used; the message names file and rows.
+        SweepError: `storage` cannot be written.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    # What fails comes out as an exception; Ray Data would print it besides.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    source = open_source(config)
+    under_way: dict[int, Future[PreparedBlock]] = {}
+    try:
+        for info in select(source.infos(), config):
+            for i, future in enumerate(under_way.values()):
+                if future.done() or i <= len(under_way) - STANDARDISED_AT_ONCE:
+                    future.result()
+            finish = _begin(source, info, config, storage, batch_size, on_progress)
+            under_way[info.block] = _in_background(finish, on_ready)
+    finally:
+        # Also where one cannot be used: those before it serve a later sweep, and Ray must not end under a thread.
+        wait(under_way.values())
+    return {block: future.result() for block, future in under_way.items()}
+
+
+def reusable(config: DataConfig, storage: str) -> dict[int, dict[str, Any]]:
+    """Manifests of the wanted blocks that were prepared before and would only be loaded, by block; nothing is made."""
+    source = open_source(config)
+    folders = {info.block: _folder(source, info, config, storage) for info in select(source.infos(), config)}
+    manifests = {block: folder.manifest() for block, (folder, _) in folders.items()}
+    return {block: manifest for block, manifest in manifests.items() if manifest is not None}
+
+
+def _folder(source: Source, info: BlockInfo, config: DataConfig, storage: str) -> tuple[ShardFolder, str]:
+    """Where a block's shards lie, and their key."""
+    key = _key(source, info, config)
+    return ShardFolder(Place(storage) / "prepared" / f"block{info.block}-{key}"), key
+
+
+def _begin(
+    source: Source,
+    info: BlockInfo,
+    config: DataConfig,
+    storage: str,
+    batch_size: int,
+    on_progress: Callable[[str], None],
+) -> Callable[[], PreparedBlock]:
+    """Measure a block, where that has not been done; returns what is left to be done."""
+    started = time.monotonic()
+    folder, key = _folder(source, info, config, storage)
+    manifest = folder.manifest()
+    make: Callable[[], tuple[dict[str, Any], list[ray.ObjectRef]]]
+    if manifest is None:
+        measured, how = _measure(source, info, config, folder, on_progress), "prepared"
+        n_train = measured.n_train
+        make = functools.partial(_standardise, measured, info, config, folder, key)
+    else:
+        n_train, how = manifest["n_train"], "reused"
+        make = functools.partial(_load, folder, manifest)
+    if n_train < batch_size:
+        raise DataError(
+            f"{info.where}: {n_train} training rows, fewer than training.batch_size {batch_size}; "
+            "lower batch_size or give more rows"
+        )
+
+    def finish() -> PreparedBlock:
+        made, refs = make()
+        mean, std = folder.stats()
+        on_progress(_say(made, how, time.monotonic() - started))
+        return PreparedBlock(
+            info.block, info.input_dim, made["n_train"], made["n_val"], mean, std, made, refs, folder.origin()
+        )
+
+    return finish
+
+
+def _in_background(
+    finish: Callable[[], PreparedBlock], on_ready: Callable[[PreparedBlock], None]
+) -> Future[PreparedBlock]:
+    """In a daemon thread: a driver that is interrupted does not wait for data."""
+    future: Future[PreparedBlock] = Future()
+
+    def run() -> None:
+        try:
+            prepared = finish()
+            on_ready(prepared)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(prepared)
+
+    threading.Thread(target=run, name="standardising", daemon=True).start()
+    return future
+
+
+def _key(source: Source, info: BlockInfo, config: DataConfig) -> str:
+    split = (config.seed, config.val_split, _split_by(info, config))
+    return digest(FORMAT, source.fingerprint(info.block), split, config.use_given_stats, config.drop_nonfinite)
+
+
+def _split_by(info: BlockInfo, config: DataConfig) -> str:
+    return ("game_id" if info.has_groups else "row") if config.split_by == "auto" else config.split_by
+
+
+class _Measured(NamedTuple):
+    """What the first pass found."""
+
+    job: Job
+    counts: dict[int, tuple[int, int]]
+    """Training and validation rows of each range."""
+    mean: np.ndarray
+    std: np.ndarray
+    """0 for constant channels."""
+    n_train: int
+    n_val: int
+    n_dropped: int
+    content: str
+    """Digest of the rows."""
+
+
+def _measure(
+    source: Source, info: BlockInfo, config: DataConfig, folder: ShardFolder, on_progress: Callable[[str], None]
+) -> _Measured:
+    """The first pass, and whether the rows can be used."""
+    folder.create()
+    ranges = source.row_ranges(info.block, rows_per_range(info))
+    split_by = _split_by(info, config)
+    job = Job(source, ranges, split_by, config.seed, config.val_split)
+
+    moments = Moments.of(np.empty((0, info.input_dim)))
+    counts: dict[int, tuple[int, int]] = {}
+    digests: dict[int, str] = {}
+    bad: list[tuple[RowRange, int, int, int]] = []
+    said = started = time.monotonic()
+    with _plain_errors():
+        for row in _over(range(len(ranges)), functools.partial(measure, job=job)).iter_rows():
+            counts[int(row["i"])] = int(row["n_train"]), int(row["n_val"])
+            digests[int(row["i"])] = row["digest"]
+            moments = moments.merge(Moments(int(row["n_train"]), row["mean"], row["m2"]))
+            if row["n_bad"]:
+                bad.append((ranges[int(row["i"])], int(row["n_bad"]), int(row["bad_first"]), int(row["bad_last"])))
+            if time.monotonic() - said > PROGRESS_SECONDS:
+                said = time.monotonic()
+                on_progress(f"block {info.block}: {len(counts)} of {len(ranges)} row ranges measured")
+    n_val = sum(held_out for _, held_out in counts.values())
+    n_dropped = sum(count for _, count, _, _ in bad)
+    if bad and not config.drop_nonfinite:
+        row_range, _, first, last = min(bad)
+        more = f" ({n_dropped} rows in all)" if n_dropped > 1 else ""
+        raise DataError(
+            f"{row_range.name(first, last)}: NaN or Inf{more}; mend them, or drop them with data.drop_nonfinite: true"
+        )
+    if not moments.n or not n_val:
+        side, kind = ("validation" if moments.n else "training"), "game" if split_by == "game_id" else "row"
+        raise DataError(
+            f"data.val_split: {config.val_split} leaves no {side} rows of {info.where} "
+            f"({moments.n + n_val} rows, split by {kind}); choose another val_split"
+        )
+    mean, std = moments.mean, moments.std()
+    if config.use_given_stats:
+        given = source.given_stats(info.block)
+        assert given is not None, "checked before"
+        mean, std = given
+    if not np.isfinite(std).all():
+        channel = int(np.flatnonzero(~np.isfinite(std))[0])
+        raise DataError(f"{info.where}: values of channel {channel} overflow when squared in float64; scale them down")
+    if time.monotonic() - started > PROGRESS_SECONDS:
+        on_progress(f"block {info.block}: measured in {time.monotonic() - started:.0f} s; standardising")
+    content = digest(*(digests[i] for i in range(len(ranges))))
+    return _Measured(job, counts, mean, std, moments.n, n_val, n_dropped, content)
+
+
+def _standardise(
+    measured: _Measured, info: BlockInfo, config: DataConfig, folder: ShardFolder, key: str
+) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
+    """The second pass; the manifest is written last, as the mark that the shards are whole."""
+    job, counts, mean, std, n_train, n_val, n_dropped, content = measured
+    # A range without a usable row makes no shard.
+    kept = [i for i in range(len(job.ranges)) if sum(counts[i])]
+    with _plain_errors():
+        made = _over(
+            kept, functools.partial(standardise_range, job=job, folder=folder, mean=mean, std=std)
+        ).materialize()
+    constant = np.flatnonzero(std == 0)
+    folder.save_stats(mean, np.where(std == 0, 1.0, std))
+    manifest = {
+        "format": FORMAT,
+        "key": key,
+        "block": info.block,
+        "source": {
+            "where": info.where,
+            "rows": info.n_rows,
+            "dtype": info.dtype,
+            "fingerprint": job.source.fingerprint(info.block),
+        },
+        "input_dim": info.input_dim,
+        "split": {"by": job.split_by, "seed": config.seed, "val_split": config.val_split},
+        "statistics": "given" if config.use_given_stats else "training rows",
+        "n_train": n_train,
+        "n_val": n_val,
+        "n_dropped": n_dropped,
+        "constant_channels": constant.tolist(),
+        "shards": [[i, *counts[i]] for i in kept],
+    }
+    folder.save_origin({"files": job.source.files(info.block), "content": content})
+    folder.save_manifest(manifest)
+    return manifest, _refs(made, manifest)
+
+
+def _over(numbers: Iterable[int], function: Callable[..., dict[str, Any]]) -> ray.data.Dataset:
+    """A Ray Data pipeline that calls `function` for each number, in a task of its own."""
+    items = [{"i": i} for i in numbers]
+    at_once = ray.data.TaskPoolStrategy(size=max(1, -(-len(items) // RANGES_A_WORKER)))
+    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        function, batch_size=1, compute=at_once
+    )
+
+
+def _load(folder: ShardFolder, manifest: dict[str, Any]) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
+    """Shards that were written before, into the object stores."""
+    with _plain_errors():
+        numbers = [i for i, _, _ in manifest["shards"]]
+        made = _over(numbers, functools.partial(read_shard, folder=folder)).materialize()
+    return manifest, _refs(made, manifest)
+
+
+def _refs(made: Any, manifest: dict[str, Any]) -> list[ray.ObjectRef]:
+    refs: list[ray.ObjectRef] = made.to_arrow_refs()
+    assert len(refs) == len(manifest["shards"]), "Ray Data cut a shard in two"
+    return refs
+
+
+def _fetch(ref: ray.ObjectRef, number: int, start: int, stop: int) -> np.ndarray:
+    shard = BlockAccessor.for_block(ray.get(ref))
+    assert int(shard.to_numpy("shard")[0]) == number, "shards are out of order"
+    x: np.ndarray = shard.to_numpy("x")
+    return x[start:stop]
+
+
+def _say(manifest: dict[str, Any], how: str, seconds: float) -> str:
+    parts = [
+        f"block {manifest['block']}: {how} {manifest['n_train']:,} training and {manifest['n_val']:,} validation rows "
+        f"of width {manifest['input_dim']}, split by {manifest['split']['by']}, in {seconds:.1f} s"
+    ]
+    if constant := manifest["constant_channels"]:
+        parts.append(f"{len(constant)} constant channels standardised to 0: {_some(constant)}")
+    if manifest["n_dropped"]:
+        parts.append(f"{manifest['n_dropped']:,} rows with NaN or Inf dropped")
+    return "; ".join(parts)
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(str(n) for n in numbers[:8]) + (", …" if len(numbers) > 8 else "")
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What a task raised on purpose comes out as it was raised.
+
+    It is read from the text of Ray's error: only some of Ray Data's ways out keep the exception itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        # A task's exception can be of its own kind and of Ray's at once, with a trace as its text.
+        if isinstance(error, MsaeSweepError) and not isinstance(error, ray.exceptions.RayTaskError):
+            raise
+        ours = re.findall(r"^msae_sweep\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+        if not ours:
+            raise
+        name, message = ours[-1]
+        raise getattr(errors, name)(message) from None

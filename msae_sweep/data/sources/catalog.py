@@ -1,0 +1,82 @@
+"""Which source lies at a path, and whether the wanted blocks can be swept: everything that headers tell."""
+
+from msae_sweep.config import DataConfig
+from msae_sweep.data.sources.base import BlockInfo, Source, block_of
+from msae_sweep.data.sources.hdf5 import Hdf5File
+from msae_sweep.data.sources.npy import NpyFolder
+from msae_sweep.data.sources.parquet import SUFFIXES, ParquetTables
+from msae_sweep.data.sources.planted import PlantedSource
+from msae_sweep.errors import DataError, SweepError
+from msae_sweep.paths import Place
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that `data.path` names, told by what lies there.
+
+    Raises:
+        DataError: nothing there, or nothing that can be read.
+    """
+    if config.path == "planted":
+        return PlantedSource(config.planted, config.blocks)
+    try:
+        path = Place(config.path)
+        path.check()
+        return _source_at(path)
+    except (SweepError, OSError) as error:
+        raise DataError(f"data.path: {error}") from None
+
+
+def _source_at(path: Place) -> Source:
+    info = path.info()
+    if info.type.name == "NotFound":
+        raise DataError(f"data.path: {path} does not exist; give a folder of activations, an .h5 or a Parquet file")
+    if not info.is_file:
+        chunks = [folder for folder in path.folders() if any(file.suffix == ".npy" for file in folder.files())]
+        if any(block_of(folder.name) is not None for folder in chunks):
+            return NpyFolder(path)
+        if (path / "activations.h5").is_file():
+            return Hdf5File(path / "activations.h5")
+        if any(file.suffix in SUFFIXES for file in path.files(recursive=True)):
+            return ParquetTables(path)
+    elif path.suffix in (".h5", ".hdf5"):
+        return Hdf5File(path)
+    elif path.suffix in SUFFIXES:
+        return ParquetTables(path)
+    raise DataError(
+        f"data.path: {path} holds no activations; expected block{{B}}/chunk_*.npy, an .h5 file, or Parquet/Arrow files"
+    )
+
+
+def check(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
+    """The wanted blocks, checked as far as headers and the split go; no rows are read.
+
+    Raises:
+        DataError: a block is missing, blocks differ where they must not, or there are fewer rows than a batch.
+    """
+    source = open_source(config)
+    infos = select(source.infos(), config)
+    for info in infos:
+        if config.split_by == "game_id" and not info.has_groups:
+            raise DataError(f"data.split_by: game_id, but {info.where} has no game_id; add one or write row")
+        if round(info.n_rows * (1 - config.val_split)) < batch_size:
+            raise DataError(
+                f"{info.where}: {info.n_rows} rows leave about {round(info.n_rows * (1 - config.val_split))} for "
+                f"training, fewer than training.batch_size {batch_size}; lower batch_size or give more rows"
+            )
+        if config.use_given_stats and source.given_stats(info.block) is None:
+            raise DataError(f"data.use_given_stats: {info.where} has no normalization_stats.npz beside it")
+    return infos
+
+
+def select(infos: dict[int, BlockInfo], config: DataConfig) -> list[BlockInfo]:
+    """The blocks that the configuration wants, in its order.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    wanted = config.blocks or tuple(infos)
+    for block in wanted:
+        if block not in infos:
+            found = ", ".join(str(b) for b in infos) or "none"
+            raise DataError(f"data.blocks: no block {block} in {config.path}; found {found}")
+    return [infos[block] for block in wanted]

@@ -1,0 +1,53 @@
+"""Which network a sweep's model was trained on, as far as the extraction of its activations tells."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from msae_sweep.errors import MsaeSweepError
+from msae_sweep.go.weights import weights_sha256
+from msae_sweep.models.evaluate import data_of
+from msae_sweep.paths import Place
+
+
+def notes(model: str, weights: Path, first_row: str) -> tuple[str, ...]:
+    """Known differences between a network and the one that a model was trained on.
+
+    Differences are said and not refused: a network that was packed or written anew has another hash.
+
+    Args:
+        model: file or URI that the model was loaded from.
+        weights: file of the network.
+        first_row: `top` or `bottom`, as the network is to be fed.
+    """
+    manifest = _extraction(model)
+    found = []
+    if manifest.get("weights_sha256", here := weights_sha256(weights)) != here:
+        found.append(
+            f"{weights} is not the file that the model's activations were extracted with: sha256 {here[:12]}… instead "
+            f"of {manifest['weights_sha256'][:12]}…"
+        )
+    if (before := manifest.get("first_row", first_row)) != first_row:
+        found.append(f"the model's activations were extracted with --first-row {before}, not {first_row}")
+    return tuple(found)
+
+
+def _extraction(model: str) -> dict[str, Any]:
+    """The manifest of the activations that the sweep of a model file was about; empty where there is none."""
+    if model.startswith(("models:/", "runs:/")):
+        return {}
+    try:
+        # {sweep}/models/msae_block5.pt or {sweep}/trials/block5-003/model.pt
+        folders = (folder := Place(model).parent.parent), folder.parent
+        sweep = next((folder for folder in folders if (folder / "sweep.yaml").is_file()), None)
+        if sweep is None:
+            return {}
+        data = Place(data_of(sweep.uri, None, ()).path)
+        # The data may be the extraction's folder, or its activations.h5 or parquet/.
+        for place in (data, data.parent):
+            if (place / "manifest.json").is_file():
+                manifest = json.loads((place / "manifest.json").read())
+                return manifest if isinstance(manifest, dict) else {}
+    except (MsaeSweepError, OSError, ValueError):
+        pass
+    return {}

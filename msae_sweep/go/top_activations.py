@@ -1,0 +1,290 @@
+"""What latents of an MSAE stand for: the positions of real games at which each is strongest, drawn as boards.
+
+Two passes over the pipeline. The first sees every position and keeps, of each latent, the strongest of different games:
+a few numbers a latent, however many games stream by. The second sees the chosen positions again, for where on the board
+the latents fire.
+"""
+
+import collections
+import json
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import ray
+
+from msae_sweep.errors import ConfigError, DataError
+from msae_sweep.go import diagrams
+from msae_sweep.go.board import N_POINTS, PASS
+from msae_sweep.go.diagrams import Diagram, LatentDiagrams
+from msae_sweep.go.leela import Precision
+from msae_sweep.go.pipeline import Picked, read_all, run
+from msae_sweep.go.progress_bar import Progress
+from msae_sweep.go.records import find_units
+from msae_sweep.go.replay import replay
+from msae_sweep.go.sampling import CHUNK_POSITIONS, Sampling, cut
+from msae_sweep.go.sgf import Game
+from msae_sweep.go.top_activation_actors import Maps, Maxima
+from msae_sweep.go.top_positions import Firing, Strongest
+from msae_sweep.go.weights import read_weights
+from msae_sweep.paths import Place, check_file, check_folder
+from msae_sweep.sae.model_file import ModelFile
+
+
+class Settings(NamedTuple):
+    """What is asked for."""
+
+    model: ModelFile
+    name: str
+    """What the model is called on the page."""
+    weights: Path
+    games: Path
+    block: int
+    out: Path
+    """The page; what it shows, and the same of every other latent, stands beside it as JSON."""
+    latents: tuple[int, ...] | int
+    """Which to draw; or how many of those that are strongest where they fire."""
+    top: int
+    """Boards of a latent."""
+    k: int
+    """How many latents may be active at a point."""
+    sampling: Sampling
+    precision: Precision = "auto"
+    first_row: Literal["top", "bottom"] = "top"
+    notes: tuple[str, ...] = ()
+    """Notes on model and network for readers of the page."""
+
+
+class Summary(NamedTuple):
+    """What it came to."""
+
+    games: int
+    refused: str
+    positions: int
+    alive: int
+    """Latents that fired at all."""
+    drawn: int
+    seconds: float
+
+    def text(self, settings: Settings) -> str:
+        """What a user wants to know of it, in two lines."""
+        hidden_dim = settings.model.model.hidden_dim
+        return (
+            f"{self.games:,} games ({self.refused}), {self.positions:,} positions, {self.seconds:.1f} s; "
+            f"{self.alive:,} of {hidden_dim:,} latents fired\n"
+            f"{settings.out}: {self.drawn} latents; all of them: {settings.out.with_suffix('.json')}"
+        )
+
+
+def latents_asked_for(text: str) -> tuple[int, ...] | int:
+    """The latents that `text` names, or how many it asks for.
+
+    Raises:
+        ConfigError: it does neither, or names one twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    named = [part for part in parts if part]
+    if not named or not all(part.isascii() and part.isdigit() for part in named):
+        raise ConfigError(f"--latents: {text!r} must be how many, e.g. 40, or which, e.g. 12,77")
+    numbers = tuple(int(part) for part in named)
+    if len(parts) == 1:
+        if numbers[0] == 0:
+            raise ConfigError("--latents: 0 draws nothing; give how many, e.g. 40, or which, e.g. 12,77 (one: 0,)")
+        return numbers[0]
+    if repeated := [number for number in numbers if numbers.count(number) > 1]:
+        raise ConfigError(f"--latents: names {repeated[0]} more than once")
+    return numbers
+
+
+def show(
+    settings: Settings,
+    report: Callable[[Progress], None] = lambda _: None,
+    connect: Callable[[], None] = lambda: None,
+) -> Summary:
+    """Find the strongest positions, write the page and the JSON file.
+
+    `connect` is called when all that needs no Ray has been checked; after it, Ray must be initialised.
+
+    Raises:
+        ConfigError: a block, latent or k that is not there.
+        DataError: no games, a weights file that is none, a network of other width than the model, no room on the disk.
+    """
+    started = time.monotonic()
+    units = find_units(settings.games)
+    weights = read_weights(settings.weights)
+    _check(settings, len(weights.blocks), weights.filters)
+    connect()
+    found = read_all(units, settings.games)
+    games = found.games
+    chunks = cut(games, settings.sampling)
+    if not chunks:
+        raise DataError(f"{settings.games}: no game is longer than --skip-first {settings.sampling.skip_first} moves")
+    arguments = ([ray.put(weights), ray.put(settings.model)], settings)
+    n_positions = sum(chunk.n_positions for chunk in chunks)
+    done = 0
+    report(Progress(0, n_positions, 0, ""))
+    best: Strongest | None = None
+    firing: Firing | None = None
+    for result in run(chunks, settings.sampling, Maxima, arguments):
+        part, part_firing = pickle.loads(result["found"])
+        best = part if best is None else best.merge(part)
+        firing = part_firing if firing is None else firing.add(part_firing)
+        done += result["n_positions"]
+        report(Progress(done, n_positions, done * N_POINTS, str(result["device"])))
+    assert best is not None
+    assert firing is not None
+    latents = _chosen(settings, best, firing)
+    by_id = {game.game_id: game for game in games}
+    drawn = _drawn(settings, latents, best, firing, n_positions, by_id, arguments)
+    intro = [
+        f"{settings.name}: {settings.model.model.hidden_dim:,} latents, {settings.k} active at a point at the most.",
+        f"The boards are the positions at which a latent is strongest, at most one of a game, among {n_positions:,} "
+        f"positions of {len(games):,} games.",
+    ]
+    if isinstance(settings.latents, int):
+        intro.append(
+            f"Shown are the {len(latents)} latents that are strongest where they fire (largest mean z²), of those that "
+            f"fire in at least {settings.top} games; the strongest first."
+        )
+    page = diagrams.page(f"What block {settings.block}'s latents see", [*intro, *settings.notes], drawn)
+    record = json.dumps(_record(settings, best, firing, n_positions, by_id))
+    try:
+        Place(settings.out).write(page.encode())
+        Place(settings.out.with_suffix(".json")).write(record.encode())
+    except OSError as error:
+        raise DataError(f"{settings.out}: {error.strerror}") from None
+    alive = int((firing.points > 0).sum())
+    return Summary(len(games), found.counted(), n_positions, alive, len(drawn), time.monotonic() - started)
+
+
+def _check(settings: Settings, n_blocks: int, filters: int) -> None:
+    model = settings.model.model
+    if not 1 <= settings.block <= n_blocks:
+        raise ConfigError(f"--block: {settings.block} is not in this network, which has blocks 1 to {n_blocks}")
+    if model.input_dim != filters:
+        raise DataError(
+            f"{settings.weights}: {filters} filters, but the model takes {model.input_dim} channels; "
+            "give the network whose activations it was trained on"
+        )
+    if not 1 <= settings.k <= model.hidden_dim:
+        raise ConfigError(f"--k: {settings.k} must be 1 to {model.hidden_dim}, the model's latents")
+    if not isinstance(settings.latents, int):
+        for latent in settings.latents:
+            if not 0 <= latent < model.hidden_dim:
+                raise ConfigError(f"--latents: {latent} is not in this model, which has 0 to {model.hidden_dim - 1}")
+    if settings.out.suffix != ".html":
+        raise ConfigError(f"--out: {settings.out} must end in .html")
+    check_folder("--out", settings.out.parent)
+    for file in (settings.out, settings.out.with_suffix(".json")):
+        check_file("--out", file)
+
+
+def _chosen(settings: Settings, best: Strongest, firing: Firing) -> list[int]:
+    """The latents to draw.
+
+    By energy alone it would be those that fire nearly everywhere and say little; by rarity alone, those of one game.
+    """
+    if not isinstance(settings.latents, int):
+        return list(settings.latents)
+    mean_square = firing.energy / firing.points.clamp_min(1)
+    mean_square[best.value[:, -1] == 0] = 0
+    order = mean_square.argsort(descending=True, stable=True)[: settings.latents]
+    return [latent for latent in order.tolist() if mean_square[latent] > 0]
+
+
+def _drawn(
+    settings: Settings,
+    latents: Sequence[int],
+    best: Strongest,
+    firing: Firing,
+    n_positions: int,
+    games: dict[int, Game],
+    arguments: tuple[list[Any], Settings],
+) -> list[LatentDiagrams]:
+    """Diagrams of `latents`; runs the second pass."""
+    wanted: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+    for latent in latents:
+        for value, game_id, ply in _places(best, latent):
+            if value > 0:
+                wanted[game_id, ply].append(latent)
+    acts: dict[tuple[int, int, int], np.ndarray] = {}
+    for result in run(_picked(wanted, games), settings.sampling, Maps, (*arguments, dict(wanted))):
+        acts |= pickle.loads(result["found"])
+
+    def diagram(latent: int, game_id: int, ply: int) -> Diagram:
+        game = games[game_id]
+        boards, black_to_move = replay(game, np.array([ply]))
+        last = int(game.moves[ply - 1]) if ply else PASS
+        return Diagram(
+            stones=boards[0, 0] * np.int8(1 if black_to_move[0] else -1),
+            acts=acts[latent, game_id, ply],
+            black_to_move=bool(black_to_move[0]),
+            last_move=None if last == PASS else last,
+            ply=ply,
+            game=game.name,
+        )
+
+    energy = firing.energy.sum().item()
+    return [
+        LatentDiagrams(
+            latent,
+            firing.points[latent].item() / (n_positions * N_POINTS),
+            firing.energy[latent].item() / energy if energy else 0.0,
+            [diagram(latent, game_id, ply) for value, game_id, ply in _places(best, latent) if value > 0],
+        )
+        for latent in latents
+    ]
+
+
+def _picked(wanted: dict[tuple[int, int], list[int]], games: dict[int, Game]) -> list[Picked]:
+    by_game: dict[int, list[int]] = collections.defaultdict(list)
+    for game_id, ply in sorted(wanted):
+        by_game[game_id].append(ply)
+    chunks: list[Picked] = []
+    picks: list[tuple[Game, np.ndarray]] = []
+    for game_id, plies in by_game.items():
+        picks.append((games[game_id], np.array(plies)))
+        if sum(len(taken) for _, taken in picks) >= CHUNK_POSITIONS:
+            chunks.append(_chunk(chunks, picks))
+            picks = []
+    return [*chunks, _chunk(chunks, picks)] if picks else chunks
+
+
+def _chunk(before: list[Picked], picks: list[tuple[Game, np.ndarray]]) -> Picked:
+    first = before[-1].first_position + before[-1].n_positions if before else 0
+    return Picked(len(before), first, sum(len(plies) for _, plies in picks), picks)
+
+
+def _places(best: Strongest, latent: int) -> list[tuple[float, int, int]]:
+    value, game_id, ply = (tensor[latent].tolist() for tensor in best)
+    return list(zip(value, game_id, ply, strict=True))
+
+
+def _record(
+    settings: Settings, best: Strongest, firing: Firing, n_positions: int, games: dict[int, Game]
+) -> dict[str, Any]:
+    """What `….json` says: of every latent that fired, how much, and its strongest positions."""
+    energy = firing.energy.sum().item()
+    return {
+        "model": settings.name,
+        "block": settings.block,
+        "k": settings.k,
+        "positions": n_positions,
+        "games": len(games),
+        "latents": {
+            str(latent): {
+                "points": points / (n_positions * N_POINTS),
+                "energy": firing.energy[latent].item() / energy,
+                "strongest": [
+                    {"value": round(value, 4), "game": games[game_id].name, "ply": ply}
+                    for value, game_id, ply in _places(best, latent)
+                    if value > 0
+                ],
+            }
+            for latent, points in enumerate(firing.points.tolist())
+            if points
+        },
+    }

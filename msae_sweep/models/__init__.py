@@ -1,0 +1,1 @@
+"""One model: find it, evaluate it, export it, encode with it."""

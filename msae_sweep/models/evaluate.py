@@ -1,0 +1,322 @@
+"""`msae-sweep eval`: one model on any activations, streamed; a table, and everything as JSON."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from msae_sweep.config import DataConfig, parse
+from msae_sweep.data.prepare.changes import what_changed
+from msae_sweep.data.prepare.passes import Job
+from msae_sweep.data.prepare.split import standardise
+from msae_sweep.data.sources.base import BlockInfo
+from msae_sweep.data.sources.catalog import open_source, select
+from msae_sweep.errors import ConfigError, DataError, DeviceError
+from msae_sweep.models.find import FoundModel
+from msae_sweep.paths import Place
+from msae_sweep.sae.evaluation import (
+    Coherence,
+    Evaluation,
+    EvaluationSums,
+    decoder_coherence,
+    level_stability,
+    matched_cosine,
+)
+from msae_sweep.sae.metrics import objective
+from msae_sweep.sae.model import MSAE
+
+Side = Literal["all", "training", "validation"]
+
+RANGE_BYTES = 16 << 20
+"""Of a row range as float64, which bounds what is read at a time."""
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
+"""Of firing frequencies, in the table."""
+
+
+class Part(NamedTuple):
+    """One row range's share."""
+
+    x: Float32[np.ndarray, "rows input_dim"]
+    """Standardised."""
+    n_dropped: int
+    """Rows with NaN or Inf."""
+
+
+class Plan(NamedTuple):
+    """What a model is evaluated on, by row ranges; picklable, nothing is read yet."""
+
+    job: Job
+    info: BlockInfo
+    side: Side
+    drop_nonfinite: bool
+    mean: Float32[np.ndarray, " input_dim"]
+    std: Float32[np.ndarray, " input_dim"]
+
+    @property
+    def n_ranges(self) -> int:
+        """How many parts there are."""
+        return len(self.job.ranges)
+
+    def read(self, i: int) -> Part:
+        """Part i, standardised with the model's own statistics.
+
+        Raises:
+            DataError: NaN or Inf, and `drop_nonfinite` is not set.
+        """
+        x, held_out, finite = self.job.read(i)
+        wanted = {"all": np.ones_like(held_out), "validation": held_out, "training": ~held_out}[self.side]
+        bad = np.flatnonzero(wanted & ~finite)
+        if len(bad) and not self.drop_nonfinite:
+            where = self.job.ranges[i].name(int(bad[0]), int(bad[-1]))
+            raise DataError(f"{where}: NaN or Inf; mend them, or drop them with --set data.drop_nonfinite=true")
+        return Part(standardise(x[wanted & finite], self.mean, self.std), len(bad))
+
+
+class Report(NamedTuple):
+    """Everything that is found of one model."""
+
+    found: FoundModel
+    plan: Plan
+    evaluation: Evaluation
+    n_dropped: int
+    coherence: Coherence
+    stability: dict[str, list[float]]
+    """Of each other model: matched cosine at every level of the evaluation."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--out`: R² and L0 at k = 1, 2, … in order, and every latent's firing frequency."""
+        model, evaluation = self.found.file.model, self.evaluation
+        levels = [str(k) for k in evaluation.levels]
+        frequencies = evaluation.level_firing.double() / evaluation.n_rows
+        return {
+            "model": {"where": self.found.where, "block": self.found.block, **model.config},
+            "data": {
+                "where": self.plan.info.where,
+                "block": self.plan.info.block,
+                "rows": self.plan.side,
+                "n_rows": evaluation.n_rows,
+                "n_dropped": self.n_dropped,
+            },
+            "r2": [_number(value) for value in evaluation.r2],
+            "l0": evaluation.l0,
+            "r2_by_level": {k: _number(evaluation.r2[int(k) - 1]) for k in levels},
+            "l0_by_level": {k: evaluation.l0[int(k) - 1] for k in levels},
+            "dead_ratio": evaluation.dead_ratio,
+            "decoder_coherence": self.coherence._asdict(),
+            "stability": [
+                {"against": name, "matched_cosine_by_level": dict(zip(levels, map(_number, values), strict=True))}
+                for name, values in self.stability.items()
+            ],
+            "firing_frequency_by_level": dict(zip(levels, frequencies.tolist(), strict=True)),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """What a trial reports of its validation rows, under the same names; without R² where rows do not vary."""
+        evaluation, levels = self.evaluation, self.found.file.model.k_levels
+        named = {f"r2_k{k}": evaluation.r2[k - 1] for k in levels}
+        named["r2_mean"] = sum(named.values()) / len(levels)
+        named["objective"] = objective(named["r2_mean"], evaluation.dead_ratio)
+        named |= {f"l0_k{k}": evaluation.l0[k - 1] for k in levels}
+        named["dead_ratio"] = evaluation.dead_ratio
+        return {key: value for key, value in named.items() if math.isfinite(value)}
+
+
+def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig:
+    """Where the rows are and how they are split: `data`, or what the sweep in folder `what` was about.
+
+    Args:
+        overrides: `data.KEY=VALUE`, as for a sweep.
+
+    Raises:
+        ConfigError: neither tells it, or an override says something that cannot be.
+    """
+    for override in overrides:
+        if not override.startswith("data."):
+            raise ConfigError(f"--set {override}: only data.… can be set here, e.g. data.val_split=0.2")
+    if data is not None:
+        return parse(json.dumps({"name": "eval", "data": {"path": data}}), overrides, source="--data").data
+    file = Place(what) / "sweep.yaml"
+    try:
+        text = file.read().decode()
+    except OSError:
+        raise ConfigError(f"--data: give activations; only a sweep tells its own, and {what} is none") from None
+    return parse(text, overrides, source=str(file)).data
+
+
+def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> Plan:
+    """Which rows a model is evaluated on; headers are read.
+
+    Args:
+        block: of the data; else the model's own, else the only one there is.
+
+    Raises:
+        DataError: no such block, or rows of another width than the model's.
+        ConfigError: it is not clear which block is meant.
+    """
+    block = found.block if block is None else block
+    # Planted data has whichever block is asked for; of any other, every block is there to be named.
+    blocks = (data.blocks if block is None else (block,)) if data.path == "planted" else None
+    source = open_source(data.model_copy(update={"blocks": blocks}))
+    infos = source.infos()
+    if block is None:
+        if len(infos) > 1:
+            raise ConfigError(f"--block: {data.path} has blocks {', '.join(map(str, infos))}; say which")
+        block = next(iter(infos))
+    (info,) = select(infos, data.model_copy(update={"blocks": (block,)}))
+    model = found.file.model
+    if info.input_dim != model.input_dim:
+        raise DataError(f"{info.where}: rows of width {info.input_dim}, but {found.where} takes {model.input_dim}")
+    split_by = ("game_id" if info.has_groups else "row") if data.split_by == "auto" else data.split_by
+    if split_by == "game_id" and not info.has_groups:
+        raise DataError(f"data.split_by: game_id, but {info.where} has no game_id; add one or write row")
+    ranges = source.row_ranges(block, max(1, RANGE_BYTES // (8 * info.input_dim)))
+    job = Job(source, ranges, split_by, data.seed, data.val_split)
+    return Plan(job, info, side, data.drop_nonfinite, found.file.mean, found.file.std)
+
+
+def check_unchanged(sweep: str, plan: Plan, say: Callable[[str], None] = lambda line: None) -> None:
+    """Whether a sweep's data still is what its models were trained on; nothing is known of what older sweeps read.
+
+    Raises:
+        DataError: it has changed since; the message names what.
+    """
+    manifests, origins = (_json_of(Place(sweep) / name) for name in ("data.json", "origins.json"))
+    block = str(plan.info.block)
+    if block in manifests:
+        changed = what_changed(plan.job.source, plan.info, manifests[block], origins.get(block, {}), say)
+        if changed:
+            raise DataError(
+                f"{changed}: not the rows that {sweep} was about; bring them back, or give rows with --data"
+            )
+
+
+def _json_of(place: Place) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(place.read())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of an evaluation; `auto` is a GPU where there is one.
+
+    Raises:
+        DeviceError: no such device.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device("cuda" if available["cuda"] else "cpu")
+    if not available.get(name, False):
+        raise DeviceError(f"--device: {name} is not there; write auto or cpu")
+    return torch.device(name)
+
+
+def sums_here(plan: Plan, model: MSAE, max_k: int, device: torch.device) -> Iterator[tuple[EvaluationSums, int]]:
+    """Sums and dropped rows of each part, computed in this process."""
+    on_device = model.on(device)
+    for i in range(plan.n_ranges):
+        part = plan.read(i)
+        sums = EvaluationSums(on_device, max_k, device)
+        sums.update(on_device, torch.from_numpy(part.x).to(device))
+        yield sums, part.n_dropped
+
+
+def evaluate(
+    found: FoundModel,
+    plan: Plan,
+    parts: Callable[[Plan, MSAE, int], Iterator[tuple[EvaluationSums, int]]],
+    *,
+    max_k: int | None = None,
+    against: Sequence[FoundModel] = (),
+    on_progress: Callable[[int, int], None] = lambda done, n_parts: None,
+) -> Report:
+    """Evaluate a model on the rows of a plan.
+
+    Args:
+        parts: gives the sums of the plan's parts, e.g. `sums_here`.
+        against: models whose dictionaries it is compared with.
+        on_progress: told how many parts are done, and of how many.
+
+    Raises:
+        ConfigError: `max_k` is above hidden_dim.
+        DataError: no rows, or another model has another width.
+    """
+    model = found.file.model
+    max_k = model.k_levels[-1] if max_k is None else max_k
+    if max_k > model.hidden_dim:
+        raise ConfigError(f"--max-k: {max_k} exceeds hidden_dim {model.hidden_dim}")
+    for other in against:
+        if other.file.model.input_dim != model.input_dim:
+            raise DataError(f"{other.where}: input_dim {other.file.model.input_dim}; {found.where}: {model.input_dim}")
+    total, n_dropped = EvaluationSums(model, max_k), 0
+    for done, (sums, dropped) in enumerate(parts(plan, model, max_k), start=1):
+        total.merge(sums)
+        n_dropped += dropped
+        on_progress(done, plan.n_ranges)
+    if not total.n_rows:
+        raise DataError(f"{plan.info.where}: no {'' if plan.side == 'all' else plan.side + ' '}rows to evaluate on")
+    evaluation = total.compute()
+    stability = {
+        other.where: level_stability(evaluation.level_firing, matched_cosine(model.W_dec, _in_units_of(found, other)))
+        for other in against
+    }
+    return Report(found, plan, evaluation, n_dropped, decoder_coherence(model.W_dec), stability)
+
+
+def _in_units_of(found: FoundModel, other: FoundModel) -> torch.Tensor:
+    """Another model's dictionary in the standardised space of `found`: their statistics may differ."""
+    scale = other.file.std.astype(np.float64) / found.file.std.astype(np.float64)
+    return other.file.model.W_dec.detach() * torch.from_numpy(scale.astype(np.float32))
+
+
+def render(report: Report) -> Group:
+    """A row per level, R² at a few more k, and how latents and dictionary are."""
+    evaluation, model = report.evaluation, report.found.file.model
+    rows = {"all": "rows", "validation": "validation rows", "training": "training rows"}[report.plan.side]
+    # Not the table's title, which would be broken at the table's width.
+    title = Text(f"{report.found.where} on {evaluation.n_rows:,} {rows}", style="italic", overflow="fold")
+    table = Table()
+    names = [f"matched cosine {i}" for i in range(1, len(report.stability) + 1)]
+    for heading in ("k", "R²", "active latents", "of them ever", *names):
+        table.add_column(heading, justify="right")
+    for level, k in enumerate(evaluation.levels):
+        ever = (evaluation.level_firing[level] > 0).double().mean().item()
+        table.add_row(
+            str(k),
+            f"{evaluation.r2[k - 1]:.4f}",
+            f"{evaluation.l0[k - 1]:.1f}",
+            f"{ever:.1%}",
+            *(f"{values[level]:.3f}" for values in report.stability.values()),
+        )
+    curve = [k for k in (2**i for i in range(len(evaluation.r2).bit_length())) if k <= len(evaluation.r2)]
+    frequencies = evaluation.firing.double() / evaluation.n_rows
+    quantiles = torch.quantile(frequencies, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    n_dead = int((evaluation.firing == 0).sum())
+    lines = [
+        "R²(k): " + " · ".join(f"{k} {evaluation.r2[k - 1]:.3f}" for k in curve),
+        f"dead latents: {n_dead:,} of {model.hidden_dim:,} ({evaluation.dead_ratio:.1%}) fired for none of these rows "
+        f"at k = {len(evaluation.r2)}; a sweep counts those that fired for no row of the last training epoch",
+        "firing frequency: "
+        + " · ".join(
+            f"{share:.0%} of latents below {value:.2%}" for share, value in zip(QUANTILES, quantiles, strict=True)
+        ),
+        f"decoder coherence |cosine|: largest {report.coherence.max:.3f} · nearest row, mean "
+        f"{report.coherence.mean_max:.3f} · all pairs, mean {report.coherence.mean:.3f}",
+    ]
+    lines += [f"{name}: {where}" for name, where in zip(names, report.stability, strict=True)]
+    if report.n_dropped:
+        lines.append(f"{report.n_dropped:,} rows with NaN or Inf left out")
+    return Group(title, table, *lines)
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,215 @@
+"""From sweeps to everything that the page shows."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from msae_sweep.report import figures, score_figures
+from msae_sweep.report.curves import Curves, curves
+from msae_sweep.report.figures import Line
+from msae_sweep.report.next_space import Advice, advise
+from msae_sweep.report.page import Report, Section
+from msae_sweep.report.recommendation import Answer, answers, baselines, matryoshka
+from msae_sweep.report.response_surface import Response
+from msae_sweep.report.style import Draw, Drawing, Job, drawn_here
+from msae_sweep.report.sweep_data import Group, Sweep, Trial
+
+
+class _Plan(NamedTuple):
+    """A section whose figures are still to be drawn."""
+
+    id: str
+    heading: str
+    lead: str
+    jobs: list[Job]
+    prefix: str = ""
+    """Before the figures' names."""
+    note: str = ""
+
+
+def build(sweeps: Sequence[Sweep], most_products: float = float("inf"), draw: Draw = drawn_here) -> Report:
+    """Read nothing more than prepared rows and models, measure and fit, draw.
+
+    Args:
+        most_products: what measuring R² at every k may cost; see `curves`.
+        draw: who draws; asked first for the figures that need no R² at every k, which is measured meanwhile.
+    """
+    found = answers(sweeps)
+    advice = {sweep.label: advise(sweep) for sweep in sweeps if any(_is_matryoshka(group) for group in sweep.groups)}
+    many = len(sweeps) > 1
+    scores = {sweep.label: _scores(sweep, many=many) for sweep in sweeps}
+    courses = {sweep.label: _course(sweep, many=many) for sweep in sweeps}
+    fits = [_fits(sweep, advice[sweep.label], many=many) for sweep in sweeps if sweep.label in advice]
+    begun = _begin([*_joined(scores), *_joined(courses), *fits], draw)
+    measured = {sweep.label: curves(sweep, most_products=most_products) for sweep in sweeps}
+    at_every_k = _curves(sweeps, found, measured)
+    weightings = {sweep.label: _weightings(sweep, measured[sweep.label], many=many) for sweep in sweeps}
+    begun_later = _begin([at_every_k, *_joined(weightings)], draw)
+    sections = begun() | begun_later()
+    order = [
+        at_every_k,
+        *(p for s in sweeps for plans in (scores, weightings, courses) for p in plans[s.label]),
+        *fits,
+    ]
+    return Report(list(sweeps), found, [sections[p.id] for p in order if sections[p.id].drawings], measured, advice)
+
+
+def _joined(plans: dict[str, list[_Plan]]) -> Iterator[_Plan]:
+    return itertools.chain.from_iterable(plans.values())
+
+
+def _begin(plans: Sequence[_Plan], draw: Draw) -> Callable[[], dict[str, Section]]:
+    """Begin to draw; what it returns waits for the sections, by id."""
+    drawings = draw([job for plan in plans for job in plan.jobs])
+
+    def ended() -> dict[str, Section]:
+        left = iter(drawings())
+        sections = {}
+        for plan in plans:
+            kept = [drawing for drawing in itertools.islice(left, len(plan.jobs)) if drawing is not None]
+            kept = [_renamed(drawing, plan.prefix) for drawing in kept]
+            sections[plan.id] = Section(plan.id, plan.heading, plan.lead, kept, plan.note)
+        return sections
+
+    return ended
+
+
+def _is_matryoshka(group: Group) -> bool:
+    return len(group.levels) > 1
+
+
+def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str, Curves]) -> _Plan:
+    jobs: list[Job] = []
+    uneven: dict[str, list[str]] = defaultdict(list)
+    many = len(sweeps) > 1
+    for answer in found:
+        offers = [(s, g) for s in sweeps for g in matryoshka(s, answer.block) if _is_matryoshka(g)]
+        # The recommended one first: the sentence is about it.
+        offers.sort(key=lambda offer: offer[1].best is not answer.trial)
+        lines = [
+            Line(
+                f"{sweep.label}: {group.best.shown_as}" if many else group.best.shown_as,
+                measured[sweep.label].by_trial[group.best.trial_id],
+                group.levels,
+            )
+            for sweep, group in offers
+        ]
+        alone = baselines(sweeps, answer.block, answer.sweep)
+        if lines:
+            stopped = {t.levels[0]: t.record.epochs for t in alone if t.record.status == "stopped_early"}
+            baseline = {t.levels[0]: t.r2[0] for t in alone}
+            jobs.append(partial(figures.r2_by_k, answer.block, lines, baseline, stopped))
+        if lines and alone and (why := _uneven(sweeps, answer, alone)):
+            uneven[why].append(str(answer.block))
+    notes = [f"Block {', '.join(blocks)}: {why}" for why, blocks in uneven.items()]
+    for label, of_sweep in measured.items():
+        where = f"{label}, block" if many else "Block"
+        notes += [f"{where} {block}: trained levels only; {why}." for block, why in of_sweep.missing.items()]
+    lead = (
+        "One sorted code gives every smaller one, so an MSAE has an R² at every k: here the best of each block on its "
+        "validation rows. Markers are the levels that were trained."
+    )
+    return _Plan("r2", "How much is explained with k latents", lead, jobs, note=" ".join(notes))
+
+
+def _uneven(sweeps: Sequence[Sweep], answer: Answer, alone: Sequence[Trial]) -> str:
+    """What was spent on the SAEs for one k and on the MSAE, where it is not the same; else empty."""
+    groups = [group for sweep in sweeps for group in sweep.groups_of(answer.block)]
+    spent = sorted({(len(g.trials), g.best.training.epochs) for g in groups if any(g.best is t for t in alone)})
+    of_msae = len(answer.group.trials), answer.trial.training.epochs
+    if spent == [of_msae]:
+        return ""
+    ways = " or ".join(f"{n} trial{'s' if n > 1 else ''} of {epochs} epochs" for n, epochs in spent)
+    return (
+        f"not an even comparison: each for one k alone is the best of {ways}, "
+        f"the MSAE the best of {of_msae[0]} of {of_msae[1]} epochs."
+    )
+
+
+def _scores(sweep: Sweep, *, many: bool) -> list[_Plan]:
+    """Scores of the trials; of SAEs for one k alone only the table and the curves are shown, here and below."""
+    score = (
+        "Score means R² averaged over the trained levels, less any share of dead latents above 30%. The vertical axis "
+        "is 1 − score and logarithmic, so that the best trials, at the bottom, can be told apart."
+    )
+    weights = "Filled markers weight small k more (reverse), hollow ones all levels alike (uniform)."
+    return _plans(
+        sweep,
+        many,
+        ("learning-rate", "Learning rate", f"{score} {weights}", score_figures.learning_rate),
+        (
+            *("size", "What more latents bring"),
+            "1 − mean R² against the number of latents: lower is better. Nothing smaller beats the trials on the line.",
+            score_figures.against_size,
+        ),
+        (
+            *("dead", "Dead latents"),
+            "A high R² can hide latents that never fire: the best trials stand at the bottom left.",
+            score_figures.against_dead,
+        ),
+    )
+
+
+def _weightings(sweep: Sweep, measured: Curves, *, many: bool) -> list[_Plan]:
+    lead = "Reverse puts more weight on small k in training: it should be better there, and may be worse at large k."
+    draw = partial(figures.weightings, curves=measured.by_trial)
+    return _plans(sweep, many, ("weighting", "Uniform beside reverse weighting", lead, draw))
+
+
+def _course(sweep: Sweep, *, many: bool) -> list[_Plan]:
+    """How the trials went."""
+    plans = _plans(
+        sweep,
+        many,
+        (
+            *("early-stopping", "What was stopped, and when"),
+            "Trials are judged at the dotted epochs, as far as these lie before their own last one, against those of "
+            "smaller number; a bar ends where its trial did, and the number says how much higher its score would have "
+            "had to be to go on.",
+            figures.early_stopping,
+        ),
+    )
+    if groups := [group for group in sweep.groups if _is_matryoshka(group)]:
+        lead = "As in the notebook, epoch by epoch; the marker is the epoch that the model is from."
+        jobs: list[Job] = [partial(figures.training, groups, key) for key in figures.TRAINING]
+        plans.append(_plan(sweep, many, "training", "Training of the best trials", lead, jobs))
+    return plans
+
+
+def _fits(sweep: Sweep, advice: Advice, *, many: bool) -> _Plan:
+    jobs: list[Job] = [
+        partial(score_figures.fitted, response) for response in advice.responses if isinstance(response, Response)
+    ]
+    lead = (
+        "A simple curve through the trials, drawn as 1 − score (lower is better): where the best learning rate lies, "
+        "as far as they can tell."
+    )
+    return _plan(sweep, many, "fit", "Best learning rate, fitted", lead, jobs)
+
+
+def _plans(sweep: Sweep, many: bool, *sections: tuple[str, str, str, Callable[[Group], Drawing | None]]) -> list[_Plan]:
+    """Sections (id, heading, lead, figure) with a figure a group; none where there is no group."""
+    groups = [group for group in sweep.groups if _is_matryoshka(group)]
+    return [
+        _plan(sweep, many, name, heading, lead, [partial(draw, group) for group in groups])
+        for name, heading, lead, draw in sections
+        if groups
+    ]
+
+
+def _plan(sweep: Sweep, many: bool, name: str, heading: str, lead: str, jobs: list[Job]) -> _Plan:
+    """A section about one sweep, told apart from the others' where there are `many`."""
+    suffix, prefix = (f" ({sweep.label})", f"{sweep.label}_") if many else ("", "")
+    return _Plan(f"{prefix}{name}", heading + suffix, lead, jobs, prefix)
+
+
+def _renamed(drawing: Drawing, prefix: str) -> Drawing:
+    """With file name and ids of its own where several sweeps are on the page."""
+    if not prefix:
+        return drawing
+    svg = drawing.svg.replace(f'"{drawing.name}-', f'"{prefix}{drawing.name}-').replace(
+        f"#{drawing.name}-", f"#{prefix}{drawing.name}-"
+    )
+    return Drawing(prefix + drawing.name, drawing.title, drawing.reading, svg, drawing.svg_file, drawing.png_file)

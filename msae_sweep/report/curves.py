@@ -1,0 +1,123 @@
+"""R² at every k, not only at the trained levels: one sorted code gives the whole curve of a model."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from msae_sweep.data.prepare.shard_folder import ShardFolder
+from msae_sweep.errors import DataError
+from msae_sweep.models.trial_models import load_model
+from msae_sweep.paths import Place
+from msae_sweep.report.sweep_data import Curve, Group, Sweep, Trial
+from msae_sweep.sae.evaluation import evaluate
+
+CACHE = "results/r2_by_k.json"
+"""In the sweep folder: trial_id → `epoch`, `data` (key), `n_rows`, `r2` at k = 1, 2, …"""
+ROWS_TOGETHER = 16_384
+"""Rows that are measured at a time at the least: on a GPU a few thousand take as long to launch."""
+MOST_PRODUCTS_AT_ONCE = 2 * 10**12
+"""Multiplications that a report at a sweep's end may spend on curves, about a minute of two cores."""
+
+
+class Curves(NamedTuple):
+    """The curves of one sweep."""
+
+    by_trial: dict[str, Curve]
+    missing: dict[int, str]
+    """Block → why only trained levels are there."""
+
+
+def shown(group: Group) -> list[Trial]:
+    """The trials whose curves a report shows: the best of all, and the best of each weighting."""
+    candidates = [group.best, *(group.best_with(weighting=weighting) for weighting in ("uniform", "reverse"))]
+    return list({trial.trial_id: trial for trial in candidates if trial}.values())
+
+
+def curves(sweep: Sweep, *, most_products: float = float("inf")) -> Curves:
+    """R² at every k of the trials that are shown, from the cache or from the sweep's prepared validation rows.
+
+    Where these are gone, or it would take more than `most_products` multiplications, the trained levels must do.
+    """
+    known: dict[str, Any] = sweep.folder.read_json(CACHE)
+    by_trial, missing, spent, before = {}, {}, 0.0, dict(known)
+    for group in sweep.groups:
+        manifest = sweep.manifests.get(group.block)
+        for trial in shown(group):
+            entry = known.get(trial.trial_id)
+            if not _fits(entry, trial, manifest):
+                entry = None
+                try:
+                    shards, manifest = _shards(sweep, manifest)
+                    spent += manifest["n_val"] * (trial.hidden_dim or 0) * 2 * manifest["input_dim"]
+                    if spent > most_products:
+                        raise DataError("left out to end the sweep sooner; `msae-sweep report` measures it")
+                    entry = known[trial.trial_id] = _measure(sweep, trial, shards, manifest)
+                except DataError as error:
+                    missing[group.block] = str(error)
+            by_trial[trial.trial_id] = (
+                Curve(tuple(range(1, len(entry["r2"]) + 1)), entry["r2"], True)
+                if entry
+                else Curve(trial.levels, trial.r2, False)
+            )
+    if known != before:
+        sweep.folder.write_text(sweep.folder.path / CACHE, json.dumps(known))
+    return Curves(by_trial, missing)
+
+
+def _fits(entry: Mapping[str, Any] | None, trial: Trial, manifest: Mapping[str, Any] | None) -> bool:
+    """Whether a cached curve is of this model and this data."""
+    return (
+        entry is not None
+        and entry["epoch"] == trial.best["epoch"]
+        and (manifest is None or entry["data"] == manifest["key"])
+    )
+
+
+def _shards(sweep: Sweep, manifest: Mapping[str, Any] | None) -> tuple[ShardFolder, dict[str, Any]]:
+    """The block's prepared shards.
+
+    Raises:
+        DataError: they are not there any more.
+    """
+    if manifest is None:
+        raise DataError("the sweep has not written down which data it prepared")
+    name = f"block{manifest['block']}-{manifest['key']}"
+    # Beside the sweep, wherever it was moved to or mounted; else where it was made.
+    for storage in dict.fromkeys((sweep.folder.storage, sweep.config.storage)):
+        shards = ShardFolder(Place(storage) / "prepared" / name)
+        if (found := shards.manifest()) is not None:
+            return shards, found
+    raise DataError(f"the prepared rows ({name}) are no longer in {Place(sweep.folder.storage) / 'prepared'}")
+
+
+def _measure(sweep: Sweep, trial: Trial, shards: ShardFolder, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """One cache entry.
+
+    Raises:
+        DataError: the trial's model cannot be read.
+    """
+    model = load_model(sweep.folder, trial.trial_id).model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    evaluation = evaluate(model, _validation_rows(shards, manifest), device)
+    return {
+        "epoch": trial.best["epoch"],
+        "data": manifest["key"],
+        "n_rows": evaluation.n_rows,
+        "r2": [round(value, 6) for value in evaluation.r2],
+    }
+
+
+def _validation_rows(shards: ShardFolder, manifest: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The block's validation rows, those of several shards together where a shard has few."""
+    together: list[Tensor] = []
+    for number, n_train, n_val in manifest["shards"]:
+        if n_val:
+            together.append(torch.from_numpy(shards.shard(number, slice(n_train, n_train + n_val))))
+        if sum(len(rows) for rows in together) >= ROWS_TOGETHER:
+            yield torch.cat(together)
+            together = []
+    if together:
+        yield torch.cat(together)

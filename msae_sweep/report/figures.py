@@ -1,0 +1,254 @@
+"""The figures of a report, one panel each, with a sentence of what to read from it."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from msae_sweep.config import DEAD_RATIO_ALLOWED
+from msae_sweep.report.style import COLOURS, GREY, MARKERS, STYLES, Drawing, finished, legend_below, panel, plain_log
+from msae_sweep.report.sweep_data import Curve, Group, Trial
+
+MOST_ROWS = 40
+"""Trials that the figure of early stopping has room for."""
+
+
+class Line(NamedTuple):
+    """A curve with its name in the legend and its trained levels."""
+
+    label: str
+    curve: Curve
+    levels: tuple[int, ...]
+
+
+def r2_by_k(
+    block: int, lines: Sequence[Line], baselines: Mapping[int, float], stopped: Mapping[int, int] | None = None
+) -> Drawing:
+    """R² at every k of the best trials, and of the SAEs that were trained for one k alone.
+
+    Args:
+        stopped: k of those that early stopping ended, with their last epoch.
+    """
+    figure, axes = panel()
+    for i, (label, curve, levels) in enumerate(lines):
+        at = [curve.ks.index(k) for k in levels if k in curve.ks]
+        axes.plot(
+            curve.ks,
+            curve.r2,
+            color=COLOURS[i % 7],
+            linestyle=STYLES[i % 7],
+            marker=MARKERS[i % 7],
+            markevery=at,
+            label=label,
+        )
+    if baselines:
+        axes.plot(*zip(*sorted(baselines.items()), strict=True), "k*", markersize=9, label="trained for one k alone")
+    for k, epoch in (stopped or {}).items():
+        label = f"k = {k} alone, stopped at epoch {epoch}"
+        axes.plot(k, baselines[k], "*", color="k", markerfacecolor="white", markersize=9, label=label)
+    ks = sorted({k for line in lines for k in line.levels} | set(baselines))
+    plain_log(axes, [k for k in (1, 2, 4, 8) if k < ks[0]] + ks, base=2)
+    axes.set(xlabel="k: latents in use per position", ylabel="R²: share of variance explained")
+    lowest = min(*(min(line.curve.r2) for line in lines), *baselines.values(), 1.0)
+    axes.set_ylim(max(-0.1, lowest - 0.03), None)
+    legend_below(figure, axes, 1 if max(len(line.label) for line in lines) > 18 else 2)
+    _, best, levels = lines[0]
+    first, last = levels[0], levels[-1]
+    r2 = dict(zip(best.ks, best.r2, strict=True))
+    reading = f"With {first} latents {r2[first]:.1%} of the variance is explained, with {last} {r2[last]:.1%}"
+    gaps = {k: value - r2[k] for k, value in baselines.items() if k in r2}
+    if gaps:
+        k = max(gaps, key=lambda k: abs(gaps[k]))
+        more = "more" if gaps[k] > 0 else "less"
+        reading += (
+            f"; an SAE trained for k = {k} alone explains {abs(gaps[k]):.3f} {more} there, the largest difference"
+        )
+    elif len(levels) > 1:
+        gain = r2[last] - r2[levels[-2]]
+        reading += f"; going from {levels[-2]} to {last} {'adds' if gain > 0 else 'loses'} {abs(gain):.3f}"
+    return finished(figure, f"r2_by_k_block{block}", f"Block {block}: R² at every k", f"{reading}.")
+
+
+def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
+    """The best uniform trial beside the best reverse one; None where only one was tried."""
+    pair = {name: group.best_with(weighting=name) for name in ("uniform", "reverse")}
+    uniform, reverse = pair["uniform"], pair["reverse"]
+    if uniform is None or reverse is None or len(group.levels) == 1:
+        return None
+    figure, axes = panel()
+    for i, (weighting, trial) in enumerate(pair.items()):
+        assert trial is not None
+        curve = curves[trial.trial_id]
+        at = [curve.ks.index(k) for k in group.levels if k in curve.ks]
+        axes.plot(
+            *(curve.ks, curve.r2),
+            color=COLOURS[i],
+            linestyle=STYLES[i],
+            marker=MARKERS[i],
+            markevery=at,
+            label=f"{weighting} ({trial.shown_as})",
+        )
+    plain_log(axes, [k for k in (1, 2, 4, 8) if k < group.levels[0]] + list(group.levels), base=2)
+    axes.set(xlabel="k: latents in use per position", ylabel="R²: share of variance explained")
+    axes.set_ylim(max(-0.1, axes.get_ylim()[0]), None)
+    legend_below(figure, axes, 1)
+    differences = [
+        f"{abs(r - u):.3f} {'better' if r > u else 'worse'} at k = {k}"
+        for k, u, r in zip(group.levels, uniform.r2, reverse.r2, strict=True)
+        if k in (group.levels[0], group.levels[-1])
+    ]
+    reading = f"The best reverse trial is {' and '.join(differences)} than the best uniform one"
+    reading += but(uniform, reverse, "weighting")
+    return finished(figure, name("weighting", group), f"Block {group.block}: weighting", f"{reading}.")
+
+
+def early_stopping(group: Group) -> Drawing | None:
+    """How far each trial came and what the stopped ones lacked; None where nothing is stopped by rule."""
+    ladder = group.ladder
+    if not ladder.rungs:
+        return None
+    shown = group.trials[:MOST_ROWS]
+    figure, axes = panel(1.5 + 0.19 * len(shown))
+    stops = {stop.trial_id: stop for stop in ladder.stops}
+    looks = {
+        "completed": (COLOURS[2], "", "completed"),
+        "stopped_early": (COLOURS[4], "///", "stopped"),
+        "running": (COLOURS[5], "...", "running or pending"),
+        "pending": (COLOURS[5], "...", "running or pending"),
+    }
+    for row, trial in enumerate(shown):
+        colour, hatch, label = looks.get(trial.record.status, (COLOURS[1], "xxx", "diverged or failed"))
+        axes.barh(row, trial.record.epochs, color=colour, hatch=hatch, edgecolor="white", height=0.75, label=label)
+        if stop := stops.get(trial.trial_id):
+            look = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{_small(stop.shortfall)} short", (stop.rung, row), **look)
+    for rung in ladder.rungs:
+        axes.axvline(rung, color="k", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(shown)), [trial.trial_id for trial in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(0, 1.02 * max(trial.training.epochs for trial in shown))
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(f"epochs (dotted: judged at {', '.join(map(str, ladder.rungs))})")
+    legend_below(figure, axes, 2)
+    if stops:
+        closest = min(ladder.stops, key=lambda stop: stop.shortfall)
+        total = ladder.epochs_saved + ladder.epochs_trained
+        reading = (
+            f"{len(stops)} of {len(group.trials)} trials {'was' if len(stops) == 1 else 'were'} stopped, which saved "
+            f"{ladder.epochs_saved} of {total} "
+            f"epochs ({ladder.epochs_saved / total:.0%}); the closest, {closest.trial_id}, would have needed "
+            f"{_small(closest.shortfall)} more at epoch {closest.rung}"
+        )
+    else:
+        reading = f"None of {len(group.trials)} trials was stopped"
+    if len(group.trials) > len(shown):
+        reading += f" (the best {len(shown)} are drawn)"
+    return finished(figure, name("early_stopping", group), f"Block {group.block}: early stopping", f"{reading}.")
+
+
+TRAINING = {
+    "train_loss": ("Training loss", "training loss"),
+    "val_loss": ("Validation loss", "validation loss"),
+    "dead_ratio": ("Dead latents", "dead latents (%)"),
+    "r2_mean": ("Mean R² over levels", "mean R² over levels"),
+}
+"""Title and axis of what `training` draws."""
+
+
+def training(groups: Sequence[Group], key: str) -> Drawing:
+    """Losses, dead latents or mean R² by epoch of each block's best trial, as in the notebook."""
+    title, ylabel = TRAINING[key]
+    figure, axes = panel()
+    factor = 100 if key == "dead_ratio" else 1
+    for i, group in enumerate(groups):
+        points = [point for point in group.best.record.points if key in point]
+        epochs = [point["epoch"] for point in points]
+        values = [factor * point[key] for point in points]
+        look = {"color": COLOURS[i % 7], "linestyle": STYLES[i % 7]}
+        best = epochs.index(group.best.best["epoch"]) if group.best.best["epoch"] in epochs else None
+        axes.plot(
+            epochs,
+            values,
+            **look,
+            marker=MARKERS[i % 7],
+            markevery=[] if best is None else [best],
+            label=f"block {group.block}" + (f", {ended}" if (ended := _ended_early(group.best)) else ""),
+        )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch (marker: the best)", ylabel=ylabel)
+    if key == "dead_ratio":
+        axes.axhline(100 * DEAD_RATIO_ALLOWED, color=GREY, linestyle=":")
+        axes.set_ylim(-1, max(100 * DEAD_RATIO_ALLOWED + 3, axes.get_ylim()[1]))
+    elif key.endswith("loss") and _spans_a_decade([p[key] for g in groups for p in g.best.record.points if key in p]):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(_every_other)
+    legend_below(figure, axes, 1 if any(_ended_early(group.best) for group in groups) else 3)
+    return finished(figure, f"training_{key}", title, _training_reading(key, groups))
+
+
+def _small(value: float) -> str:
+    """Three decimals; what they cannot show is not zero."""
+    return f"{value:.3f}" if value >= 0.0005 else "less than 0.001"
+
+
+def but(a: Trial, b: Trial, compared: str) -> str:
+    """What makes a comparison of two trials uneven besides the setting `compared`; empty where nothing does."""
+    early = [t for t in (a, b) if t.record.status == "stopped_early"]
+    if early and a.record.epochs != b.record.epochs:
+        return f" (but {early[0].trial_id} was stopped at epoch {early[0].record.epochs})"
+    keys = [key for key in ("learning_rate", "expansion_factor", "weighting") if key != compared]
+    differ = [key.replace("_", " ") for key in keys if getattr(a.training, key) != getattr(b.training, key)]
+    return f" (they differ in {' and '.join(differ)} too)" if differ else ""
+
+
+def _training_reading(key: str, groups: Sequence[Group]) -> str:
+    if key == "dead_ratio":
+        worst = max(groups, key=lambda group: max(p["dead_ratio"] for p in group.best.record.points))
+        most = max(point["dead_ratio"] for point in worst.best.record.points)
+        if not most:
+            return "No latent of a best trial was dead at the end of any epoch."
+        return f"At no epoch are more than {most:.1%} of the latents of a best trial dead (block {worst.block})."
+    if key == "r2_mean":
+        return _late_gains(groups)
+    best = {group.block: group.best for group in groups}
+    parts = [f"{t.record.points[-1][key]:.3f} (block {b})" for b, t in best.items() if key in t.record.points[-1]]
+    return f"At the last epoch: {', '.join(parts)}; compare between blocks only trials of the same weighting."
+
+
+def _late_gains(groups: Sequence[Group]) -> str:
+    """A sentence on the gain of the last epochs, without a claim on epochs that nobody trained."""
+    gains = {group.block: group.best.late_gain for group in groups}
+    known = [f"{gain} (block {block})" for block, gain in gains.items() if gain is not None]
+    short = [f"block {group.block} has {_epochs(group.best)}" for group in groups if gains[group.block] is None]
+    parts = [f"Mean R² changed by {', '.join(known)}"] if known else []
+    parts += [f"too few to tell a trend: {', '.join(short)}"] if short else []
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}. What more epochs would add is not known: small gains an epoch can add up."
+
+
+def _epochs(trial: Trial) -> str:
+    n = trial.record.epochs
+    return f"{n} epoch{'' if n == 1 else 's'}"
+
+
+def _ended_early(trial: Trial) -> str:
+    """`stopped after 1 epoch`; empty for a trial that early stopping let go on."""
+    return f"stopped after {_epochs(trial)}" if trial.record.status == "stopped_early" else ""
+
+
+def _spans_a_decade(losses: Sequence[float]) -> bool:
+    """Whether a logarithmic axis has enough of its 1, 2 and 5 to be read by."""
+    return bool(losses) and min(losses) > 0 and max(losses) >= 10 * min(losses)
+
+
+def _every_other(value: float, position: int | None = None) -> str:
+    """Labels of a logarithmic axis' minor ticks: 2 and 5 of every decade."""
+    digit = round(value / 10 ** np.floor(np.log10(value) + 1e-9)) if value > 0 else 0
+    return f"{value:g}" if digit in (2, 5) else ""
+
+
+def name(kind: str, group: Group) -> str:
+    """Stem of the figure's file names, e.g. `size_block5`."""
+    return f"{kind}_block{group.block}" + (f"_k{group.levels[0]}" if len(group.levels) == 1 else "")

@@ -1,0 +1,189 @@
+"""The search space to try next, as a file that `run` takes, with the reason for every change."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from msae_sweep.config import SweepConfig
+from msae_sweep.report.response_surface import NoFit, Response, respond
+from msae_sweep.report.sweep_data import Group, Sweep
+
+BEYOND = 3.0
+"""Factor by which a range is moved past an edge at which the best lies."""
+WIDEN = 2.0
+"""Factor by which both ends of a range are moved where nothing can be told."""
+MARGIN = 1.3
+"""Factor left on both sides of where the best learning rate is taken to be."""
+
+
+class Advice(NamedTuple):
+    """What to make of a sweep, and what to run next."""
+
+    responses: list[Response | NoFit]
+    """By block."""
+    groups: list[Group]
+    """The groups that they are fitted to."""
+    reasons: list[str]
+    """A sentence for each thing that changes, or stays although one might think."""
+    yaml: str
+    """The next search-space file."""
+    name: str
+    """Of the next sweep."""
+
+
+def advise(sweep: Sweep) -> Advice:
+    """Fit every block's largest group of trials with the same levels, and propose what to run next."""
+    groups = [max(sweep.groups_of(block), key=lambda group: len(group.trials)) for block in sweep.blocks]
+    responses = [respond(group) for group in groups]
+    raw = sweep.config.model_dump(mode="json")
+    # `model_dump` gives a distribution as its fields; the file has it as {kind: values}.
+    raw["space"] = {key: {d.kind: _plain(d.values)} for key, d in sweep.config.space.items()}
+    reasons: list[str] = []
+    _learning_rate(raw, sweep, groups, responses, reasons)
+    _expansion_factor(raw, sweep, groups, responses, reasons)
+    _weighting(raw, responses, reasons)
+    _epochs(raw, groups, reasons)
+    raw["name"] = _next_name(sweep.name)
+    raw["search"]["seed"] += 1  # new proposals
+    if raw["search"]["algorithm"] == "grid" and any(
+        k not in ("grid", "choice") for d in raw["space"].values() for k in d
+    ):
+        raw["search"] |= {"algorithm": "random", "trials_per_block": max(8, sweep.config.n_trials_per_block())}
+    if "***" in (raw["tracking"]["uri"] or ""):
+        raw["tracking"]["uri"] = None  # its password was not kept
+    config = SweepConfig.model_validate(raw)
+    head = [f"Proposed after sweep {sweep.name}; what changed, and why:", *reasons]
+    comments = "".join(f"# {line}\n" for line in head)
+    return Advice(responses, groups, reasons, f"{comments}{config.to_yaml()}", config.name)
+
+
+def _learning_rate(
+    raw: dict[str, Any],
+    sweep: Sweep,
+    groups: Sequence[Group],
+    responses: Sequence[Response | NoFit],
+    reasons: list[str],
+) -> None:
+    """One range for all blocks: from the lowest low to the highest high. A rate that the space fixes stays."""
+    values = sweep.config.corners("learning_rate")
+    if min(values) == max(values):
+        reasons.append(
+            f"Learning rate: it stays fixed at {values[0]:.2g}, as the search space has it; whether another is better "
+            "cannot be told without varying it."
+        )
+        return
+    ranges = [_range(group, response) for group, response in zip(groups, responses, strict=True)]
+    low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    reasons += [f"Learning rate, block {g.block}: {why}" for g, (_, _, why) in zip(groups, ranges, strict=True)]
+    raw["space"]["learning_rate"] = {"loguniform": [_two_digits(low, down=True), _two_digits(high, down=False)]}
+
+
+def _range(group: Group, response: Response | NoFit) -> tuple[float, float, str]:
+    """Where to look for a block's best learning rate, and why there."""
+    rates = [trial.training.learning_rate for trial in group.ended]
+    low, high, best = min(rates), max(rates), group.best.training.learning_rate
+    if isinstance(response, NoFit) or not response.is_trusted:
+        why = response.why if isinstance(response, NoFit) else "the fit predicts nothing"
+        return low / WIDEN, high * WIDEN, f"{why}; the range is widened to both sides."
+    if response.optimum is not None and low <= response.optimum <= high:
+        start, stop = max(response.interval[0], low / BEYOND), min(response.interval[1], high * BEYOND)
+        start, stop = min(start, best) / MARGIN, max(stop, best) * MARGIN
+        narrower = math.log(stop / start) < 0.9 * math.log(high / low)
+        how = "the range is drawn in around it" if narrower else "it is not known well enough to draw the range in"
+        return start, stop, f"the best lies near {response.optimum:.2g}; {how}."
+    middle = math.sqrt(low * high)
+    top = response.scores([low, high])
+    if top[1] > top[0]:
+        return min(middle, best), high * BEYOND, f"the score still rises at {high:.2g}; the range moves up."
+    return low / BEYOND, max(middle, best), f"the score still rises towards {low:.2g}; the range moves down."
+
+
+def _expansion_factor(
+    raw: dict[str, Any],
+    sweep: Sweep,
+    groups: Sequence[Group],
+    responses: Sequence[Response | NoFit],
+    reasons: list[str],
+) -> None:
+    """A larger one where the largest is best by more than the fit's error, a smaller one where the smallest is."""
+    distribution = raw["space"].get("expansion_factor", {})
+    kind = next((k for k in ("choice", "grid") if k in distribution), None)
+    if kind is None:
+        return
+    values = sorted(distribution[kind])
+    clear = [r for r in responses if isinstance(r, Response) and r.is_trusted]
+    changes = {r.block: effect for r in clear for effect in r.effects if effect.key == "expansion_factor"}
+    best = {group.block: group.best.training.expansion_factor for group in groups}
+    up = [b for b, e in changes.items() if e.interval[0] > 0 and best[b] == values[-1]]
+    down = [b for b, e in changes.items() if e.interval[1] < 0 and best[b] == values[0]]
+    widths = [manifest["input_dim"] for manifest in sweep.manifests.values()]
+    most_k = max(group.levels[-1] for group in groups)
+    if up:
+        values.append(2 * values[-1])
+        reasons.append(f"Expansion factor: the largest is clearly best ({_blocks(up)}); {values[-1]:g} is added.")
+    if down and widths and round(min(widths) * values[0] / 2) >= most_k:
+        values.insert(0, values[0] / 2)
+        reasons.append(f"Expansion factor: the smallest is clearly best ({_blocks(down)}); {values[0]:g} is added.")
+    if not up and not down:
+        reasons.append("Expansion factor: no value at the edge is clearly best; the choices stay.")
+    distribution[kind] = [int(v) if v == int(v) else v for v in values]
+
+
+def _weighting(raw: dict[str, Any], responses: Sequence[Response | NoFit], reasons: list[str]) -> None:
+    """Only the better weighting where it is clearly better in every block at the end; what leads early need not be."""
+    if "weighting" not in raw["space"]:
+        return
+    late = [r for r in responses if isinstance(r, Response) and r.is_trusted and r.epoch is None]
+    found = [effect for r in late for effect in r.effects if effect.key == "weighting"]
+    for better, clear in (
+        ("reverse", [effect.interval[0] > 0 for effect in found]),
+        ("uniform", [effect.interval[1] < 0 for effect in found]),
+    ):
+        if len(found) == len(responses) and all(clear):
+            del raw["space"]["weighting"]
+            raw["training"]["weighting"] = better
+            least = min(abs(effect.change or 0) for effect in found)
+            reasons.append(f"Weighting: {better} is better in every block, by {least:.3f} or more; only it is kept.")
+            return
+    reasons.append("Weighting: neither is clearly better in every block at the end of training; both stay.")
+
+
+def _epochs(raw: dict[str, Any], groups: Sequence[Group], reasons: list[str]) -> None:
+    """Twice as many where the best trials were still rising at their last."""
+    if "epochs" in raw["space"]:
+        return
+    before = raw["training"]["epochs"]
+    rising = [f"{group.best.late_gain} (block {group.block})" for group in groups if group.best.still_rising]
+    if rising:
+        raw["training"]["epochs"] = 2 * before
+        reasons.append(
+            f"Epochs: the best trial was still rising, with mean R² {', '.join(rising)}; "
+            f"{2 * before} instead of {before}."
+        )
+        return
+    gains = [f"{group.best.late_gain} (block {group.block})" for group in groups if group.best.late_gain]
+    changed = (
+        f"mean R² of the best trial changed by {', '.join(gains)}" if gains else "there are too few to tell a trend"
+    )
+    reasons.append(f"Epochs: {before} stay; {changed}. What many more would add has not been tried.")
+
+
+def _blocks(blocks: Sequence[int]) -> str:
+    return f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {', '.join(map(str, blocks))}"
+
+
+def _two_digits(value: float, *, down: bool) -> float:
+    """Rounded outwards to two significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{(math.floor if down else math.ceil)(value / unit - (-1e-9 if down else 1e-9)) * unit:.2g}")
+
+
+def _next_name(name: str) -> str:
+    """`study` → `study-2` → `study-3`."""
+    numbered = re.fullmatch(r"(.+)-(\d+)", name)
+    return f"{numbered[1]}-{int(numbered[2]) + 1}" if numbered else f"{name[:97]}-2"
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,171 @@
+"""The page, its Markdown twin, and the table as CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import msae_sweep
+from msae_sweep.report.curves import Curves
+from msae_sweep.report.next_space import Advice
+from msae_sweep.report.recommendation import Answer, compares
+from msae_sweep.report.style import Drawing
+from msae_sweep.report.sweep_data import Sweep
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under one heading."""
+
+    id: str
+    heading: str
+    lead: str
+    """One sentence on what is drawn."""
+    drawings: list[Drawing]
+    note: str = ""
+    """What is missing, and why."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows."""
+
+    sweeps: list[Sweep]
+    answers: list[Answer]
+    sections: list[Section]
+    curves: dict[str, Curves]
+    """By a sweep's label."""
+    advice: dict[str, Advice]
+    """The same."""
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """Every figure."""
+        return [drawing for section in self.sections for drawing in section.drawings]
+
+
+def html(report: Report) -> str:
+    """One page that needs nothing else."""
+    return _environment(autoescape=True).get_template("report.html.j2").render(_context(report))
+
+
+def markdown(report: Report) -> str:
+    """The same in Markdown; figures are links to `figures/`."""
+    return _environment(autoescape=False).get_template("report.md.j2").render(_context(report))
+
+
+def trials_csv(sweeps: Sequence[Sweep]) -> str:
+    """A row for every trial of every sweep, ranked within its block: settings, then metrics of its best epoch."""
+    rows = []
+    for sweep in sweeps:
+        for trials in (*(group.trials for group in sweep.groups), sweep.unranked):
+            for rank, trial in enumerate(trials, 1):
+                record = trial.record
+                rows.append(
+                    {
+                        "sweep": sweep.label,
+                        "block": record.block,
+                        "rank": rank if trial.ended_well else "",
+                        "trial_id": record.trial_id,
+                        "status": record.status,
+                        "reason": record.reason,
+                        "hidden_dim": trial.hidden_dim or "",
+                        "k_levels": json.dumps(list(trial.levels)),
+                        **{
+                            key: getattr(trial.training, key)
+                            for key in ("learning_rate", "expansion_factor", "weighting")
+                        },
+                        **{k: v for k, v in record.params.items() if k != "k_levels"},
+                        "seed": record.seed,
+                        "epochs": record.epochs,
+                        "seconds": round(record.seconds, 1),
+                        **{("best_epoch" if k == "epoch" else k): v for k, v in trial.best.items()},
+                    }
+                )
+    columns = dict.fromkeys(key for row in rows for key in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("msae_sweep.report"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"duration": duration, "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " ")}
+    return environment
+
+
+def _context(report: Report) -> dict[str, Any]:
+    return {
+        "report": report,
+        "sweeps": report.sweeps,
+        "answers": report.answers,
+        "sections": report.sections,
+        "advice": report.advice,
+        "comparison": _comparison(report),
+        "states": states(report),
+        "levels": sorted({k for answer in report.answers for k in answer.group.levels}),
+        "same_levels": len({answer.group.levels for answer in report.answers}) == 1,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": msae_sweep.__version__,
+    }
+
+
+def states(report: Report) -> list[str]:
+    """How far each sweep has come, in a sentence or two."""
+    return [_state(sweep) for sweep in report.sweeps]
+
+
+def _state(sweep: Sweep) -> str:
+    counts = sweep.counts()
+    words = {
+        "completed": "completed",
+        "stopped_early": "stopped early",
+        "diverged": "diverged",
+        "failed": "failed",
+    }
+    parts = [f"{counts[status]} {word}" for status, word in words.items() if counts.get(status)]
+    text = f"{sweep.n_ended} of {sweep.n_planned} trials have ended ({', '.join(parts)})"
+    if sweep.blocks_without:
+        text += f"; of block {', '.join(map(str, sweep.blocks_without))} none has ended with a model"
+    if sweep.is_whole:
+        return f"{text}."
+    return (
+        f"{text}. The sweep is unfinished, so what follows may change: it still runs, or was interrupted and can go on."
+    )
+
+
+def _comparison(report: Report) -> list[dict[str, Any]]:
+    """A row for every block and group of every sweep, where there is more than one sweep."""
+    if len(report.sweeps) < 2:
+        return []
+    rows = []
+    for answer in report.answers:
+        for sweep in report.sweeps:
+            for group in sweep.groups_of(answer.block):
+                same = sweep is answer.sweep or compares(sweep, answer.sweep, answer.block)
+                rows.append({"sweep": sweep, "group": group, "trial": group.best, "same_data": same})
+    return rows
+
+
+def duration(seconds: float | None) -> str:
+    """`3 h 05 min`, `2 min 10 s`, `8.4 s`."""
+    if seconds is None:
+        return "not written down"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,138 @@
+"""Which MSAE to use for a block, and why, in plain words."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from msae_sweep.report.sweep_data import Group, Sweep, Trial
+from msae_sweep.sweep_folder.summary import Criterion
+
+CLOSE = 0.01
+"""Score that a smaller one may lack and still be named as the cheaper choice; chosen by eye."""
+
+
+class Answer(NamedTuple):
+    """The recommendation for one block."""
+
+    block: int
+    sweep: Sweep
+    group: Group
+    claim: str
+    """One sentence with the numbers that count."""
+    reasons: list[str]
+    """Why this one, and what speaks against it."""
+
+    @property
+    def trial(self) -> Trial:
+        """The one to use."""
+        return self.group.best
+
+    @property
+    def failed(self) -> list[Criterion]:
+        """Success criteria that it fails."""
+        return [criterion for criterion in self.group.criteria if not criterion.passed]
+
+    @property
+    def verdict(self) -> str:
+        """`passes all 3 criteria` or `fails 1 of 3 criteria`."""
+        n = len(self.group.criteria)
+        return f"fails {len(self.failed)} of {n} criteria" if self.failed else f"passes all {n} criteria"
+
+    @property
+    def model(self) -> str:
+        """Path or URI of the model file: under `models/` where the sweep has put it there, else the trial's own."""
+        trial_id = self.trial.trial_id
+        known = self.sweep.winners.get(self.block) == trial_id
+        return f"{self.sweep.folder}/{f'models/msae_block{self.block}' if known else f'trials/{trial_id}/model'}.pt"
+
+
+def answers(sweeps: Sequence[Sweep]) -> list[Answer]:
+    """One for every block, in the sweeps' order; the best of all sweeps whose scores compare."""
+    blocks = dict.fromkeys(block for sweep in sweeps for block in sweep.blocks)
+    return [_answer(block, sweeps) for block in blocks]
+
+
+def matryoshka(sweep: Sweep, block: int) -> list[Group]:
+    """A block's groups with several levels; all of them where it has none."""
+    groups = sweep.groups_of(block)
+    return [group for group in groups if len(group.levels) > 1] or groups
+
+
+def baselines(sweeps: Sequence[Sweep], block: int, like: Sweep) -> list[Trial]:
+    """The best SAE of every single k that was trained for it alone, on the data of the sweep `like`."""
+    best: dict[int, Trial] = {}
+    for sweep in (sweep for sweep in sweeps if sweep is like or compares(sweep, like, block)):
+        for group in sweep.groups_of(block):
+            (k, *more), trial = group.levels, group.best
+            if not more and (k not in best or trial.best["objective"] > best[k].best["objective"]):
+                best[k] = trial
+    return [best[k] for k in sorted(best)]
+
+
+def compares(a: Sweep, b: Sweep, block: int) -> bool:
+    """Whether two sweeps measured a block's R² on the same validation rows, as far as is known."""
+    keys = {sweep.manifests.get(block, {}).get("key") for sweep in (a, b)}
+    return len(keys) == 1 and None not in keys
+
+
+def _answer(block: int, sweeps: Sequence[Sweep]) -> Answer:
+    offers = [(sweep, group) for sweep in sweeps for group in matryoshka(sweep, block)]
+    # Several levels before a single one, whatever its score: the scores do not compare.
+    first_sweep, first = next((offer for offer in offers if len(offer[1].levels) > 1), offers[0])
+    rivals = [
+        (s, g) for s, g in offers if g.levels == first.levels and (s is first_sweep or compares(s, first_sweep, block))
+    ]
+    sweep, group = max(rivals, key=lambda offer: offer[1].best.best["objective"])
+    trial, n = group.best, sum(len(g.trials) for _, g in rivals)
+    at = dict(zip(group.levels, trial.r2, strict=True))
+    low, high = group.levels[0], group.levels[-1]
+    claim = f"explains {at[high]:.1%} of the variance with {high} latents in use"
+    if low != high:
+        claim += f", and still {at[low]:.1%} with {low}"
+    dead = trial.best["dead_ratio"]
+    claim += f"; {f'{dead:.1%}' if dead else 'none'} of its latents {'are' if dead else 'is'} dead."
+    reasons = _reasons(group, rivals, n)
+    if low != high and (against := _against(at, baselines(sweeps, block, sweep))):
+        reasons.append(against)
+    return Answer(block, sweep, group, claim, reasons)
+
+
+def _against(at: Mapping[int, float], alone: Sequence[Trial]) -> str:
+    """How it does against SAEs that were trained for one of its levels alone."""
+    gaps = {t.levels[0]: at[t.levels[0]] - t.r2[0] for t in alone if t.levels[0] in at}
+    if not gaps:
+        return ""
+    ahead, (k, gap) = sum(gap > 0 for gap in gaps.values()), min(gaps.items(), key=lambda item: item[1])
+    text = f"Ahead of the SAE trained for one k alone at {ahead} of {len(gaps)} levels"
+    return f"{text}; {'least' if gap > 0 else 'behind'} at k={k}, by {abs(gap):.3f}."
+
+
+def _reasons(group: Group, rivals: Sequence[tuple[Sweep, Group]], n: int) -> list[str]:
+    trial = group.best
+    score, others = (
+        trial.best["objective"],
+        sorted((t for _, g in rivals for t in g.ended if t is not trial), key=lambda t: -t.best["objective"]),
+    )
+    reasons = [
+        f"Its score, {score:.4f}, is the highest of {n} trials" if n > 1 else f"It is the only trial ({score:.4f})"
+    ]
+    if others:
+        gap = score - others[0].best["objective"]
+        reasons[0] += f"; {others[0].trial_id} comes next, {gap:.4f} behind"
+    reasons[0] += "."
+    passed = [criterion for criterion in group.criteria if criterion.passed]
+    if len(passed) == len(group.criteria):
+        reasons.append(f"All {len(passed)} success criteria pass.")
+    else:
+        failed = [c for c in group.criteria if not c.passed]
+        reasons.append(f"Fails: {'; '.join(f'{c.name}, but it is {c.value:.3f}' for c in failed)}.")
+    size = trial.hidden_dim
+    smaller = [t for t in others if t.hidden_dim and size and t.hidden_dim < size]
+    if smaller and (gap := score - smaller[0].best["objective"]) <= CLOSE:
+        reasons.append(
+            f"Where size matters: {smaller[0].trial_id} with {smaller[0].hidden_dim} latents, {gap:.4f} behind."
+        )
+    if trial.still_rising:
+        reasons.append(
+            f"It was still rising: mean R² {trial.late_gain}. How far more epochs would raise it is not known."
+        )
+    return reasons

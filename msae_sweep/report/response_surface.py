@@ -1,0 +1,397 @@
+"""How the score depends on the settings: a small model fitted to a block's trials, with what it cannot tell.
+
+The score is taken as quadratic in the logarithm of the learning rate, whose best may move with the number of latents,
+and as linear in every other setting that varied:
+
+    score = a + b·x + c·x² + e·x·h + d·h + Σ f·other,    x = ln(learning rate), h = ln(expansion factor)
+
+fitted by least squares. The best learning rate is x* = −(b + e·h) / 2c, where c < 0. What a fit is worth is told by
+predicting each trial from all others (leave one out), and by how often it does as well on shuffled scores. How far x*
+could be elsewhere is told by refitting to scores with the residuals' signs drawn anew (the wild bootstrap of Wu 1986,
+which works with few trials).
+
+Trials that early stopping ended are no sample of bad settings: their best score is that of fewer epochs. So scores are
+compared at one epoch: at the end where enough trials came there, else at the latest rung that enough of them reached.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from msae_sweep.report.sweep_data import Group, Trial
+
+SPARE_TRIALS = 3
+"""A fit needs so many trials more than it has coefficients."""
+TRUSTED = 0.3
+"""Share of the variance between trials that leave-one-out prediction must explain for a fit to be believed ..."""
+CHANCE = 0.02
+"""... and the share of shuffled scores, at the most, of which a fit explains as much."""
+REFITS = 1000
+
+
+class Effect(NamedTuple):
+    """What one setting does to the score, all others held."""
+
+    key: str
+    share: float
+    """Of the variance between trials: what the fit explains less without this setting."""
+    change: float | None
+    """Score gained from the lowest value to the highest (of weighting: from uniform to reverse); None for a setting
+    whose values have no order, and for the learning rate, whose best lies in between."""
+    interval: tuple[float, float]
+    """80% of refits have `change` in it."""
+
+
+class Response(NamedTuple):
+    """The fit of one block."""
+
+    block: int
+    n_trials: int
+    epoch: int | None
+    """At which scores were compared; None means each trial's best, all of them trained to their end."""
+    error: float
+    """Typical error (root mean square) in predicting a trial from all others."""
+    explained: float
+    """Leave-one-out R²: 1 is perfect, 0 no better than the mean."""
+    chance: float
+    """Share of shuffled scores of which a fit explains as much."""
+    tried: tuple[float, float]
+    """Lowest and highest learning rate."""
+    optimum: float | None
+    """Best learning rate at the best trial's size; None where the fit has none or is not believed."""
+    interval: tuple[float, float]
+    """80% of refits have their optimum in it; 0 or infinity where they have none within reach."""
+    size_exponent: tuple[float, float, float] | None
+    """The best learning rate goes with latents to this power: low, middle, high of 80% of refits; None where the best
+    was not among those tried."""
+    effects: list[Effect]
+    """Of the settings, largest share first."""
+    unexplained: float
+    """Share of the variance between trials that the whole fit leaves: noise, and interactions that it does not have."""
+    points: tuple[list[float], list[float]]
+    """Learning rates and scores that it is fitted to."""
+    coefficients: tuple[float, float, float]
+    """a, b, c of the score over ln(learning rate), all else as in the best trial."""
+    sentence: str
+    """What to make of it."""
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it predicts trials that it has not seen."""
+        return self.explained >= TRUSTED and self.chance <= CHANCE
+
+    @property
+    def joint_share(self) -> float:
+        """Share of the variance that is neither one setting's own nor unexplained; with these, shares sum to 1.
+
+        Positive: settings that went together in these trials explain it, either one as well. Negative: the interaction
+        of learning rate and expansion factor, which counts for both.
+        """
+        return 1 - self.unexplained - sum(effect.share for effect in self.effects)
+
+    def scores(self, learning_rates: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Predicted scores, all else as in the best trial."""
+        a, b, c = self.coefficients
+        x = np.log(np.asarray(learning_rates, dtype=float))
+        return np.asarray(a + b * x + c * x**2)
+
+
+class NoFit(NamedTuple):
+    """A block for which nothing can be fitted."""
+
+    block: int
+    why: str
+    """Reason in a few words, e.g. `too few trials to fit`."""
+    sentence: str
+
+
+class Sample(NamedTuple):
+    """The trials of a fit and their scores at one epoch."""
+
+    trials: list[Trial]
+    scores: np.ndarray
+    epoch: int | None
+    n_left_out: int
+    """Trials so far below the rest that a quadratic would bend to them."""
+
+
+def respond(group: Group) -> Response | NoFit:
+    """Fit a group's trials."""
+    block, keys = group.block, varied(group)
+    if "learning_rate" not in keys and len(group.ended) > 1:
+        rate = f"{group.best.training.learning_rate:.2g}"
+        why = f"every trial has learning rate {rate}"
+        return NoFit(block, why, f"Block {block}: {why}, so nothing is fitted.")
+    sample = choose_sample(group, needed=2 + len(keys) + SPARE_TRIALS)
+    n = len(sample.trials)
+    if n < 3 + SPARE_TRIALS:
+        sentence = (
+            f"Block {block}: only {n} trial{'' if n == 1 else 's'} can be compared at one epoch; "
+            f"a fit of the learning rate needs {3 + SPARE_TRIALS}."
+        )
+        return NoFit(block, "too few trials to fit", sentence)
+    if not _varies(sample):
+        rate = f"{sample.trials[0].training.learning_rate:.2g}"
+        why = f"the {n} trials that can be compared share one learning rate, {rate}"
+        return NoFit(block, why, f"Block {block}: {why}, so nothing is fitted.")
+    design = _Design(sample.trials, keys)
+    fit = _Fit(design.rows(sample.trials), sample.scores)
+    return _response(group, sample, design, fit)
+
+
+def varied(group: Group) -> list[str]:
+    """Training settings in which the group's trials differ, the learning rate first."""
+    keys = {key for trial in group.ended for key in trial.record.params} - {"k_levels", "seed"}
+    differ = [key for key in keys if len({repr(getattr(t.training, key)) for t in group.ended}) > 1]
+    return sorted(differ, key=lambda key: (key != "learning_rate", key))
+
+
+def choose_sample(group: Group, needed: int) -> Sample:
+    """Scores at the latest epoch that `needed` trials reached; else at the one that most reached.
+
+    Epochs that only trials of one learning rate reached come last: they tell nothing about it.
+    """
+    completed = [trial for trial in group.ended if trial.record.status == "completed"]
+    samples = [_sample(completed, [trial.best["objective"] for trial in completed], None)]
+    for rung in reversed(group.ladder.rungs):
+        there = [trial for trial in group.ended if trial.record.epochs >= rung]
+        samples.append(_sample(there, [t.record.points[rung - 1]["objective"] for t in there], rung))
+    useful = [sample for sample in samples if _varies(sample)] or samples
+    enough = (sample for sample in useful if len(sample.trials) >= needed)
+    return next(enough, max(useful, key=lambda sample: len(sample.trials)))
+
+
+def _varies(sample: Sample) -> bool:
+    """Whether learning rates differ; rates that differ in their last digits only are one."""
+    rates = [trial.training.learning_rate for trial in sample.trials]
+    return bool(rates) and max(rates) > min(rates) * (1 + 1e-6)
+
+
+def _sample(trials: Sequence[Trial], scores: Sequence[float], epoch: int | None) -> Sample:
+    values = np.array(scores, dtype=float)
+    if not len(values):
+        return Sample([], values, epoch, 0)
+    middle = np.median(values)
+    keep = values >= middle - 4 * max(values.max() - middle, 1e-6)
+    return Sample([t for t, kept in zip(trials, keep, strict=True) if kept], values[keep], epoch, int((~keep).sum()))
+
+
+class _Design:
+    """The columns of the regression, and to which setting each belongs."""
+
+    def __init__(self, trials: Sequence[Trial], keys: Sequence[str]) -> None:
+        self._scales = {key: _Scale([getattr(t.training, key) for t in trials]) for key in keys}
+        self.owners: list[set[str]] = []
+        self._columns: list[Any] = []
+        self._add(set(), lambda values: 1.0)
+        room = len(trials) - SPARE_TRIALS
+        self.has_curvature = False
+        for key in keys:
+            scale = self._scales[key]
+            if scale.options:
+                for option in scale.options[1:]:
+                    self._add({key}, lambda v, key=key, option=option: float(repr(v[key]) == option), room)
+            elif scale.spread:
+                self._add({key}, lambda values, key=key: values[key], room)
+            # Two learning rates determine no curvature: about their middle, both squares are one constant.
+            if key == "learning_rate" and len({trial.training.learning_rate for trial in trials}) > 2:
+                self.has_curvature = self._add({key}, lambda values: values["learning_rate"] ** 2, room)
+        self.has_interaction = "expansion_factor" in self._owned() and self._add(
+            {"learning_rate", "expansion_factor"},
+            lambda values: values["learning_rate"] * values["expansion_factor"],
+            room,
+        )
+
+    def _owned(self) -> set[str]:
+        return set().union(*self.owners)
+
+    def _add(self, owners: set[str], column: Any, room: float = float("inf")) -> bool:
+        """Add a column if there is room for its coefficient."""
+        if len(self._columns) >= room:
+            return False
+        self.owners.append(owners)
+        self._columns.append(column)
+        return True
+
+    def rows(self, trials: Sequence[Trial]) -> np.ndarray:
+        """[trials, columns]"""
+        return np.array([self._row({key: getattr(t.training, key) for key in self._scales}) for t in trials])
+
+    def _row(self, settings: dict[str, Any]) -> list[float]:
+        values = {key: self._scales[key].place(value) for key, value in settings.items()}
+        return [column(values) for column in self._columns]
+
+    def row_at(self, trial: Trial, **changed: Any) -> np.ndarray:
+        """The columns of a trial with some of its settings changed."""
+        return np.array(self._row({key: getattr(trial.training, key) for key in self._scales} | changed))
+
+    def settings(self) -> list[str]:
+        """Settings that have a column."""
+        return [key for key in self._scales if key in self._owned()]
+
+    def ends(self, key: str) -> tuple[Any, Any] | None:
+        """The lowest and the highest value of a setting, or its two options; None where there is no order."""
+        scale = self._scales[key]
+        if not scale.options:
+            return scale.low, scale.high
+        return ("uniform", "reverse") if key == "weighting" else None
+
+
+class _Scale:
+    """Where a setting's values lie: numbers about their middle, logarithmic where they span a factor of 2."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.options: list[str] = []
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            self.low, self.high = min(values), max(values)
+            self._log = self.low > 0 and self.high / self.low >= 2
+            placed = [self._raw(value) for value in values]
+            self._middle, self.spread = (min(placed) + max(placed)) / 2, max(placed) - min(placed)
+        else:
+            self.options = sorted({repr(value) for value in values})
+
+    def _raw(self, value: float) -> float:
+        return float(np.log(value)) if self._log else float(value)
+
+    def place(self, value: Any) -> Any:
+        """Its place on the scale; options stay what they are."""
+        return value if self.options else self._raw(value) - self._middle
+
+
+class _Fit:
+    """Least squares with leave-one-out errors and refits."""
+
+    def __init__(self, rows: np.ndarray, scores: np.ndarray) -> None:
+        self.rows, self.values = rows, scores
+        inverse = np.linalg.pinv(rows)
+        self.coefficients = inverse @ scores
+        self.residuals = scores - rows @ self.coefficients
+        leave_one_out = 1 / (1 - np.clip(np.einsum("ij,ji->i", rows, inverse), 0, 0.999))
+        self.left_out = self.residuals * leave_one_out
+        rng = np.random.default_rng(0)
+        signs = rng.choice((-1.0, 1.0), size=(REFITS, len(scores)))
+        self.refits = (rows @ self.coefficients + signs * self.left_out) @ inverse.T  # [refits, columns]
+        self.total = float(((scores - scores.mean()) ** 2).sum())
+        shuffled = rng.permuted(np.tile(scores, (REFITS, 1)), axis=1)  # [refits, trials]
+        by_chance = (((shuffled - shuffled @ inverse.T @ rows.T) * leave_one_out) ** 2).sum(axis=1)
+        self.chance = float((by_chance <= (self.left_out**2).sum()).mean())
+
+    @property
+    def explained(self) -> float:
+        """Leave-one-out R²; 0 where the scores do not differ."""
+        return 1 - float((self.left_out**2).sum()) / self.total if self.total else 0.0
+
+    def share_of(self, mine: np.ndarray) -> float:
+        """Explained variance that is lost without the columns `mine`."""
+        rest = self.rows[:, ~mine]
+        without = self.values - rest @ np.linalg.pinv(rest) @ self.values
+        lost = float((without**2).sum() - (self.residuals**2).sum())
+        return max(0.0, lost) / self.total if self.total else 0.0
+
+
+def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Response:
+    best = group.best
+    rates = [trial.training.learning_rate for trial in sample.trials]
+    tried = min(rates), max(rates)
+    # Three predictions determine the parabola that the fit is in ln(learning rate), all else as in the best trial.
+    x = np.log(np.array([tried[0], np.sqrt(tried[0] * tried[1]), tried[1]]))
+    rows = np.array([design.row_at(best, learning_rate=float(rate)) for rate in np.exp(x)])
+    solve = np.linalg.inv(np.vander(x, 3, increasing=True)) @ rows
+    a, b, c = solve @ fit.coefficients
+    drawn = fit.refits @ solve.T
+    optima = _optima(drawn[:, 1], drawn[:, 2], x)
+    low, high = np.exp(np.quantile(optima, (0.1, 0.9), method="nearest"))
+    optimum = float(np.exp(_optima(b[None], c[None], x)[0]))
+    n = len(sample.trials)
+    trusted = fit.explained >= TRUSTED and fit.chance <= CHANCE
+    is_inside = tried[0] <= optimum <= tried[1]
+    effects = []
+    for key in design.settings():
+        share = fit.share_of(np.array([key in owners for owners in design.owners]))
+        ends = None if key == "learning_rate" else design.ends(key)
+        if ends:
+            step = design.row_at(best, **{key: ends[1]}) - design.row_at(best, **{key: ends[0]})
+            change, spread = float(step @ fit.coefficients), np.quantile(fit.refits @ step, (0.1, 0.9))
+            effects.append(Effect(key, share, change, (float(spread[0]), float(spread[1]))))
+        else:
+            effects.append(Effect(key, share, None, (0.0, 0.0)))
+    response = Response(
+        block=group.block,
+        n_trials=n,
+        epoch=sample.epoch,
+        error=float(np.sqrt((fit.left_out**2).mean())),
+        explained=fit.explained,
+        chance=fit.chance,
+        tried=tried,
+        optimum=optimum if 0 < optimum < np.inf and trusted else None,
+        interval=(float(low), float(high)),
+        size_exponent=_size_exponent(design, fit) if trusted and is_inside else None,
+        effects=sorted(effects, key=lambda effect: -effect.share),
+        unexplained=float((fit.residuals**2).sum()) / fit.total if fit.total else 1.0,
+        points=(rates, sample.scores.tolist()),
+        coefficients=(float(a), float(b), float(c)),
+        sentence="",
+    )
+    return response._replace(sentence=_sentence(response, sample) + _scaling(response))
+
+
+def _optima(b: np.ndarray, c: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """ln(learning rate) of the best of each parabola; ± infinity, to the better side, where no top is within reach.
+
+    Within reach: at most twice the range that was tried (at least a factor of 10) beyond its ends.
+    """
+    low, _, high = x
+    better = np.where(b * (high - low) + c * (high**2 - low**2) > 0, np.inf, -np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        top = -b / (2 * c)
+    reach = max(2 * (high - low), np.log(10))
+    return np.where((c < 0) & (top > low - reach) & (top < high + reach), top, better)
+
+
+def _size_exponent(design: _Design, fit: _Fit) -> tuple[float, float, float] | None:
+    """−e / 2c: by which power of the number of latents the best learning rate goes."""
+    if not (design.has_interaction and design.has_curvature):
+        return None
+    is_pure = [owners == {"learning_rate"} for owners in design.owners]
+    square = [i for i, pure in enumerate(is_pure) if pure][1]
+    c, e = fit.refits[:, square], fit.refits[:, -1]
+    exponents = np.sort((-e / (2 * c))[c < 0])
+    if len(exponents) < 0.8 * REFITS:
+        return None
+    low, middle, high = np.quantile(exponents, (0.1, 0.5, 0.9))
+    return float(low), float(middle), float(high)
+
+
+def _sentence(response: Response, sample: Sample) -> str:
+    at = f"their scores at epoch {response.epoch}" if response.epoch else "their best scores"
+    start = f"Block {response.block}: fitted to {response.n_trials} trials ({at})"
+    if sample.n_left_out:
+        start += f", without {sample.n_left_out} far below the rest"
+    if not response.is_trusted:
+        return (
+            f"{start}; but it predicts unseen trials no better than chance may (off by {response.error:.3f}), "
+            "so nothing is concluded from it."
+        )
+    early = "; scores so early favour high learning rates" if response.epoch else ""
+    known = f"{start}; it predicts an unseen trial to within {response.error:.3f}"
+    low, high = response.interval
+    if response.optimum is None or not response.tried[0] <= response.optimum <= response.tried[1]:
+        side = "highest" if low > np.sqrt(response.tried[0] * response.tried[1]) else "lowest"
+        edge = response.tried[1] if side == "highest" else response.tried[0]
+        return f"{known}; the best learning rate lies at or beyond the {side} one tried, {edge:.2g}{early}."
+    text = f"{known}; the best learning rate is {response.optimum:.2g}"
+    if low < response.tried[0] or high > response.tried[1]:
+        return f"{text}, but it could lie beyond the range that was tried{early}."
+    text += f" (80% of refits: {low:.2g} to {high:.2g})"
+    return f"{text}{early}."
+
+
+def _scaling(response: Response) -> str:
+    if response.size_exponent is None:
+        return ""
+    low, middle, high = response.size_exponent
+    return (
+        f" The best learning rate goes with the number of latents to the power {middle:.2f} "
+        f"(80% of refits: {low:.2f} to {high:.2f})."
+    )

@@ -1,0 +1,99 @@
+"""The tables at a sweep's end: each block's best trial, and the success criteria."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from msae_sweep.sweep_folder.summary import best_entries
+
+
+def best_table(summary: Mapping[str, Any]) -> RenderableType:
+    """A row per block (and set of k_levels): R² at every k, dead ratio, and the settings of the best trial.
+
+    Where the console is too narrow for one table, the settings are a second one: no name or heading is cut.
+    """
+    rows: list[tuple[str, dict[str, Any] | None]] = []
+    for name, block in summary["blocks"].items():
+        winners = best_entries(block)
+        rows += [(name, winner) for winner in winners] if winners else [(name, None)]
+    levels = sorted({int(key[4:]) for _, w in rows if w for key in w["metrics"] if key.startswith("r2_k")})
+    scores = [*(f"R² k={k}" for k in levels), "dead"]
+    settings = ["lr", "expansion", "weighting"]
+    recovery = any("dictionary_recovery" in block for block in summary["blocks"].values())
+    last = ["epoch", *(["dictionary\nrecovered"] if recovery else [])]
+    cells = [(name, winner, _cells(summary, name, winner, levels) if winner else {}) for name, winner in rows]
+    title = "Best trial of each block (validation, best epoch)"
+    whole = _table(title, [*scores, *settings, *last], cells)
+    parts = [_table(title, scores, cells, fold=True), _table("Settings of these trials", [*settings, *last], cells)]
+    return _Fitting(whole, parts)
+
+
+def _cells(summary: Mapping[str, Any], name: str, winner: Mapping[str, Any], levels: Sequence[int]) -> dict[str, str]:
+    """A winner's cells by heading."""
+    metrics, settings, block = winner["metrics"], {**summary["training"], **winner["params"]}, summary["blocks"][name]
+    is_recovered = winner["trial_id"] == block["best"] and "dictionary_recovery" in block
+    return {
+        **{f"R² k={k}": f"{metrics[f'r2_k{k}']:.4f}" if f"r2_k{k}" in metrics else "–" for k in levels},
+        "dead": f"{metrics['dead_ratio']:.1%}",
+        "lr": f"{settings['learning_rate']:.2e}",
+        "expansion": f"{settings['expansion_factor']:g}",
+        "weighting": settings["weighting"],
+        "epoch": f"{winner['best_epoch']}/{winner['epochs']}",
+        "dictionary\nrecovered": f"{block['dictionary_recovery']:.3f}" if is_recovered else "–",
+    }
+
+
+def _table(
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[tuple[str, Mapping[str, Any] | None, Mapping[str, str]]],
+    *,
+    fold: bool = False,
+) -> Table:
+    """`fold` puts a heading's words below each other."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("block")
+    table.add_column("trial", no_wrap=True)
+    for heading in headings:
+        text = heading.replace(" ", "\n") if fold else heading
+        table.add_column(text, justify="left" if heading == "weighting" else "right")
+    for name, winner, cells in rows:
+        first = name.removeprefix("block"), winner["trial_id"] if winner else "no trial finished"
+        table.add_row(*first, *(cells[heading] for heading in headings if winner))
+    return table
+
+
+class _Fitting:
+    """One table where the console is wide enough for it, else several below each other."""
+
+    def __init__(self, whole: Table, parts: Sequence[Table]) -> None:
+        self._whole, self._parts = whole, parts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        fits = Measurement.get(console, options.update(width=10_000), self._whole).maximum <= options.max_width
+        yield from [self._whole] if fits else self._parts
+
+
+def criteria_table(summary: Mapping[str, Any]) -> Table:
+    """PASS or FAIL of the notebook's three success criteria for each block's best trial."""
+    table = Table(title="Success criteria", title_justify="left")
+    table.add_column("criterion")
+    names = list(summary["blocks"])
+    for name in names:
+        table.add_column(name)
+    criteria = {c: None for block in summary["blocks"].values() for c in block["success_criteria"]}
+    for criterion in criteria:
+        cells: list[Text] = []
+        for name in names:
+            found = summary["blocks"][name]["success_criteria"].get(criterion)
+            if found is None:
+                cells.append(Text("–"))
+                continue
+            word, style = ("PASS", "green") if found["passed"] else ("FAIL", "red")
+            cells.append(Text(f"{found['value']:.4f} [{word}]", style=style))
+        table.add_row(criterion, *cells)
+    return table

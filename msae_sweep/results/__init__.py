@@ -1,1 +1,0 @@
-"""Finished sweeps: summary, tables, figures, model files."""

@@ -1,0 +1,166 @@
+"""Training by the fused step: one captured graph a step, and a word to the host once an epoch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msae_sweep.config import TrainingConfig
+from msae_sweep.sae import loss
+from msae_sweep.sae.engines.autograd import EpochResult
+from msae_sweep.sae.engines.step_cache import StepCache
+from msae_sweep.sae.kernels import adam
+from msae_sweep.sae.kernels.fused_step import SCHEDULE_STEPS, Shape, rank_scales
+from msae_sweep.sae.metrics import SplitMetrics
+from msae_sweep.sae.state import Batches, Moments, TrainState
+
+
+class FusedEngine:
+    """A `FusedStep` that holds one trial's weights while it trains, and hands them back after every epoch."""
+
+    def __init__(
+        self, state: TrainState, config: TrainingConfig, batch_size: int, dead_after_samples: int, steps: StepCache
+    ) -> None:
+        self.state, self.config = state, config
+        self.batch_size, self.dead_after_samples = batch_size, dead_after_samples
+        shape = Shape(
+            batch=batch_size,
+            input_dim=state.model.input_dim,
+            hidden_dim=state.model.hidden_dim,
+            k_levels=config.levels,
+            loss_levels=config.loss_levels,
+            aux_k=config.aux_k if config.aux_coefficient else 0,
+            normalize_decoder=config.normalize_decoder,
+            clips=config.gradient_clip is not None,
+        )
+        self.step = steps.get(shape, state.samples_since_fired.device)
+        self._set_hyperparameters(shape)
+        self._take_state()
+        self._longest_silent = int(state.samples_since_fired.max())
+        self._corrections: tuple[int, np.ndarray] | None = None
+
+    def train_epoch(self, train: Batches, epoch: int, learning_rates: Sequence[float]) -> EpochResult:
+        """See `Engine`."""
+        step, state = self.step, self.state
+        schedule = _schedule(learning_rates, self._corrections_of(len(learning_rates)))
+        done = 0
+        for rows, order in train.windows(epoch, state.seed):
+            step.set_window(rows, order)
+            for _ in range(len(order) // self.batch_size):
+                if done % SCHEDULE_STEPS == 0:
+                    step.set_schedule(schedule[done : done + SCHEDULE_STEPS])
+                # Nobody can be dead before the latent that has been silent longest is; then the device decides.
+                step.train(dead_possible=self._longest_silent + done * self.batch_size >= self.dead_after_samples)
+                done += 1
+        step.forget_window()
+        if epoch < self.config.epochs:
+            # Now, as the device is still busy with the steps, beside which it can draw.
+            train.expect(epoch + 1, state.seed)
+        assert done == len(learning_rates), f"{done} batches, {len(learning_rates)} expected"
+        state.step += done
+        self._hand_back()
+        # Anew every epoch, so that one that follows a saved state begins as one that follows another.
+        step.copy_weights()
+        hidden_dim = state.model.hidden_dim
+        counts = torch.stack([step.fired[:hidden_dim].sum(), state.samples_since_fired.max()])
+        results = torch.cat([step.hyper.totals, counts.double()])
+        # Before the host waits for the device: after that the device would wait for the host.
+        self._clear_sums()
+        self._corrections_of(done)
+        main, aux, n_fired, longest_silent = results.tolist()
+        self._longest_silent = int(longest_silent)
+        return EpochResult(
+            train_loss=(main + self.config.aux_coefficient * aux) / done,
+            aux_loss=aux / done,
+            dead_ratio=1 - n_fired / hidden_dim,
+        )
+
+    def evaluate(self, validation: Batches, total_variance: float) -> SplitMetrics:
+        """See `Engine`."""
+        step, model = self.step, self.state.model
+        split = SplitMetrics(model.k_levels, model.input_dim, total_variance, step.device)
+        step.error_sums.zero_()
+        step.active_sums.zero_()
+        n_rows = 0
+        for piece in validation.pieces():
+            step.set_window(piece, None)
+            for _ in range(0, len(piece), self.batch_size):
+                step.evaluate()
+            n_rows += len(piece)
+        step.forget_window()
+        split.add(n_rows, step.error_sums, step.active_sums)
+        return split
+
+    def _set_hyperparameters(self, shape: Shape) -> None:
+        step, config = self.step, self.config
+        # The gradient of α · mean((x̂ − x)²) in x̂ is 2 α / (batch · input_dim) · (x̂ − x).
+        weights = loss.level_weights(len(shape.loss_levels), config.weighting)
+        scales = (2 * weights.double() / (shape.batch * shape.input_dim)).float()
+        step.level_scales.copy_(scales)
+        step.rank_scales.copy_(torch.tensor(rank_scales(scales.tolist(), shape.loss_levels)))
+        clip = float("inf") if config.gradient_clip is None else config.gradient_clip
+        step.hyper.betas.copy_(torch.tensor([config.adam_beta1, config.adam_beta2, config.adam_eps, clip]))
+        step.aux.dead_after.fill_(self.dead_after_samples)
+        step.aux.coefficient.fill_(config.aux_coefficient)
+
+    def _take_state(self) -> None:
+        step, state = self.step, self.state
+        for name, parameter in state.model.named_parameters():
+            padded = self._padded(name)
+            for tensor in padded:
+                tensor.zero_()
+            _inner(padded.value, parameter).copy_(parameter.detach())
+            if name in state.moments:
+                _inner(padded.mean, parameter).copy_(state.moments[name].mean)
+                _inner(padded.square, parameter).copy_(state.moments[name].square)
+        step.samples_since_fired.zero_()
+        step.samples_since_fired[: state.model.hidden_dim].copy_(state.samples_since_fired)
+        step.copy_weights()
+        self._clear_sums()
+
+    def _corrections_of(self, n_steps: int) -> np.ndarray:
+        """Those of the next steps; kept, so that they can be had before they are needed."""
+        before, kept = self.state.step, self._corrections
+        if kept is None or kept[0] != before or len(kept[1]) != n_steps:
+            kept = self._corrections = before, _bias_corrections(n_steps, before, self.config)
+        return kept[1]
+
+    def _clear_sums(self) -> None:
+        """Begin what is summed up over an epoch."""
+        self.step.hyper.totals.zero_()
+        self.step.fired.zero_()
+
+    @torch.no_grad()
+    def _hand_back(self) -> None:
+        step, state = self.step, self.state
+        for name, parameter in state.model.named_parameters():
+            padded = self._padded(name)
+            parameter.copy_(_inner(padded.value, parameter))
+            state.moments[name] = Moments(
+                _inner(padded.mean, parameter).clone(), _inner(padded.square, parameter).clone()
+            )
+        state.samples_since_fired = step.samples_since_fired[: state.model.hidden_dim].clone()
+
+    def _padded(self, name: str) -> adam.Moments:
+        """A parameter's padded memory."""
+        padded: adam.Moments = getattr(self.step, name)
+        return padded
+
+
+def _inner(padded: Tensor, parameter: Tensor) -> Tensor:
+    """The part of padded memory that a parameter fills."""
+    return padded[tuple(slice(size) for size in parameter.shape)]
+
+
+def _bias_corrections(n_steps: int, steps_before: int, config: TrainingConfig) -> np.ndarray:
+    """[steps, 2] in float64: 1 − β₁^t, and sqrt(1 − β₂^t)."""
+    t = np.arange(1, n_steps + 1) + steps_before
+    return np.stack([1 - config.adam_beta1**t, np.sqrt(1 - config.adam_beta2**t)], axis=1)
+
+
+def _schedule(learning_rates: Sequence[float], corrections: np.ndarray) -> Tensor:
+    """[steps, 2]: learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t), in float64 until the end."""
+    schedule = corrections.astype(np.float32)
+    schedule[:, 0] = np.asarray(learning_rates) / corrections[:, 0]
+    return torch.from_numpy(schedule)

@@ -1,0 +1,325 @@
+"""The auxiliary loss on dead latents, with no word from the host: how many are dead is known on the device alone.
+
+The dead latents reconstruct the residual e = x − x̂ of the largest level:  ê = TopK_aux_k(ReLU(pre_acts of the dead))
+W_dec,  loss ‖ê − e‖² / ‖e‖².  Half of all pre_acts are positive, so a row uses a good share of the dead latents and the
+products are dense ones over the dead latents only. Every launch covers the worst case; programs beyond the number of
+dead latents end at once, so with none dead the kernels cost their launches.
+
+`add_gradients` comes after the main backward pass and adds to what that left in a dead latent's rows: it may have fired
+in this very batch. Source of the loss: Gao et al. 2024 (arXiv 2406.04093), A.2; see `sae.loss.aux_loss`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import BFloat16, Float, Int
+from torch import Tensor
+
+from msae_sweep.sae.kernels.latent_gradients import Gradients
+from msae_sweep.sae.kernels.launch import launch
+from msae_sweep.sae.kernels.packing import Quads, dequantize, high_half, low_half, pack
+
+TILE = 64
+"""Rows, and latents, of a tile of the dense products; hidden_dim is padded to a multiple of it."""
+
+
+class Dead(NamedTuple):
+    """The dead latents of a step and what they do."""
+
+    latents: Int[Tensor, " hidden_dim"]
+    """Their numbers, ascending; only the first `n_dead` count."""
+    n_dead: Int[Tensor, " 1"]
+    acts: BFloat16[Tensor, "batch hidden_dim"]
+    """Codes by place in `latents`, dense; zero up to a multiple of TILE."""
+    G: Int[Tensor, "batch half"]
+    """Gradient of the loss in ê, pair words."""
+    losses: Float[Tensor, " pieces"]
+    """The auxiliary loss in pieces."""
+    pre_sums: Float[Tensor, "row_tiles hidden_dim"]
+    """Σ over a tile of rows of the gradient of a dead latent's pre_act, by place in `latents`."""
+
+
+class AuxHyper(NamedTuple):
+    """What differs from trial to trial, on the device."""
+
+    dead_after: Int[Tensor, " 1"]
+    """Rows without firing after which a latent is dead, int64."""
+    coefficient: Float[Tensor, " 1"]
+
+
+def find_dead(samples_since_fired: Int[Tensor, " hidden_dim"], aux: AuxHyper, dead: Dead, hidden_dim: int) -> None:
+    """List the dead among the first `hidden_dim` latents."""
+    launch(
+        _find_dead,
+        (1,),
+        samples_since_fired,
+        aux.dead_after,
+        dead.latents,
+        dead.n_dead,
+        hidden_dim,
+        BLOCK=4096,
+        num_warps=8,
+    )
+
+
+def select(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: Dead, aux_k: int) -> None:
+    """Codes of the dead latents: the `aux_k` largest positive pre_acts of each row, lowest latent first on ties."""
+    batch, hidden_dim = dead.acts.shape
+    block = min(1024, hidden_dim)
+    launch(
+        _select, (batch,),
+        pre_acts.view(torch.int16), dead.latents, dead.n_dead, dead.acts.view(torch.int16), aux_k,
+        HIDDEN_DIM=hidden_dim, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def residual_gradient(
+    G: Quads,
+    level_scales: Float[Tensor, " levels"],
+    last_error: Float[Tensor, " batch"],
+    W_dec: Int[Tensor, "hidden_dim half"],
+    aux: AuxHyper,
+    dead: Dead,
+) -> None:
+    """Reconstruct the residual from the dead latents: the loss, and its gradient times the coefficient."""
+    batch, n_levels, quarter = G.words.shape
+    half = 2 * quarter
+    columns = min(64, half)
+    launch(
+        _residual_gradient, (triton.cdiv(batch, TILE), half // columns),
+        *G, level_scales, last_error, W_dec, aux.coefficient, dead.latents, dead.n_dead, dead.acts, dead.G, dead.losses,
+        batch, n_levels, dead.acts.shape[1],
+        HALF=half, ROWS=TILE, COLUMNS=columns, DEPTH=64, PRODUCT=_product_type(W_dec.device), num_warps=4,
+    )  # fmt: skip
+
+
+def add_gradients(
+    W_dec: Int[Tensor, "hidden_dim half"],
+    dead: Dead,
+    grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
+    gradients: Gradients,
+) -> None:
+    """Add the auxiliary loss's gradients to those of the dead latents' pre_acts and decoder rows."""
+    hidden_dim, half = W_dec.shape
+    batch = len(dead.G)
+    row_tiles = triton.cdiv(batch, TILE)
+    columns = min(64, half)
+    launch(
+        _add_pre_gradients, (hidden_dim // TILE, row_tiles),
+        W_dec, dead.latents, dead.n_dead, dead.acts, dead.G, dead.pre_sums, grad_pre, grad_pre.shape[1],
+        batch, hidden_dim,
+        HALF=half, ROWS=TILE, LATENTS=TILE, DEPTH=min(64, half), PRODUCT=_product_type(W_dec.device), num_warps=4,
+    )  # fmt: skip
+    launch(
+        _add_decoder_gradients, (hidden_dim // 32, half // columns),
+        dead.latents, dead.n_dead, dead.acts, dead.G, dead.pre_sums, gradients.W_dec, gradients.pre_sum,
+        batch, hidden_dim, row_tiles,
+        HALF=half, LATENTS=32, COLUMNS=columns, DEPTH=2 * TILE, PRODUCT=_product_type(W_dec.device), num_warps=4,
+    )  # fmt: skip
+
+
+def _product_type(device: torch.device) -> tl.dtype:
+    """Operands of the dense products. Triton's interpreter, which serves the CPU, has none of bfloat16."""
+    return tl.bfloat16 if device.type == "cuda" else tl.float32
+
+
+@triton.jit
+def _find_dead(samples_since_fired, dead_after, latents, n_dead, hidden_dim, BLOCK: tl.constexpr):
+    limit = tl.load(dead_after)
+    found = 0
+    for first in range(0, hidden_dim, BLOCK):
+        latent = first + tl.arange(0, BLOCK)
+        since = tl.load(samples_since_fired + latent, mask=latent < hidden_dim, other=-1)
+        is_dead = ((since >= limit) & (latent < hidden_dim)).to(tl.int32)
+        tl.store(latents + found + tl.cumsum(is_dead, 0) - is_dead, latent, mask=is_dead > 0)
+        found += tl.sum(is_dead)
+    tl.store(n_dead, found)
+
+
+@triton.jit
+def _select(pre_acts, latents, n_dead, acts, aux_k, HIDDEN_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.load(n_dead)
+    if n > 0:
+        pre_acts += row * HIDDEN_DIM
+        acts += row * HIDDEN_DIM
+        lane = tl.arange(0, BLOCK)
+        positive = 0
+        for first in range(0, n, BLOCK):
+            place = first + lane
+            latent = tl.load(latents + place, mask=place < n, other=0)
+            bits = tl.maximum(tl.load(pre_acts + latent, mask=place < n, other=0), 0)
+            # Beyond the last dead latent too: the products read whole tiles.
+            tl.store(acts + place, bits, mask=place < HIDDEN_DIM)
+            positive += tl.sum((bits > 0).to(tl.int32))
+        if positive > aux_k:
+            tl.debug_barrier()
+            # The aux_k-th largest value, bit by bit; then all above it, and of those equal to it the first ones.
+            bound = 0
+            for i in range(15):
+                higher = bound | (1 << (14 - i))
+                reached = 0
+                for first in range(0, n, BLOCK):
+                    bits = tl.load(acts + first + lane, mask=first + lane < n, other=0).to(tl.int32)
+                    reached += tl.sum((bits >= higher).to(tl.int32))
+                bound = tl.where(reached >= aux_k, higher, bound)
+            above = 0
+            for first in range(0, n, BLOCK):
+                bits = tl.load(acts + first + lane, mask=first + lane < n, other=0).to(tl.int32)
+                above += tl.sum((bits > bound).to(tl.int32))
+            ties_left = aux_k - above
+            for first in range(0, n, BLOCK):
+                place = first + lane
+                bits = tl.load(acts + place, mask=place < n, other=0).to(tl.int32)
+                is_tie = (bits == bound).to(tl.int32)
+                keep = (bits > bound) | ((is_tie > 0) & (tl.cumsum(is_tie, 0) <= ties_left))
+                tl.store(acts + place, tl.where(keep, bits, 0).to(tl.int16), mask=place < n)
+                ties_left = tl.maximum(ties_left - tl.sum(is_tie), 0)
+
+
+@triton.jit
+def _residual_gradient(
+    G,
+    G_scales,
+    level_scales,
+    last_error,
+    W_dec,
+    coefficient,
+    latents,
+    n_dead,
+    acts,
+    dead_G,
+    losses,
+    batch,
+    n_levels,
+    acts_stride,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    n = tl.load(n_dead)
+    piece = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    if n == 0:
+        tl.store(losses + piece, 0.0)
+    else:
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        far = row.to(tl.int64)[:, None]
+        inside = (row < batch)[:, None]
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        depth = tl.arange(0, DEPTH)
+        low = tl.zeros((ROWS, COLUMNS), tl.float32)
+        high = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(0, n, DEPTH):
+            place = first + depth
+            code = tl.load(acts + far * acts_stride + place[None, :], mask=inside & (place < n)[None, :], other=0.0)
+            latent = tl.load(latents + place, mask=place < n, other=0)
+            word = tl.load(W_dec + latent[:, None] * HALF + column[None, :])
+            low = tl.dot(code.to(PRODUCT), low_half(word).to(PRODUCT), low)
+            high = tl.dot(code.to(PRODUCT), high_half(word).to(PRODUCT), high)
+        # Every program adds up ‖e‖² by itself, in the same order.
+        scale = 0.0
+        lane = tl.arange(0, 1024)
+        for first in range(0, batch, 1024):
+            scale += tl.sum(tl.load(last_error + first + lane, mask=first + lane < batch, other=0.0))
+        inverse = tl.where(scale > 0, 1 / tl.maximum(scale, 1.1754943508222875e-38), 0.0)
+        # G of the last level is c · (x̂ − x), so the residual is −G / c.
+        to_residual = -1 / tl.load(level_scales + n_levels - 1)
+        last = far * n_levels + n_levels - 1
+        quarter = (tl.program_id(1) * COLUMNS // 2 + tl.arange(0, COLUMNS // 2))[None, :]
+        quad = tl.load(G + last * (HALF // 2) + quarter, mask=inside, other=0)
+        g_scale = tl.load(G_scales + last, mask=inside, other=0.0) * to_residual
+        low -= g_scale * tl.reshape(tl.join(dequantize(quad, 0), dequantize(quad, 1)), (ROWS, COLUMNS))
+        high -= g_scale * tl.reshape(tl.join(dequantize(quad, 2), dequantize(quad, 3)), (ROWS, COLUMNS))
+        tl.store(losses + piece, tl.sum(tl.where(inside, low * low + high * high, 0.0)) * inverse)
+        factor = 2 * tl.load(coefficient) * inverse
+        tl.store(dead_G + far * HALF + column[None, :], pack(low * factor, high * factor), mask=inside)
+
+
+@triton.jit
+def _add_pre_gradients(
+    W_dec,
+    latents,
+    n_dead,
+    acts,
+    dead_G,
+    pre_sums,
+    grad_pre,
+    grad_pre_stride,
+    batch,
+    acts_stride,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    n = tl.load(n_dead)
+    place = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    if tl.program_id(0) * LATENTS < n:
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        known = (place < n)[:, None]
+        inside = (row < batch)[None, :]
+        latent = tl.load(latents + place, mask=place < n, other=0)
+        j = tl.arange(0, DEPTH)
+        grad = tl.zeros((LATENTS, ROWS), tl.float32)
+        for first in range(0, HALF, DEPTH):
+            w = tl.load(W_dec + latent[:, None] * HALF + first + j[None, :])
+            g = tl.load(dead_G + row.to(tl.int64)[None, :] * HALF + first + j[:, None], mask=inside, other=0)
+            grad = tl.dot(low_half(w).to(PRODUCT), low_half(g).to(PRODUCT), grad)
+            grad = tl.dot(high_half(w).to(PRODUCT), high_half(g).to(PRODUCT), grad)
+        code = tl.load(acts + row.to(tl.int64)[None, :] * acts_stride + place[:, None], mask=known & inside, other=0.0)
+        grad = tl.where(code > 0, grad, 0.0)
+        target = grad_pre + latent.to(tl.int64)[:, None] * grad_pre_stride + row[None, :]
+        before = tl.load(target, mask=known & inside, other=0.0).to(tl.float32)
+        tl.store(target, (before + grad).to(tl.bfloat16), mask=known & inside)
+        tl.store(pre_sums + tl.program_id(1) * acts_stride + place, tl.sum(grad, 1), mask=place < n)
+
+
+@triton.jit
+def _add_decoder_gradients(
+    latents,
+    n_dead,
+    acts,
+    dead_G,
+    pre_sums,
+    grad_W_dec,
+    pre_sum,
+    batch,
+    acts_stride,
+    row_tiles,
+    HALF: tl.constexpr,
+    LATENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    n = tl.load(n_dead)
+    place = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    if tl.program_id(0) * LATENTS < n:
+        known = place < n
+        latent = tl.load(latents + place, mask=known, other=0)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        low = tl.zeros((LATENTS, COLUMNS), tl.float32)
+        high = tl.zeros((LATENTS, COLUMNS), tl.float32)
+        for first in range(0, batch, DEPTH):
+            row = first + tl.arange(0, DEPTH)
+            inside = row < batch
+            far = row.to(tl.int64)
+            code = tl.load(
+                acts + far[None, :] * acts_stride + place[:, None], mask=inside[None, :] & known[:, None], other=0.0
+            )
+            g = tl.load(dead_G + far[:, None] * HALF + column[None, :], mask=inside[:, None], other=0)
+            low = tl.dot(code.to(PRODUCT), low_half(g).to(PRODUCT), low)
+            high = tl.dot(code.to(PRODUCT), high_half(g).to(PRODUCT), high)
+        target = grad_W_dec + latent.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
+        tl.store(target, tl.load(target, mask=known[:, None]) + low, mask=known[:, None])
+        tl.store(target + HALF, tl.load(target + HALF, mask=known[:, None]) + high, mask=known[:, None])
+        if tl.program_id(1) == 0:
+            total = tl.load(pre_sum + latent, mask=known, other=0.0)
+            for i in range(row_tiles):
+                total += tl.load(pre_sums + i * acts_stride + place, mask=known, other=0.0)
+            tl.store(pre_sum + latent, total, mask=known)

@@ -1,0 +1,305 @@
+"""The backward pass latent by latent: which rows hold a latent, and what its decoder row and pre_acts get from them.
+
+Walking latents instead of rows makes the gradient of a decoder row a sum in registers: no atomics on gradients, and the
+same bits on every run, because a latent's rows are visited in ascending order. A latent that many rows hold is cut into
+parts of `PART` entries, so that it does not hold up the step; the parts are added up in order by whoever reads them.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from jaxtyping import BFloat16, Float, Int
+from torch import Tensor
+
+from msae_sweep.sae.kernels.launch import launch
+from msae_sweep.sae.kernels.packing import RAISED_BY, Quads, code_value, high_half, low_half, raised, split_codes
+from msae_sweep.sae.kernels.topk import _bit_number, _count_bits
+
+
+class Entries(NamedTuple):
+    """Active (row, latent) pairs ordered by latent, then by row; filled anew every step."""
+
+    packed: Int[Tensor, " entries"]
+    """int64: the value's float32 bits over row · levels + level, the row of G that the entry's latent sees."""
+    start: Int[Tensor, " hidden_dim"]
+    """Where a latent's entries begin; where that is differs from run to run, what is there does not."""
+    counts: Int[Tensor, " hidden_dim"]
+    more_parts: Int[Tensor, " hidden_dim"]
+    """Where a latent's second and further parts stand among all such parts."""
+    parts: Int[Tensor, " parts"]
+    """Latent of each such part."""
+    part_numbers: Int[Tensor, " parts"]
+    """Its number in its latent, from 1."""
+    cursors: Int[Tensor, " 2"]
+    """Entries and further parts handed out so far; zero before a step."""
+
+
+class Gradients(NamedTuple):
+    """What the backward pass sums up, part by part."""
+
+    W_dec: Float[Tensor, "hidden_dim width"]
+    """Part 0 of every latent, zero where it is not active."""
+    W_dec_parts: Float[Tensor, "parts width"]
+    pre_sum: Float[Tensor, " hidden_dim"]
+    """Σ over rows of the gradient of a latent's pre_act, part 0."""
+    pre_sum_parts: Float[Tensor, " parts"]
+
+
+def collect(
+    codes: Int[Tensor, "batch k_padded"],
+    ranks: Int[Tensor, "hidden_dim batch"],
+    holders: Int[Tensor, "hidden_dim batch_words"],
+    level_of_rank: Int[Tensor, " k"],
+    entries: Entries,
+    samples_since_fired: Int[Tensor, " hidden_dim"],
+    fired: Int[Tensor, " hidden_dim"],
+    n_levels: int,
+    part: int,
+) -> None:
+    """Fill `entries` from what `top_codes` left, clear `holders`, and count who fired."""
+    hidden_dim, batch_words = holders.shape
+    launch(
+        _collect, (hidden_dim,),
+        holders, *entries, samples_since_fired, fired, len(codes), batch_words,
+        WORDS=triton.next_power_of_2(batch_words), PART=part,
+        num_warps=max(1, min(8, triton.next_power_of_2(batch_words) // 64)),
+    )  # fmt: skip
+    launch(
+        _describe, (triton.cdiv(len(entries.packed), 1024),),
+        codes, ranks, level_of_rank, entries.packed, entries.cursors, ranks.shape[1], n_levels,
+        K_PADDED=codes.shape[1], BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+
+
+def backward(
+    G: Quads,
+    W_dec: Int[Tensor, "hidden_dim half"],
+    entries: Entries,
+    gradients: Gradients,
+    grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
+    part: int,
+) -> None:
+    """The decoder's gradient Σ v G, and the pre_acts' gradient G · w scattered into `grad_pre`, zero before."""
+    hidden_dim, half = W_dec.shape
+    wide = G.words.numel() >= 2**31
+    warps = max(1, min(16, half // 128))
+    chunks = min(2, half // 8)
+    # A lane reads four words of one row at a time.
+    rows = max(1, 32 * warps * 4 * chunks * 2 // half)
+    launch(
+        _backward, (hidden_dim + len(entries.parts),),
+        *entries, *gradients, *G, W_dec, grad_pre, grad_pre.shape[1], hidden_dim,
+        CHUNK=half // 2 // chunks, N_CHUNKS=chunks, ROWS=rows, TILES=2, N_LEVELS=G.words.shape[1], PART=part,
+        WIDE=wide, NATIVE=W_dec.is_cuda, num_warps=warps, maxnreg=128,
+    )  # fmt: skip
+
+
+def part_size(batch: int, k: int, hidden_dim: int) -> int:
+    """Entries of a part: about as many as a latent has on average, so that most latents are one or two parts."""
+    return max(64, min(1024, triton.next_power_of_2(batch * k // hidden_dim)))
+
+
+def n_parts(batch: int, k: int, part: int) -> int:
+    """Second and further parts at the most, whatever the data."""
+    return batch * k // part
+
+
+def entries_reference(codes: Int[Tensor, "batch k_padded"], hidden_dim: int) -> list[list[tuple[int, int, float]]]:
+    """(row, rank, value) of every latent in row order, the plain way."""
+    values, latents = split_codes(codes.cpu())
+    found: list[list[tuple[int, int, float]]] = [[] for _ in range(hidden_dim)]
+    for row in range(len(codes)):
+        for rank, (value, latent) in enumerate(zip(values[row].tolist(), latents[row].tolist(), strict=True)):
+            if value > 0:
+                found[latent].append((row, rank, value))
+    return found
+
+
+@triton.jit
+def _collect(
+    holders,
+    packed,
+    start,
+    count,
+    more_parts,
+    parts,
+    part_numbers,
+    cursors,
+    samples_since_fired,
+    fired,
+    batch,
+    batch_words,
+    WORDS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Rows that hold a latent, in order: (latent, row) pairs, which `_describe` turns into entries."""
+    latent = tl.program_id(0)
+    far = latent.to(tl.int64)
+    word = tl.arange(0, WORDS)
+    mask = tl.load(holders + far * batch_words + word, mask=word < batch_words, other=0)
+    since = tl.load(samples_since_fired + latent)
+    n_bits = _count_bits(mask)
+    total = tl.sum(n_bits)
+    tl.store(count + latent, total)
+    tl.store(samples_since_fired + latent, tl.where(total > 0, 0, since + batch))
+    if total > 0:
+        tl.store(holders + far * batch_words + word, tl.zeros((WORDS,), tl.int32), mask=word < batch_words)
+        tl.store(fired + latent, 1)
+        first = tl.atomic_add(cursors, total, sem="relaxed")
+        tl.store(start + latent, first)
+        place = first + tl.cumsum(n_bits, 0) - n_bits
+        for _ in range(tl.max(n_bits)):
+            single = mask & -mask
+            row = word * 32 + _bit_number(single)
+            tl.store(packed + place, (far << 32) | row.to(tl.int64), mask=mask != 0)
+            place += 1
+            mask ^= single
+        n_more = (total - 1) // PART
+        if n_more > 0:
+            first_more = tl.atomic_add(cursors + 1, n_more, sem="relaxed")
+            tl.store(more_parts + latent, first_more)
+            for i in range(n_more):
+                tl.store(parts + first_more + i, latent)
+                tl.store(part_numbers + first_more + i, i + 1)
+
+
+@triton.jit
+def _describe(
+    codes, ranks, level_of_rank, packed, cursors, ranks_stride, n_levels, K_PADDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Look up what stands behind each (latent, row) pair: evenly cut, whatever the latents' shares are."""
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < tl.load(cursors)
+    pair = tl.load(packed + entry, mask=inside, other=0)
+    row = pair & 0xFFFFFFFF
+    rank = tl.load(ranks + (pair >> 32) * ranks_stride + row, mask=inside, other=0).to(tl.int32)
+    code = tl.load(codes + row * K_PADDED + rank, mask=inside, other=0)
+    level = tl.load(level_of_rank + rank, mask=inside, other=0)
+    bits = code_value(code).to(tl.int32, bitcast=True).to(tl.int64)
+    tl.store(packed + entry, (bits << 32) | (row * n_levels + level), mask=inside)
+
+
+@triton.jit
+def _backward(
+    packed,
+    start,
+    count,
+    more_parts,
+    parts,
+    part_numbers,
+    cursors,
+    grad_W_dec,
+    grad_W_dec_parts,
+    pre_sum,
+    pre_sum_parts,
+    G,
+    G_scales,
+    W_dec,
+    grad_pre,
+    grad_pre_stride,
+    hidden_dim,
+    CHUNK: tl.constexpr,
+    N_CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    N_LEVELS: tl.constexpr,
+    PART: tl.constexpr,
+    WIDE: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """A part of a latent's entries, ROWS · TILES at a time, the next ones' gradients being fetched meanwhile.
+
+    A row is cut into chunks of a few lanes each, so that a warp holds several rows side by side: sums over a row's
+    elements cross few lanes, and sums over rows none until the end.
+    """
+    QUARTER: tl.constexpr = CHUNK * N_CHUNKS
+    HALF: tl.constexpr = 2 * QUARTER
+    item = tl.program_id(0)
+    j = tl.arange(0, CHUNK)
+    lane = tl.arange(0, ROWS)
+    is_first = item < hidden_dim
+    more = item - hidden_dim
+    live = is_first | (more < tl.load(cursors + 1))
+    latent = tl.where(is_first, item, tl.load(parts + more, mask=live & (item >= hidden_dim), other=0))
+    number = tl.load(part_numbers + more, mask=live & (item >= hidden_dim), other=0)
+    if live:
+        first = tl.load(start + latent)
+        begin = first + number * PART
+        end = tl.minimum(first + tl.load(count + latent), begin + PART)
+        entries = _load_entries(packed, begin, end, lane, TILES)
+        words, scales = _gather(G, G_scales, entries, j, CHUNK, N_CHUNKS, TILES, WIDE)
+        nexts = _load_entries(packed, begin + TILES * ROWS, end, lane, TILES)
+        w = ()
+        w_sum = tl.zeros((1, CHUNK), tl.float32)
+        sums = ()
+        for c in tl.static_range(N_CHUNKS):
+            even = tl.load(W_dec + latent * HALF + 2 * (c * CHUNK + j))[None, :]
+            odd = tl.load(W_dec + latent * HALF + 2 * (c * CHUNK + j) + 1)[None, :]
+            w = w + (low_half(even), low_half(odd), high_half(even), high_half(odd))  # type: ignore[assignment]  # noqa: RUF005
+            w_sum += (low_half(even) + low_half(odd)) + (high_half(even) + high_half(odd))
+            zeros = tl.zeros((ROWS, CHUNK), tl.float32)
+            sums = sums + (zeros, zeros, zeros, zeros)  # type: ignore[assignment]  # noqa: RUF005
+        above = RAISED_BY * tl.sum(w_sum)
+        pre_sums = tl.zeros((ROWS,), tl.float32)
+        value_sums = tl.zeros((ROWS,), tl.float32)
+        grad_row = grad_pre + latent.to(tl.int64) * grad_pre_stride
+        for i in range(begin, end, ROWS * TILES):
+            next_words, next_scales = _gather(G, G_scales, nexts, j, CHUNK, N_CHUNKS, TILES, WIDE)
+            after = _load_entries(packed, i + 2 * TILES * ROWS, end, lane, TILES)
+            for u in tl.static_range(TILES):
+                value = (entries[u] >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scales[u]
+                value_sums = tl.fma(value, tl.full((ROWS,), RAISED_BY, tl.float32), value_sums)
+                products = tl.zeros((ROWS, CHUNK), tl.float32)
+                more_sums = ()
+                for c in tl.static_range(N_CHUNKS):
+                    for byte in tl.static_range(4):
+                        g = raised(words[u * N_CHUNKS + c], byte, NATIVE)
+                        products += g * w[4 * c + byte]
+                        more_sums = more_sums + (tl.fma(value[:, None] + tl.zeros_like(g), g, sums[4 * c + byte]),)  # type: ignore[assignment]  # noqa: RUF005
+                sums = more_sums
+                grad = (tl.sum(products, 1) - above) * scales[u]
+                inside = i + u * ROWS + lane < end
+                tl.store(grad_row + entries[u].to(tl.int32) // N_LEVELS, grad.to(tl.bfloat16), mask=inside)
+                pre_sums += tl.where(inside, grad, 0.0)
+            entries = nexts
+            words = next_words
+            scales = next_scales
+            nexts = after
+        if is_first:
+            target = grad_W_dec + latent.to(tl.int64) * (2 * HALF)
+            tl.store(pre_sum + latent, tl.sum(pre_sums))
+        else:
+            target = grad_W_dec_parts + more.to(tl.int64) * (2 * HALF)
+            tl.store(pre_sum_parts + more, tl.sum(pre_sums))
+        for c in tl.static_range(N_CHUNKS):
+            for byte in tl.static_range(4):
+                place = byte // 2 * HALF + 2 * (c * CHUNK + j) + byte % 2
+                tl.store(target + place, tl.sum(sums[4 * c + byte] - value_sums[:, None], 0))
+
+
+@triton.jit
+def _load_entries(packed, first, end, lane, TILES: tl.constexpr):
+    """TILES times as many entries as there are lanes; behind `end`, zeros, which take row 0 for nothing."""
+    entries = ()
+    for u in tl.static_range(TILES):
+        place = first + u * lane.shape[0] + lane
+        entries = entries + (tl.load(packed + place, mask=place < end, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+    return entries
+
+
+@triton.jit
+def _gather(
+    G, G_scales, entries, j, CHUNK: tl.constexpr, N_CHUNKS: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    words = ()
+    scales = ()
+    for u in tl.static_range(TILES):
+        place = entries[u].to(tl.int32)
+        scales = scales + (tl.load(G_scales + place),)  # type: ignore[assignment]  # noqa: RUF005
+        if WIDE:
+            place = place.to(tl.int64)
+        row = G + place[:, None] * (CHUNK * N_CHUNKS) + j[None, :]
+        for c in tl.static_range(N_CHUNKS):
+            words = words + (tl.load(row + c * CHUNK),)  # type: ignore[assignment]  # noqa: RUF005
+    return words, scales

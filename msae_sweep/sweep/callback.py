@@ -1,0 +1,169 @@
+"""The driver's side of a running sweep: turns what trials report into records, files, tracking and display."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from msae_sweep.errors import StorageError
+from msae_sweep.sweep.display import Display
+from msae_sweep.sweep.record_writer import Scribe
+from msae_sweep.sweep.scheduler import BlockAsha
+from msae_sweep.sweep_folder.folder import SweepFolder
+from msae_sweep.sweep_folder.rungs import STOPPED_AT
+from msae_sweep.sweep_folder.trial_record import FINAL, Status, TrialRecord
+from msae_sweep.track.tracker import Tracker
+
+
+class Monitor(tune.Callback):  # type: ignore[misc]
+    """Keeps every trial's record up to date on disk: a trial whose record says that it ended is never run again.
+
+    Tune calls it in its loop, while a worker waits for its next trial: so it only notes and posts here, and the scribe
+    writes. The tracker belongs to the scribe's thread until the sweep's trials have ended.
+    """
+
+    def __init__(
+        self,
+        records: dict[str, TrialRecord],
+        folder: SweepFolder,
+        scheduler: BlockAsha,
+        scribe: Scribe,
+        tracker: Tracker,
+        display: Display,
+        tracked_params: Callable[[TrialRecord], dict[str, Any]],
+    ) -> None:
+        self._records, self._folder, self._scheduler, self._scribe = records, folder, scheduler, scribe
+        self._tracker, self._display, self._tracked_params = tracker, display, tracked_params
+        self._runs_on: dict[str, dict[str, str]] = {}
+        self._said: list[dict[str, str]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its settings for `Tuner.restore`, which is not used here; files and threads cannot be pickled.
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial began, or goes on after a pause or a failure."""
+        record = self._record(trial)
+        if record.status == "pending":
+            self._scribe.post(
+                partial(
+                    self._tracker.trial_started,
+                    trial_id=record.trial_id,
+                    block=record.block,
+                    params=self._tracked_params(record),
+                )
+            )
+        record.status = "running"
+        self._save(record)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """New epochs."""
+        record = self._record(trial)
+        for note in result.get("notes", []):
+            self._display.say(note)
+        runs_on = result.get("runs_on", {})
+        # Said once for each kind: how many bytes are free differs from worker to worker.
+        kind = {key: text.split(":")[0] for key, text in runs_on.items()}
+        if runs_on and kind not in self._said:
+            self._said.append(kind)
+            self._display.say(", ".join(f"{key}: {text}" for key, text in runs_on.items()))
+        self._runs_on[record.trial_id] = runs_on
+        record.seconds = max(record.seconds, float(result.get("seconds", 0.0)))
+        if new := record.add_points(result["points"]):
+            now = int(time.time() * 1000)
+            points = [{**point, "time_ms": now} for point in new]
+            self._scribe.post(partial(self._tracker.metrics, trial_id=record.trial_id, points=points))
+            self._save(record)
+        self._display.tick(record)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """It ended by itself, or ASHA stopped it."""
+        result = trial.last_result or {}
+        spec = trial.config["trial"]
+        # Tune sets `done` on a result that its scheduler stopped, so the trial's own word counts.
+        if result.get("status") in FINAL:
+            self._end(self._record(trial), result["status"], result["reason"])
+            return
+        verdict, rung = self._scheduler.verdict(spec["group"], spec["trial_id"])
+        assert verdict == "stop", f"{spec['trial_id']} was stopped by nobody"
+        self._end(self._record(trial), "stopped_early", f"{STOPPED_AT}{rung}")
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Its worker or node was lost, or it failed; Tune starts it again."""
+        if self._cannot_be_kept(trial):
+            return
+        self._display.say(f"{self._record(trial).trial_id} starts again from its last state: {_what_failed(trial)}")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """It failed, and was not to be started again; Tune calls this only after `max_failures`."""
+        if self._cannot_be_kept(trial):
+            return
+        self._end(self._record(trial), "failed", _what_failed(trial))
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Once a turn of Tune's loop."""
+        self._display.tick()
+
+    def _record(self, trial: Trial) -> TrialRecord:
+        return self._records[trial.config["trial"]["trial_id"]]
+
+    def _cannot_be_kept(self, trial: Trial) -> bool:
+        """Whether a trial failed because its worker could not write to the sweep folder, which ends the sweep."""
+        # Ray hands on the text of a worker's exception, not the exception.
+        found = re.search(r"^msae_sweep\.errors\.StorageError: (.+)$", _error_text(trial), re.MULTILINE)
+        if found:
+            self._scribe.fail(StorageError(found[1]))
+        return found is not None
+
+    def _save(self, record: TrialRecord) -> None:
+        self._scribe.post(partial(self._folder.write_text, self._folder.record_file(record.trial_id), record.to_json()))
+
+    def _end(self, record: TrialRecord, status: Status, reason: str) -> None:
+        record.status, record.reason = status, reason
+        ended = replace(record, points=list(record.points))
+        self._scribe.post(partial(self._write_end, ended, self._runs_on.pop(record.trial_id, {})))
+        self._display.tick(record)
+
+    def _write_end(self, record: TrialRecord, tags: dict[str, str]) -> None:
+        """In the scribe's thread. What is said last is what a resumed sweep goes by, so all else comes before it."""
+        ended_well = record.status in ("completed", "stopped_early")
+        model = self._folder.model_file(record.trial_id) if ended_well else None
+        if model is not None and model.exists():  # in a store it is safe already
+            self._folder.make_durable(model)
+        # The journal before the record: a trial whose record says that it ended is never spoken of again, while saying
+        # twice that it ended changes nothing.
+        self._tracker.trial_ended(
+            trial_id=record.trial_id,
+            status=record.status,
+            reason=record.reason,
+            best=record.best,
+            model_file=model,
+            tags=tags,
+        )
+        self._folder.save_record(record)
+        if record.status != "failed":  # a failed trial is tried again by a resumed sweep, from where it was
+            self._folder.remove(self._folder.state_file(record.trial_id))
+        self._display.trial_ended(record)
+
+
+def _what_failed(trial: Trial) -> str:
+    """The last error that Tune noted of a trial, in one line."""
+    lines = _error_text(trial).strip().splitlines()
+    return (lines[-1] if lines else "the worker was lost")[:300]
+
+
+def _error_text(trial: Trial) -> str:
+    """All that Tune noted of a trial's errors."""
+    # The driver's own file: Tune's `get_pickled_error` looks in the storage, where the file comes to lie later.
+    try:
+        return Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+    except FileNotFoundError:
+        return ""

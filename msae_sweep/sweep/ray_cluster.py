@@ -1,0 +1,231 @@
+"""Connecting to Ray: to the cluster that RAY_ADDRESS names, else to a Ray that is started for this process alone."""
+
+import atexit
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from msae_sweep import signals
+from msae_sweep.errors import SweepError, first_line
+from msae_sweep.patching import replaced
+
+CLUSTER_SECONDS = 10.0
+"""How long a cluster that RAY_ADDRESS names may take to answer, e.g. while its head node starts again."""
+
+LOOPBACK = "127.0.0.1"
+
+_session: Path | None = None
+"""Session folder, with logs and spilled objects, of the Ray that `connect` has started; None where there is none."""
+_keep_session = False
+
+
+def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> None:
+    """Connect to the cluster that RAY_ADDRESS names (`auto`: the one of this node), else start Ray on this machine.
+
+    A Ray that is started here listens on loopback alone. Where the process is connected already, nothing is done.
+
+    Args:
+        say: takes a line for the user.
+
+    Raises:
+        SweepError: no cluster answers there, or it does not let us in, or Ray does not start.
+    """
+    global _session
+    _keep_tune_quiet()
+    if ray.is_initialized():
+        return
+    address = cluster_address()
+    where = f"RAY_ADDRESS {address}: no Ray cluster there" if address else "Ray does not start on this machine"
+    if tightened := _make_token_private():
+        say(f"{tightened}: others could read this token of Ray's; now only you can")
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    with contextlib.ExitStack() as stack:
+        if address:
+            options["address"] = _answering(address)
+        else:
+            # Ray's servers listen on all interfaces, unless the node's address is loopback, which ray.init would
+            # replace by the machine's address in the network.
+            stack.enter_context(replaced("ray._private.services", "resolve_ip_for_localhost", lambda host: host))
+            options |= {"address": "local", "_node_ip_address": LOOPBACK}
+            options |= {"_system_config": {"enable_metrics_collection": False}}
+            stack.enter_context(_without_metrics_pages())
+        if signals.sigterm_is_ours():
+            stack.enter_context(replaced("ray._private.utils", "set_sigterm_handler", lambda handler: None))
+        try:
+            context = ray.init(**options)
+        except Exception as error:
+            # Of many kinds: ValueError, ConnectionError, RuntimeError, and plain Exception.
+            raise SweepError(f"{where}: {first_line(error)}") from error
+        finally:
+            # Ray's C++ part handles SIGTERM too: it prints its stack, and aborts the process after three seconds.
+            signals.reclaim_sigterm()
+    if not address:
+        _session = Path(context.address_info["session_dir"])
+    _make_token_private()
+
+
+def cluster_address() -> str | None:
+    """The cluster that RAY_ADDRESS names, as in every Ray job; None where Ray is to be started on this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def keep_session() -> None:
+    """Have `disconnect` leave Ray's logs where they are, because something failed."""
+    global _keep_session
+    _keep_session = True
+
+
+def disconnect(*, keep_session: bool = False) -> None:
+    """End a Ray that `connect` has started, and remove what it wrote, unless that is to be kept to be read."""
+    global _session
+    session, _session = _session, None
+    if session is None:
+        return
+    ray.shutdown()
+    if not (keep_session or _keep_session):
+        # Ray's processes may still be writing their last lines.
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def abandon() -> None:
+    """Let this process end without telling Ray, which notices.
+
+    Ray aborts a process in which a thread still uses it when it is shut down, as one that prepares data may.
+    """
+    atexit.unregister(ray.shutdown)
+
+
+def _keep_tune_quiet() -> None:
+    # Tune prints its own table and writes its own logs unless told not to; neither is ours, whoever has started Ray.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # What a trial failed of is said in one line by the monitor, and kept in full in its folder under tune/.
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    # The same of a task's error that nobody came to ask for, because the sweep was ended by another one's.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    # Nothing is read back from Tune's snapshots of itself.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    # One of them may fail where a sweep ends soon after it began, or where the disk is full.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+    # Of every trial that it has no log of, it says so at the end.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _without_metrics_pages() -> Iterator[None]:
+    """Keep Ray's processes that are started meanwhile from serving pages of metrics, which ask for no token.
+
+    Ray has no switch for it, but goes on without a page whose port cannot be. A port that the user has set is kept.
+    """
+    pages = [name for name in ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT") if name not in os.environ]
+    os.environ.update(dict.fromkeys(pages, "-1"))
+    try:
+        yield
+    finally:
+        for name in pages:
+            os.environ.pop(name, None)
+
+
+def _make_token_private() -> Path | None:
+    """Ray writes the token that it makes for its clusters so that every user of the machine can read it.
+
+    Returns:
+        Its file, if it had to be changed.
+    """
+    file = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):
+        status = file.stat()
+        if status.st_mode & 0o077 and status.st_uid == os.getuid():
+            file.chmod(0o600)
+            return file
+    return None
+
+
+def _answering(address: str) -> str:
+    """The host and port of the cluster that `address` names, once it answers and lets this process in.
+
+    Ray itself would try for minutes, and print a line a second.
+
+    Raises:
+        SweepError: it does not, or there is none.
+    """
+    if address.startswith("ray://"):
+        _reach(address.removeprefix("ray://"), address)
+        return address
+    found = _of_this_node() if address == "auto" else address
+    _reach(found, address)
+    _enter(found, address)
+    return found
+
+
+def _of_this_node() -> str:
+    """The cluster that Ray would take for `auto`: the one that `ray start` began last here, or the only one."""
+    from ray._private import services
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    try:
+        services.find_gcs_addresses.cache_clear()
+        found = services.canonicalize_bootstrap_address("auto")
+    except (ConnectionError, ValueError):
+        reason = "no Ray cluster runs on this node; start one with `ray start --head`, or unset RAY_ADDRESS"
+        raise SweepError(f"RAY_ADDRESS auto: {reason}") from None
+    # As ray.init does for `auto`, and for no other address; without its warning.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    return str(found)
+
+
+def _reach(found: str, address: str) -> None:
+    """Wait until somebody listens there."""
+    host, _, port = found.rpartition(":")
+    if not port.isdigit():  # ray.init says what is wrong with it
+        return
+    deadline = time.monotonic() + CLUSTER_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _refused(found, address, first_line(error)) from error
+            time.sleep(0.5)
+        else:
+            return
+
+
+def _enter(found: str, address: str) -> None:
+    """Ask who listens there for the cluster's id, which tells whether it is Ray and takes this process's token."""
+    try:
+        import grpc
+        from ray._private.grpc_utils import init_grpc_channel
+        from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    except ImportError:  # another version of Ray; ray.init will tell
+        return
+    # Ray itself goes through no proxy either.
+    with init_grpc_channel(found, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            stub.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=CLUSTER_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                reason = "its token is another one; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's"
+                raise SweepError(f"RAY_ADDRESS {_both(found, address)}: {reason}") from None
+            raise _refused(found, address, first_line(Exception(error.details()))) from None
+
+
+def _refused(found: str, address: str, reason: str) -> SweepError:
+    return SweepError(f"RAY_ADDRESS {_both(found, address)}: no Ray cluster there: {reason}")
+
+
+def _both(found: str, address: str) -> str:
+    return address if found == address else f"{address} ({found})"

@@ -1,0 +1,268 @@
+"""What each event of the journal does in MLflow."""
+
+import contextlib
+import json
+import math
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from msae_sweep.config import registered_name
+from msae_sweep.sae import model_file
+from msae_sweep.track import logged_models
+from msae_sweep.track.connection import Refused, refusals
+from msae_sweep.track.cursor import Cursor, SentTrial
+from msae_sweep.track.datasets import dataset_input
+from msae_sweep.track.journal import Entry
+from msae_sweep.track.runs import SWEEP_TAG, TRIAL_TAG, NewRun, Refuse, Runs
+from msae_sweep.track.uploads import Upload
+
+_MLFLOW_TAGS = {"git_commit": "mlflow.source.git.commit", "command": "mlflow.source.name", "user": "mlflow.user"}
+"""Our tags that MLflow has a column for."""
+_RUN_STATUS = {"completed": "FINISHED", "stopped_early": "FINISHED", "interrupted": "KILLED"}
+"""MLflow's status for ours; any other is FAILED."""
+_NOT_A_SCORE = ("learning_rate", "samples_seen", "samples_per_second")
+"""Metrics that say how an epoch ran, not how good it was: there is no `best_…` of them."""
+
+
+class Replay:
+    """Applies events, each as often as may be; the cursor learns which runs there are and which epochs they have."""
+
+    def __init__(
+        self,
+        client: Any,
+        runs: Runs,
+        cursor: Cursor,
+        sweep_folder: Path,
+        refused: Callable[[Entry, str, str], None],
+        fetch: Callable[[Path], Path | None],
+    ) -> None:
+        """Find the runs that the sweep has already.
+
+        Args:
+            refused: told of every part of an event (event, part, reason) that MLflow will never take.
+        """
+        self._client, self._runs, self._cursor = client, runs, cursor
+        self._folder, self._refused, self._fetch = sweep_folder, refused, fetch
+        # What need not be asked of MLflow, because it was told here: of trials whose run was made here, its params, and
+        # of every trial the times of its epochs.
+        self._made_here: dict[str, Mapping[str, str]] = {}
+        self._times: dict[str, dict[int, int]] = defaultdict(dict)
+        if cursor.sweep_id:
+            self._find_runs()
+
+    def apply(self, entries: Sequence[Entry], *, register_as: str | None) -> Upload | None:
+        """Send one event, or several of `metrics` together.
+
+        Args:
+            register_as: the beginning of the registered models' names; None registers none.
+
+        Returns:
+            What is left of it, for any thread: a model's upload, on which no later event of another trial depends.
+        """
+        entry = entries[0]
+        try:
+            with refusals():
+                match entry.kind:
+                    case "sweep_started":
+                        self._sweep_started(entry)
+                    case "trial_started":
+                        self._trial_started(entry)
+                    case "metrics":
+                        self._metrics(entries)
+                    case "trial_ended":
+                        return self._trial_ended(entry)
+                    case "sweep_ended":
+                        self._sweep_ended(entry, register_as)
+                    case "artifacts":
+                        self._log_files(entry, self._sweep_run(), entry.event["files"])
+                    case kind:
+                        raise Refused(f"no such kind of event: {kind}")
+        except Refused as error:
+            self._refused(entry, "all", str(error))
+        return None
+
+    def _sweep_started(self, entry: Entry) -> None:
+        event, cursor = entry.event, self._cursor
+        cursor.sweep_id, cursor.datasets = event["sweep_id"], event["datasets"]
+        self._find_runs()
+        cursor.origin = {_MLFLOW_TAGS[key]: str(event["tags"][key]) for key in _MLFLOW_TAGS if key in event["tags"]}
+        tags = {key: str(value) for key, value in event["tags"].items() if key not in _MLFLOW_TAGS} | cursor.origin
+        tags |= {SWEEP_TAG: cursor.sweep_id, "status": "running"}
+        cursor.run_id = self._begin(entry, "", event["name"], tags)
+        self._log_datasets(entry, cursor.run_id, cursor.datasets)
+        with self._part(entry, "sweep.yaml"):
+            self._client.log_text(cursor.run_id, event["config_yaml"], "sweep.yaml")
+
+    def _trial_started(self, entry: Entry) -> None:
+        cursor, trial_id, block = self._cursor, entry.event["trial_id"], str(entry.event["block"])
+        tags = {SWEEP_TAG: cursor.sweep_id, TRIAL_TAG: trial_id, "mlflow.parentRunId": self._sweep_run()}
+        tags |= {"block": block, "status": "running", **cursor.origin}
+        if self._runs.knows(trial_id):
+            self._made_here.pop(trial_id, None)
+        else:
+            self._made_here[trial_id] = _texts(entry.event["params"])
+        run_id = self._begin(entry, trial_id, trial_id, tags)
+        known = cursor.trials.get(trial_id)
+        cursor.trials[trial_id] = SentTrial(run_id, int(block), known.epoch if known else 0)
+        if block in cursor.datasets:
+            self._log_datasets(entry, run_id, [block])
+
+    def _metrics(self, entries: Sequence[Entry]) -> None:
+        """Epochs that were sent before are left out: a resumed sweep reports some again, at other times."""
+        points: dict[str, list[Any]] = defaultdict(list)
+        epochs: dict[str, int] = {}
+        for entry in entries:
+            trial_id = entry.event["trial_id"]
+            if trial_id not in self._cursor.trials:
+                self._refused(entry, "all", f"trial {trial_id} has no run")
+                continue
+            for point in entry.event["points"]:
+                epoch = int(point["epoch"])
+                if epoch > epochs.get(trial_id, self._cursor.trials[trial_id].epoch):
+                    epochs[trial_id] = epoch
+                    self._times[trial_id][epoch] = int(point["time_ms"])
+                    points[trial_id] += _metrics(point, time_ms=int(point["time_ms"]), step=epoch)
+        for trial_id, metrics in points.items():
+            trial = self._cursor.trials[trial_id]
+            self._runs.log(trial.run_id, self._refuse(entries[0]), metrics=metrics)
+            trial.epoch = epochs[trial_id]
+
+    def _trial_ended(self, entry: Entry) -> Upload | None:
+        """Status first, so that it is right even where the upload, which is returned, has to wait.
+
+        A run's plain metrics end with its last epoch. Those of its best epoch, which the model is from, are logged as
+        `best_…` too, and under their plain names on the logged model.
+        """
+        event = entry.event
+        trial = self._cursor.trials.get(event["trial_id"])
+        if trial is None:
+            raise Refused(f"trial {event['trial_id']} has no run")
+        scores = {key: value for key, value in event["best"].items() if key not in _NOT_A_SCORE}
+        step = int(scores.get("epoch", 0))
+        told = self._times.pop(event["trial_id"], {}).get(step)
+        time_ms = told or (step and self._runs.time_of(trial.run_id, step)) or int(event["time_ms"])
+        best = _metrics({f"best_{key}": value for key, value in scores.items()}, time_ms=time_ms, step=step)
+        self._runs.log(trial.run_id, self._refuse(entry), metrics=best)
+        self._end(entry, trial.run_id)
+        params, name = self._made_here.pop(event["trial_id"], None), event["model_file"]
+        if name is None:
+            return None
+
+        def upload() -> None:
+            with self._part(entry, "model"), self._file(name) as path:
+                on_model = _metrics(scores, time_ms=time_ms, step=step)
+                self._log_model(trial, path, params, on_model, step)
+
+        return upload
+
+    @contextlib.contextmanager
+    def _file(self, name: str) -> Iterator[Path]:
+        """A file of the sweep folder; a copy that was fetched for it is removed afterwards."""
+        path = self._folder / name
+        found = self._fetch(path) or path
+        try:
+            yield found
+        finally:
+            if found != path:
+                shutil.rmtree(found.parent, ignore_errors=True)
+
+    def _log_model(
+        self, trial: SentTrial, path: Path, params: Mapping[str, str] | None, metrics: Sequence[Any], step: int
+    ) -> None:
+        """`params`: of a run that was made here, else None."""
+        file = model_file.load(path)
+        with tempfile.TemporaryDirectory() as folder:
+            history, notebook_file = Path(folder) / "history.json", Path(folder) / f"msae_block{trial.block}.pt"
+            history.write_text(json.dumps(file.history, indent=1, default=float), encoding="utf-8")
+            notebook_file.symlink_to(path.absolute())
+            self._client.log_artifacts(trial.run_id, folder)
+        run = (
+            logged_models.RunOfModel.read(self._client, trial.run_id)
+            if params is None
+            else logged_models.RunOfModel(self._runs.experiment_id, trial.run_id, params, may_have_model=False)
+        )
+        logged_models.log_model(self._client, run, file, metrics, step)
+
+    def _sweep_ended(self, entry: Entry, register_as: str | None) -> None:
+        event, run_id = entry.event, self._sweep_run()
+        metrics = _metrics(event["metrics"], time_ms=int(event["time_ms"]), step=0)
+        self._runs.log(run_id, self._refuse(entry), metrics=metrics)
+        self._end(entry, run_id)
+        self._log_files(entry, run_id, event["artifacts"])
+        if register_as is not None:
+            for block, trial_id in event["champions"].items():
+                with self._part(entry, f"champion of block {block}"):
+                    self._register(register_as, int(block), trial_id, event["metrics"])
+        self._find_runs()
+
+    def _log_files(self, entry: Entry, run_id: str, names: Iterable[str]) -> None:
+        for name in names:
+            folder = Path(name).parent.as_posix()
+            with self._part(entry, name), self._file(name) as path:
+                self._client.log_artifact(run_id, str(path), None if folder == "." else folder)
+
+    def _register(self, model_name: str, block: int, trial_id: str, metrics: Mapping[str, float]) -> None:
+        trial = self._cursor.trials.get(trial_id)
+        model = logged_models.find_model(self._client, self._runs.experiment_id, trial.run_id) if trial else None
+        if model is None or not logged_models.is_ready(model):
+            raise Refused(f"trial {trial_id} has no model")
+        prefix = f"block{block}/"
+        scores = {key.removeprefix(prefix): f"{v:.6g}" for key, v in metrics.items() if key.startswith(prefix)}
+        tags = {SWEEP_TAG: self._cursor.sweep_id, TRIAL_TAG: trial_id, **scores}
+        logged_models.register_champion(self._client, model, registered_name(model_name, block), tags)
+
+    def _sweep_run(self) -> str:
+        if not self._cursor.run_id:
+            raise Refused("the sweep has no run")
+        return self._cursor.run_id
+
+    def _begin(self, entry: Entry, trial_id: str, name: str, tags: Mapping[str, str]) -> str:
+        run = NewRun(name, int(entry.event["time_ms"]), tags, _texts(entry.event["params"]))
+        return self._runs.begin(trial_id, run, self._refuse(entry))
+
+    def _end(self, entry: Entry, run_id: str) -> None:
+        event = entry.event
+        tags = {key: str(value) for key, value in event["tags"].items()}
+        tags |= {"status": event["status"], "reason": event["reason"]}
+        status = _RUN_STATUS.get(event["status"], "FAILED")
+        self._runs.end(run_id, status, int(event["time_ms"]), tags, self._refuse(entry))
+
+    def _log_datasets(self, entry: Entry, run_id: str, blocks: Iterable[str]) -> None:
+        with self._part(entry, "datasets"):
+            inputs = [dataset_input(block, self._cursor.datasets[block]) for block in blocks]
+            self._client.log_inputs(run_id, datasets=inputs)
+
+    def _find_runs(self) -> None:
+        sent = {self._cursor.run_id, *(trial.run_id for trial in self._cursor.trials.values())}
+        self._runs.find(self._cursor.sweep_id, sent)
+
+    def _refuse(self, entry: Entry) -> Refuse:
+        return lambda part, reason: self._refused(entry, part, reason)
+
+    @contextlib.contextmanager
+    def _part(self, entry: Entry, name: str) -> Iterator[None]:
+        """A part of an event on which the rest does not depend: refused, it alone is left out."""
+        try:
+            with refusals():
+                yield
+        except Refused as error:
+            self._refused(entry, name, str(error))
+
+
+def _texts(params: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in params.items()}
+
+
+def _metrics(values: Mapping[str, Any], *, time_ms: int, step: int) -> list[Any]:
+    """MLflow metrics of the finite numbers among `values`: MLflow would draw NaN as 0."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(key, float(value), time_ms, step)
+        for key, value in values.items()
+        if key != "time_ms" and isinstance(value, int | float) and math.isfinite(value)
+    ]
