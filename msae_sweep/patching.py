@@ -7,7 +7,7 @@ from typing import Any
 
 
 @contextmanager
-def replaced(module: str, name: str, by: Callable[..., Any]) -> Iterator[None]:
+def patched(module: str, name: str, by: Callable[..., Any]) -> Iterator[None]:
     """While this is open, `module` calls `by` for its own `name`; a library without that is left as it is."""
     owner: Any = None
     with suppress(ImportError):

@@ -41,7 +41,7 @@ def is_uri(text: str) -> bool:
     return "://" in text
 
 
-class Place:
+class StoragePath:
     """A file or folder that may exist. Immutable; `/` goes down."""
 
     def __init__(self, where: str | Path) -> None:
@@ -62,8 +62,8 @@ class Place:
             )
         self._base, self._query = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/"), parts.query
 
-    def __truediv__(self, name: str) -> "Place":
-        below = object.__new__(Place)
+    def __truediv__(self, name: str) -> "StoragePath":
+        below = object.__new__(StoragePath)
         below._base, below._query = f"{self._base}/{name}", self._query
         return below
 
@@ -74,7 +74,7 @@ class Place:
         return f"Place({self.uri!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Place) and self.uri == other.uri
+        return isinstance(other, StoragePath) and self.uri == other.uri
 
     def __hash__(self) -> int:
         return hash(self.uri)
@@ -101,7 +101,7 @@ class Place:
         return self._base.rsplit("/", 1)[-1]
 
     @property
-    def parent(self) -> "Place":
+    def parent(self) -> "StoragePath":
         """The folder that holds it."""
         return self.like(self._base.rsplit("/", 1)[0])
 
@@ -115,7 +115,7 @@ class Place:
         """The name's ending, with the dot."""
         return Path(self.name).suffix
 
-    def relative_to(self, folder: "Place") -> Path:
+    def relative_to(self, folder: "StoragePath") -> Path:
         """The way from `folder` to here."""
         return Path(self._base).relative_to(folder._base)
 
@@ -148,22 +148,22 @@ class Place:
         """What is known of it: `is_file`, `size`, `mtime_ns`."""
         return self._asked(lambda: self.filesystem.get_file_info(self.inside))
 
-    def children(self) -> list["Place"]:
+    def children(self) -> list["StoragePath"]:
         """Files and folders directly below, by name; none where there is no folder."""
         return sorted((self / info.base_name for info in self._below()), key=str)
 
-    def folders(self) -> list["Place"]:
+    def folders(self) -> list["StoragePath"]:
         """Folders directly below, by name."""
         return sorted((self / info.base_name for info in self._below() if info.type.name == "Directory"), key=str)
 
-    def files(self, *, recursive: bool = False) -> dict["Place", "FileInfo"]:
+    def files(self, *, recursive: bool = False) -> dict["StoragePath", "FileInfo"]:
         """Files below by name, with what is known of them: `size` in bytes, `mtime_ns`."""
         files = [info for info in self._below(recursive=recursive) if info.is_file]
         return {self / info.path[len(self.inside) :].lstrip("/"): info for info in sorted(files, key=_path)}
 
-    def like(self, text: str) -> "Place":
+    def like(self, text: str) -> "StoragePath":
         """The place that another one of the same store or disk calls itself."""
-        named = object.__new__(Place)
+        named = object.__new__(StoragePath)
         named._base, named._query = text, self._query
         return named
 

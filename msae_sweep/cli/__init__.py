@@ -203,7 +203,7 @@ def extract(
         numbers = tuple(int(block) for block in blocks.split(","))
     except ValueError:
         raise ConfigError(f"--blocks: {blocks} must be numbers with commas, e.g. 5,20,35") from None
-    settings = extraction.Settings(
+    settings = extraction.ExtractionSettings(
         weights=weights,
         games=games,
         out=out,
@@ -264,7 +264,7 @@ def boards(
     block = found.block if block is None else block
     if block is None:
         raise ConfigError(f"--block: {model} does not tell its block; say which")
-    settings = diagrams.Settings(
+    settings = diagrams.TopActivationSettings(
         model=found.file,
         name=found.where,
         weights=weights,

@@ -11,7 +11,7 @@ from msae_sweep.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from msae_sweep.models.evaluate import Report
+    from msae_sweep.models.evaluate import EvaluationReport
 
 What = Annotated[
     str,
@@ -180,7 +180,7 @@ def _evaluate(
     overrides: list[str],
     tracking_uri: str | None,
     sweep: str | None = None,
-) -> "Report":
+) -> "EvaluationReport":
     from functools import partial
 
     from rich.progress import Progress
@@ -205,7 +205,7 @@ def _evaluate(
         connect()
         parts = sums_on_cluster
     else:
-        parts = partial(evaluate.sums_here, device=evaluate.choose_device(device))
+        parts = partial(evaluate.sums_here, device=evaluate.choose_evaluation_device(device))
     with Progress(console=_console(), transient=True) as progress:
         task = progress.add_task("row ranges", total=plan.n_ranges)
         return evaluate.evaluate(

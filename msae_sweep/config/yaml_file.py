@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from msae_sweep.config.frozen_model import shown
 from msae_sweep.errors import ConfigError, first_line
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 MAX_BYTES = 1 << 18
 """Size of a file; reading YAML of this size takes about two seconds."""
@@ -35,7 +35,7 @@ def read_text(path: str | Path, source: str) -> str:
     Raises:
         ConfigError: no such file, or one that is no text of at most `MAX_BYTES`.
     """
-    place = Place(path)
+    place = StoragePath(path)
     try:
         if place.is_remote:
             size, content = int(place.info().size or 0), b""

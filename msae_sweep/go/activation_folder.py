@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float64
 
 from msae_sweep.errors import ConfigError, SweepError
-from msae_sweep.paths import Place, check_folder
+from msae_sweep.paths import StoragePath, check_folder
 from msae_sweep.sweep_folder import driver_lock
 
 FORMATS = ("npy", "h5", "parquet")
@@ -92,7 +92,7 @@ class OutputFolder:
                 folder = os.open(self.path, os.O_RDONLY)
                 stack.callback(os.close, folder)
                 _lock(folder)
-                stack.enter_context(driver_lock.held(Place(self.path / _DRIVER)))
+                stack.enter_context(driver_lock.held(StoragePath(self.path / _DRIVER)))
             except (BlockingIOError, SweepError):
                 raise ConfigError(
                     f"--out {self.path}: {self._driver()} is writing an extraction there; wait for it, or give another "

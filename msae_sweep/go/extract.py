@@ -18,16 +18,16 @@ import ray
 import msae_sweep
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go.activation_folder import FORMATS, OutputFolder
-from msae_sweep.go.extraction_actor import Seconds, Taps, device_here
+from msae_sweep.go.extraction_actor import ExtractionActor, StageSeconds, device_here
 from msae_sweep.go.leela import Precision, resolve
 from msae_sweep.go.pipeline import Games, read_all, run
-from msae_sweep.go.progress_bar import Progress
+from msae_sweep.go.progress_bar import GamesProgress
 from msae_sweep.go.records import Unit, find_units
 from msae_sweep.go.sampling import Sampling, cut, games_sha256
 from msae_sweep.go.weights import Weights, read_weights, weights_sha256
 
 
-class Settings(NamedTuple):
+class ExtractionSettings(NamedTuple):
     """What an extraction is asked for."""
 
     weights: Path
@@ -44,7 +44,7 @@ class Settings(NamedTuple):
     always counts from the top left."""
 
 
-class Summary(NamedTuple):
+class ExtractionSummary(NamedTuple):
     """What an extraction came to."""
 
     complete_before: bool
@@ -57,9 +57,9 @@ class Summary(NamedTuple):
     positions: int
     rows: int
     seconds: float
-    spent: Seconds
+    spent: StageSeconds
 
-    def text(self, settings: Settings) -> str:
+    def text(self, settings: ExtractionSettings) -> str:
         """What a user wants to know of it, in a few lines."""
         counts = Games([], collections.Counter(self.refused), []).counted()
         lines = [f"{self.games:,} games ({counts}), {self.positions:,} positions, {self.rows:,} rows a block"]
@@ -73,7 +73,7 @@ class Summary(NamedTuple):
         return "\n".join(lines)
 
 
-def check(settings: Settings) -> None:
+def check_settings(settings: ExtractionSettings) -> None:
     """What can be said before any work: raises ConfigError or DataError."""
     if not settings.blocks or len(set(settings.blocks)) != len(settings.blocks):
         raise ConfigError(f"--blocks: {list(settings.blocks)} must name at least one block, each once")
@@ -86,10 +86,10 @@ def check(settings: Settings) -> None:
 
 
 def extract(
-    settings: Settings,
-    report: Callable[[Progress], None] = lambda _: None,
+    settings: ExtractionSettings,
+    report: Callable[[GamesProgress], None] = lambda _: None,
     connect: Callable[[], None] = lambda: None,
-) -> Summary:
+) -> ExtractionSummary:
     """Run an extraction to its end, or go on with one.
 
     `connect` is called when all that needs no Ray has been checked; after it, Ray must be initialised.
@@ -99,7 +99,7 @@ def extract(
         DataError: no games, none that can be read, a weights file that is none, or no room on the disk.
     """
     started = time.monotonic()
-    check(settings)
+    check_settings(settings)
     units = find_units(settings.games)
     weights = read_weights(settings.weights)
     for block in settings.blocks:
@@ -114,16 +114,16 @@ def extract(
 
 
 def _extract(
-    settings: Settings,
+    settings: ExtractionSettings,
     folder: OutputFolder,
     units: list[Unit],
     weights: Weights,
-    report: Callable[[Progress], None],
+    report: Callable[[GamesProgress], None],
     started: float,
-) -> Summary:
+) -> ExtractionSummary:
     """Everything that needs Ray; the folder is held."""
     precision = _precision_of_the_cluster(settings, folder)
-    spent = dict.fromkeys(Seconds._fields, 0.0)
+    spent = dict.fromkeys(StageSeconds._fields, 0.0)
     with _timed(spent, "reading"):
         games, refused, examples = read_all(units, settings.games)
     chunks = cut(games, settings.sampling)
@@ -132,11 +132,11 @@ def _extract(
     n_positions = sum(chunk.n_positions for chunk in chunks)
     rows = settings.sampling.rows_per_position
 
-    def summary(complete_before: bool) -> Summary:
+    def summary(complete_before: bool) -> ExtractionSummary:
         seconds = time.monotonic() - started
         total = n_positions * rows
-        return Summary(
-            complete_before, len(games), dict(refused), examples, n_positions, total, seconds, Seconds(**spent)
+        return ExtractionSummary(
+            complete_before, len(games), dict(refused), examples, n_positions, total, seconds, StageSeconds(**spent)
         )
 
     settings = settings._replace(precision=precision())
@@ -145,12 +145,12 @@ def _extract(
             return summary(True)
         done = folder.done()
         positions = sum(chunk.n_positions for chunk in chunks if chunk.number in done)
-        report(Progress(positions, n_positions, positions * rows, ""))
+        report(GamesProgress(positions, n_positions, positions * rows, ""))
         left = [chunk for chunk in chunks if chunk.number not in done]
-        for result in run(left, settings.sampling, Taps, ([ray.put(weights)], settings, folder)):
+        for result in run(left, settings.sampling, ExtractionActor, ([ray.put(weights)], settings, folder)):
             positions += result["n_positions"]
             spent = {name: seconds + result.get(name, 0.0) for name, seconds in spent.items()}
-            report(Progress(positions, n_positions, positions * rows, str(result["device"])))
+            report(GamesProgress(positions, n_positions, positions * rows, str(result["device"])))
         with _timed(spent, "finishing"):
             folder.finish({"games": len(games), "refused": dict(refused), "positions": n_positions})
     except KeyboardInterrupt as interrupt:
@@ -162,7 +162,7 @@ def _extract(
     return summary(False)
 
 
-def _as_begun(settings: Settings, folder: OutputFolder) -> Settings:
+def _as_begun(settings: ExtractionSettings, folder: OutputFolder) -> ExtractionSettings:
     """Settings with the precision of the rows that are there already, where `auto` leaves it open.
 
     On another device `auto` may stand for another one, and rows of both would lie in one folder.
@@ -181,7 +181,7 @@ def _as_begun(settings: Settings, folder: OutputFolder) -> Settings:
     return settings._replace(precision=precision)
 
 
-def _precision_of_the_cluster(settings: Settings, folder: OutputFolder) -> Callable[[], Precision]:
+def _precision_of_the_cluster(settings: ExtractionSettings, folder: OutputFolder) -> Callable[[], Precision]:
     """A function that waits for the precision of all rows: what `auto` stands for where the network will run."""
     if settings.precision != "auto" or folder.found():
         return lambda: settings.precision
@@ -203,7 +203,7 @@ def _timed(spent: dict[str, float], name: str) -> Iterator[None]:
     spent[name] += time.perf_counter() - started
 
 
-def _identity(settings: Settings) -> dict[str, Any]:
+def _identity(settings: ExtractionSettings) -> dict[str, Any]:
     """Settings that two extractions share if they are the same one; `games_sha256` is compared besides."""
     return {
         "weights_sha256": weights_sha256(settings.weights),

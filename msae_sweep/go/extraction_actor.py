@@ -18,10 +18,10 @@ from msae_sweep.go.pipeline import BATCH, Boards, unpacked
 from msae_sweep.go.planes import planes
 
 if TYPE_CHECKING:
-    from msae_sweep.go.extract import Settings
+    from msae_sweep.go.extract import ExtractionSettings
 
 
-class Seconds(NamedTuple):
+class StageSeconds(NamedTuple):
     """Where an extraction's time went, summed over everything that worked at a time."""
 
     reading: float = 0.0
@@ -50,14 +50,14 @@ def device_here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Taps:
+class ExtractionActor:
     """Boards of a chunk → activations → files; keeps the network on its device.
 
     On a GPU several threads call it at a time. Each queues its chunk's work behind that of the last one, and waits and
     writes outside of the lock: so the GPU always has a chunk to go on with while others are copied and written.
     """
 
-    def __init__(self, weights: list[Any], settings: "Settings", folder: OutputFolder) -> None:
+    def __init__(self, weights: list[Any], settings: "ExtractionSettings", folder: OutputFolder) -> None:
         self.settings, self.folder = settings, folder
         self.device = device_here()
         if self.device.type == "cpu":
@@ -86,7 +86,7 @@ class Taps:
         index |= {"ply": index["ply"].astype(np.int32), "point": points.reshape(-1)}
         self.folder.write_chunk(chunk.number, _arrays(rows), _arrays(sums), index)
         choice = self.network.choice
-        seconds = Seconds(
+        seconds = StageSeconds(
             boards=chunk.seconds,
             waiting=_seconds(before, began),
             network=_seconds(began, computed),

@@ -26,7 +26,7 @@ from msae_sweep.go.weights import BOARD, PLANES, Convolution, Weights, random_we
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-class Choice(NamedTuple):
+class PrecisionChoice(NamedTuple):
     """In which type a tower computes and with which operations, its name, and why."""
 
     dtype: torch.dtype
@@ -143,7 +143,7 @@ class FoldedConvolution(nn.Module):
 class Block(nn.Module):
     """A residual block: ReLU(x + second(ReLU(first(x))))."""
 
-    def __init__(self, first: FoldedConvolution, second: FoldedConvolution, choice: Choice) -> None:
+    def __init__(self, first: FoldedConvolution, second: FoldedConvolution, choice: PrecisionChoice) -> None:
         super().__init__()
         self.first, self.second, self.choice = first, second, choice
 
@@ -222,7 +222,7 @@ def cudnn_conv_add_relu(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor) -> T
     return torch.cudnn_convolution_add_relu(x, weight, z, 1.0, bias, (1, 1), (padding, padding), (1, 1), 1)
 
 
-def choose(device: torch.device, precision: Precision, filters: int, fused: bool = True) -> Choice:
+def choose(device: torch.device, precision: Precision, filters: int, fused: bool = True) -> PrecisionChoice:
     """The fastest way that is right on `device`; its reason is said at start-up.
 
     On CUDA `auto` is fp16: tensor cores take it at the rate of bf16, it is eight times as exact (relative error after
@@ -249,9 +249,9 @@ def choose(device: torch.device, precision: Precision, filters: int, fused: bool
     else:
         hindrance = fused_hindrance(device, dtype, filters)
     if hindrance is not None:
-        return Choice(dtype, conv_relu, conv_add_relu, "plain", hindrance)
+        return PrecisionChoice(dtype, conv_relu, conv_add_relu, "plain", hindrance)
     reason = f"cuDNN's convolution + add + ReLU in one kernel, {precision}, float32 sums"
-    return Choice(dtype, cudnn_conv_relu, cudnn_conv_add_relu, "fused", reason)
+    return PrecisionChoice(dtype, cudnn_conv_relu, cudnn_conv_add_relu, "fused", reason)
 
 
 def resolve(device: torch.device, precision: Precision) -> Precision:

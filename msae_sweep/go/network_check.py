@@ -7,7 +7,7 @@ from typing import Any
 from msae_sweep.errors import MsaeSweepError
 from msae_sweep.go.weights import weights_sha256
 from msae_sweep.models.evaluate import data_of
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 
 def notes(model: str, weights: Path, first_row: str) -> tuple[str, ...]:
@@ -38,11 +38,11 @@ def _extraction(model: str) -> dict[str, Any]:
         return {}
     try:
         # {sweep}/models/msae_block5.pt or {sweep}/trials/block5-003/model.pt
-        folders = (folder := Place(model).parent.parent), folder.parent
+        folders = (folder := StoragePath(model).parent.parent), folder.parent
         sweep = next((folder for folder in folders if (folder / "sweep.yaml").is_file()), None)
         if sweep is None:
             return {}
-        data = Place(data_of(sweep.uri, None, ()).path)
+        data = StoragePath(data_of(sweep.uri, None, ()).path)
         # The data may be the extraction's folder, or its activations.h5 or parquet/.
         for place in (data, data.parent):
             if (place / "manifest.json").is_file():

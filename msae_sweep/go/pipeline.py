@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int8, Int16, Int64
 from ray.data import DataContext
 
 from msae_sweep.errors import DataError, MsaeSweepError
-from msae_sweep.go.records import Record, Refused, Unit, read_unit
+from msae_sweep.go.records import Record, RefusedRecord, Unit, read_unit
 from msae_sweep.go.replay import replay
 from msae_sweep.go.sampling import Chunk, Sampling, points_of
 from msae_sweep.go.sgf import Game, distinct, read_games
@@ -31,7 +31,7 @@ _GAMES_A_TASK = 128
 """So one tar of some thousand games already gives work to many CPUs; a task then takes a tenth of a second."""
 
 
-class Picked(NamedTuple):
+class ChosenPositions(NamedTuple):
     """Positions picked by hand, to be fed like a chunk."""
 
     number: int
@@ -127,7 +127,9 @@ def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
     (unit,) = batch["unit"].to_pylist()
     columns: dict[str, list[Any]] = collections.defaultdict(list)
     for record in read_unit(Unit(*json.loads(unit))):
-        kind, reason, data = (record.kind, record.reason, b"") if isinstance(record, Refused) else ("", "", record.data)
+        kind, reason, data = (
+            (record.kind, record.reason, b"") if isinstance(record, RefusedRecord) else ("", "", record.data)
+        )
         for column, value in (("name", record.name), ("data", data), ("kind", kind), ("reason", reason)):
             columns[column].append(value)
         if len(columns["name"]) == _GAMES_A_TASK:
@@ -151,16 +153,16 @@ def _parse(batch: Any) -> dict[str, list[Any]]:
             add(row["name"], "", row["kind"], row["reason"])
             continue
         for outcome in read_games(Record(row["name"], row["data"])):
-            if isinstance(outcome, Refused):
+            if isinstance(outcome, RefusedRecord):
                 add(outcome.name, "", outcome.kind, outcome.reason)
             else:
                 add(outcome.name, outcome.key, "", "", outcome.setup, outcome.moves, outcome.black_to_move)
     return columns
 
 
-def _unpacked(row: dict[str, Any]) -> Game | Refused:
+def _unpacked(row: dict[str, Any]) -> Game | RefusedRecord:
     if row["kind"]:
-        return Refused(row["name"], row["kind"], row["reason"])
+        return RefusedRecord(row["name"], row["kind"], row["reason"])
     return Game(
         row["name"],
         row["key"],
@@ -171,7 +173,7 @@ def _unpacked(row: dict[str, Any]) -> Game | Refused:
 
 
 def run(
-    chunks: Sequence[Chunk | Picked], sampling: Sampling, actor: type, arguments: Sequence[Any]
+    chunks: Sequence[Chunk | ChosenPositions], sampling: Sampling, actor: type, arguments: Sequence[Any]
 ) -> Iterator[dict[str, Any]]:
     """What `actor` returns for the boards of each chunk, as they get done.
 
@@ -217,7 +219,7 @@ def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, list[b
     2048 positions are 6 MB.
     """
     started = time.perf_counter()
-    chunk: Chunk | Picked = pickle.loads(batch["chunk"][0])
+    chunk: Chunk | ChosenPositions = pickle.loads(batch["chunk"][0])
     columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for game, plies in chunk.plies(sampling):
         seen = replay(game, plies)

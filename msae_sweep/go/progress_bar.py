@@ -9,7 +9,7 @@ from rich import progress as bars
 from rich.console import Console
 
 
-class Progress(NamedTuple):
+class GamesProgress(NamedTuple):
     """How far games have gone through a network."""
 
     positions: int
@@ -30,18 +30,18 @@ def _rate(per_second: float) -> str:
 
 
 @contextlib.contextmanager
-def showing(console: Console) -> Iterator[Callable[[Progress], None]]:
+def showing(console: Console) -> Iterator[Callable[[GamesProgress], None]]:
     """A function that takes an extraction's progress and shows it while this is open."""
     started: list[tuple[float, int]] = []
     said_device, said_at = "", 0.0
 
-    def rate(progress: Progress) -> float:
+    def rate(progress: GamesProgress) -> float:
         if not started:
             started.append((time.monotonic(), progress.positions))
         seconds = time.monotonic() - started[0][0]
         return (progress.positions - started[0][1]) / seconds if seconds > 0 else 0.0
 
-    def say_device(progress: Progress) -> None:
+    def say_device(progress: GamesProgress) -> None:
         nonlocal said_device
         if progress.device and progress.device != said_device:
             said_device = progress.device
@@ -49,7 +49,7 @@ def showing(console: Console) -> Iterator[Callable[[Progress], None]]:
 
     if not console.is_terminal:
 
-        def line(progress: Progress) -> None:
+        def line(progress: GamesProgress) -> None:
             nonlocal said_at
             per_second = rate(progress)
             say_device(progress)
@@ -76,7 +76,7 @@ def showing(console: Console) -> Iterator[Callable[[Progress], None]]:
     with bars.Progress(*columns, console=console) as bar:
         task = bar.add_task("positions", total=None, rate="")
 
-        def advance(progress: Progress) -> None:
+        def advance(progress: GamesProgress) -> None:
             per_second = rate(progress)
             say_device(progress)
             bar.update(task, completed=progress.positions, total=progress.n_positions, rate=_rate(per_second))

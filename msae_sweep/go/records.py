@@ -44,7 +44,7 @@ class Record(NamedTuple):
     data: bytes
 
 
-class Refused(NamedTuple):
+class RefusedRecord(NamedTuple):
     """A record, game or archive that gives no positions, and why; a run counts these and goes on."""
 
     name: str
@@ -74,7 +74,7 @@ def find_units(path: Path, records_per_unit: int = 4096) -> list[Unit]:
     return units
 
 
-def read_unit(unit: Unit) -> Iterator[Record | Refused]:
+def read_unit(unit: Unit) -> Iterator[Record | RefusedRecord]:
     """Records of a unit in the order in which they lie there, one in memory at a time."""
     if _is_record(unit.file):
         yield from _loose(unit)
@@ -84,7 +84,7 @@ def read_unit(unit: Unit) -> Iterator[Record | Refused]:
         yield from _members_of_zip(unit)
 
 
-def read_records(path: Path) -> Iterator[Record | Refused]:
+def read_records(path: Path) -> Iterator[Record | RefusedRecord]:
     """Records of a file or folder, sorted by file and then as they lie in it.
 
     Raises:
@@ -114,7 +114,7 @@ def _units_of(file: Path, name: str, records_per_unit: int) -> Iterator[Unit]:
             yield Unit(str(file), name, start, min(start + records_per_unit, n_records))
 
 
-def _loose(unit: Unit) -> Iterator[Record | Refused]:
+def _loose(unit: Unit) -> Iterator[Record | RefusedRecord]:
     name = _printable(unit.name)
     try:
         with open(unit.file, "rb") as file:
@@ -125,7 +125,7 @@ def _loose(unit: Unit) -> Iterator[Record | Refused]:
     yield _record(name, data)
 
 
-def _members_of_tar(unit: Unit) -> Iterator[Record | Refused]:
+def _members_of_tar(unit: Unit) -> Iterator[Record | RefusedRecord]:
     try:
         with tarfile.open(unit.file, "r|*") as archive:
             while (member := archive.next()) is not None:
@@ -141,7 +141,7 @@ def _members_of_tar(unit: Unit) -> Iterator[Record | Refused]:
         yield _unreadable(_printable(unit.name), error)
 
 
-def _members_of_zip(unit: Unit) -> Iterator[Record | Refused]:
+def _members_of_zip(unit: Unit) -> Iterator[Record | RefusedRecord]:
     try:
         archive = zipfile.ZipFile(unit.file)
     except (OSError, zipfile.BadZipFile) as error:
@@ -164,15 +164,15 @@ def _records_in(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return [member for member in archive.infolist() if _is_record(member.filename)]
 
 
-def _record(name: str, data: bytes) -> Record | Refused:
+def _record(name: str, data: bytes) -> Record | RefusedRecord:
     if len(data) > MAX_RECORD_BYTES:
-        return Refused(name, "broken", f"longer than {MAX_RECORD_BYTES >> 20} MiB; split it into smaller files")
+        return RefusedRecord(name, "broken", f"longer than {MAX_RECORD_BYTES >> 20} MiB; split it into smaller files")
     return Record(name, data)
 
 
-def _unreadable(name: str, error: Exception) -> Refused:
+def _unreadable(name: str, error: Exception) -> RefusedRecord:
     reason = getattr(error, "strerror", None) or first_line(error)
-    return Refused(name, "broken", f"cannot be read: {reason}")
+    return RefusedRecord(name, "broken", f"cannot be read: {reason}")
 
 
 def _printable(name: str) -> str:

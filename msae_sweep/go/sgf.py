@@ -27,7 +27,7 @@ from sgfmill.sgf_grammar import tokenise
 from sgfmill.sgf_properties import Presenter
 
 from msae_sweep.go.board import BLACK, EMPTY, PASS, SIZE, WHITE, Board
-from msae_sweep.go.records import Record, Refused
+from msae_sweep.go.records import Record, RefusedRecord
 
 _STONES = {"AB": BLACK, "AW": WHITE, "AE": EMPTY}
 _MOVES = {bytes((97 + column, 97 + row)): row * SIZE + column for row in range(SIZE) for column in range(SIZE)}
@@ -92,7 +92,7 @@ class _OtherSizeError(Exception):
     """Why a game is refused; its kind is `size`."""
 
 
-def read_games(record: Record) -> Iterator[Game | Refused]:
+def read_games(record: Record) -> Iterator[Game | RefusedRecord]:
     """Games of one record in their order; each is legal from its first move to its last, or refused with the reason."""
     number = 0
     for number, tokens in enumerate(_token_lists(_readable(record.data)), start=1):
@@ -100,20 +100,20 @@ def read_games(record: Record) -> Iterator[Game | Refused]:
         try:
             yield _game(name, _main_line(tokens))
         except _OtherSizeError as error:
-            yield Refused(name, "size", str(error))
+            yield RefusedRecord(name, "size", str(error))
         except _BrokenError as error:
-            yield Refused(name, "broken", str(error))
+            yield RefusedRecord(name, "broken", str(error))
     if number == 0:
-        yield Refused(record.name, "broken", "no SGF game in it" if record.data.strip() else "empty")
+        yield RefusedRecord(record.name, "broken", "no SGF game in it" if record.data.strip() else "empty")
 
 
-def distinct(games: Iterable[Game | Refused]) -> Iterator[Game | Refused]:
+def distinct(games: Iterable[Game | RefusedRecord]) -> Iterator[Game | RefusedRecord]:
     """The first game of each key, later ones refused as duplicates; holds a key and a name a game."""
     first: dict[str, str] = {}
     for game in games:
         if isinstance(game, Game):
             if game.key in first:
-                yield Refused(game.name, "duplicate", f"the same setup and moves as {first[game.key]}")
+                yield RefusedRecord(game.name, "duplicate", f"the same setup and moves as {first[game.key]}")
                 continue
             first[game.key] = game.name
         yield game

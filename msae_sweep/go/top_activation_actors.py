@@ -14,10 +14,10 @@ from msae_sweep.go.board import N_POINTS
 from msae_sweep.go.leela import Network
 from msae_sweep.go.pipeline import BATCH, Boards, unpacked
 from msae_sweep.go.planes import planes
-from msae_sweep.go.top_positions import Firing, Strongest, maxima, strongest
+from msae_sweep.go.top_positions import FiringStatistics, TopPositions, board_maxima, top_positions
 
 if TYPE_CHECKING:
-    from msae_sweep.go.top_activations import Settings
+    from msae_sweep.go.top_activations import TopActivationSettings
 
 _PRE_ACTS = 1 << 28
 """Pre_acts that are held at a time: 1 GiB."""
@@ -26,7 +26,7 @@ _PRE_ACTS = 1 << 28
 class _Codes:
     """Boards → codes of every point; keeps network and model on their device."""
 
-    def __init__(self, references: list[Any], settings: "Settings") -> None:
+    def __init__(self, references: list[Any], settings: "TopActivationSettings") -> None:
         self.settings = settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
@@ -57,32 +57,34 @@ class _Codes:
         return {"n_positions": [n], "device": [device], "found": [pickle.dumps(found)]}
 
 
-class Maxima(_Codes):
-    """A chunk's `Strongest` and `Firing`."""
+class TopActivationActor(_Codes):
+    """A chunk's `TopPositions` and `FiringStatistics`."""
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """One chunk."""
         chunk = unpacked(batch)
         n, hidden_dim = len(chunk.ply), self.model.sae.hidden_dim
-        found: list[Strongest] = []
-        firing: list[Firing] = []
+        found: list[TopPositions] = []
+        firing: list[FiringStatistics] = []
         for part in self.parts(n):
             values, indices = self.model.encode_sparse(self.activations(chunk, part), self.settings.k)
-            largest, fired = maxima(values, indices, hidden_dim)
+            largest, fired = board_maxima(values, indices, hidden_dim)
             game_id, ply = (torch.tensor(ids[part]).to(self.device) for ids in (chunk.game_id, chunk.ply))
-            found.append(strongest(largest, game_id, ply.long(), self.settings.top))
+            found.append(top_positions(largest, game_id, ply.long(), self.settings.top))
             firing.append(fired)
         best, total = found[0], firing[0]
         for more, fired in zip(found[1:], firing[1:], strict=True):
             best, total = best.merge(more), total.add(fired)
-        return self.answer(n, (Strongest(*(t.cpu() for t in best)), Firing(*(t.cpu() for t in total))))
+        return self.answer(n, (TopPositions(*(t.cpu() for t in best)), FiringStatistics(*(t.cpu() for t in total))))
 
 
-class Maps(_Codes):
+class LatentMapActor(_Codes):
     """Where on the board the wanted latents fire."""
 
-    def __init__(self, references: list[Any], settings: "Settings", wanted: dict[tuple[int, int], list[int]]) -> None:
+    def __init__(
+        self, references: list[Any], settings: "TopActivationSettings", wanted: dict[tuple[int, int], list[int]]
+    ) -> None:
         super().__init__(references, settings)
         self.wanted = wanted
 

@@ -21,20 +21,20 @@ from msae_sweep.go import diagrams
 from msae_sweep.go.board import N_POINTS, PASS
 from msae_sweep.go.diagrams import Diagram, LatentDiagrams
 from msae_sweep.go.leela import Precision
-from msae_sweep.go.pipeline import Picked, read_all, run
-from msae_sweep.go.progress_bar import Progress
+from msae_sweep.go.pipeline import ChosenPositions, read_all, run
+from msae_sweep.go.progress_bar import GamesProgress
 from msae_sweep.go.records import find_units
 from msae_sweep.go.replay import replay
 from msae_sweep.go.sampling import CHUNK_POSITIONS, Sampling, cut
 from msae_sweep.go.sgf import Game
-from msae_sweep.go.top_activation_actors import Maps, Maxima
-from msae_sweep.go.top_positions import Firing, Strongest
+from msae_sweep.go.top_activation_actors import LatentMapActor, TopActivationActor
+from msae_sweep.go.top_positions import FiringStatistics, TopPositions
 from msae_sweep.go.weights import read_weights
-from msae_sweep.paths import Place, check_file, check_folder
+from msae_sweep.paths import StoragePath, check_file, check_folder
 from msae_sweep.sae.model_file import ModelFile
 
 
-class Settings(NamedTuple):
+class TopActivationSettings(NamedTuple):
     """What is asked for."""
 
     model: ModelFile
@@ -58,7 +58,7 @@ class Settings(NamedTuple):
     """Notes on model and network for readers of the page."""
 
 
-class Summary(NamedTuple):
+class TopActivationSummary(NamedTuple):
     """What it came to."""
 
     games: int
@@ -69,7 +69,7 @@ class Summary(NamedTuple):
     drawn: int
     seconds: float
 
-    def text(self, settings: Settings) -> str:
+    def text(self, settings: TopActivationSettings) -> str:
         """What a user wants to know of it, in two lines."""
         hidden_dim = settings.model.model.hidden_dim
         return (
@@ -100,10 +100,10 @@ def latents_asked_for(text: str) -> tuple[int, ...] | int:
 
 
 def show(
-    settings: Settings,
-    report: Callable[[Progress], None] = lambda _: None,
+    settings: TopActivationSettings,
+    report: Callable[[GamesProgress], None] = lambda _: None,
     connect: Callable[[], None] = lambda: None,
-) -> Summary:
+) -> TopActivationSummary:
     """Find the strongest positions, write the page and the JSON file.
 
     `connect` is called when all that needs no Ray has been checked; after it, Ray must be initialised.
@@ -125,15 +125,15 @@ def show(
     arguments = ([ray.put(weights), ray.put(settings.model)], settings)
     n_positions = sum(chunk.n_positions for chunk in chunks)
     done = 0
-    report(Progress(0, n_positions, 0, ""))
-    best: Strongest | None = None
-    firing: Firing | None = None
-    for result in run(chunks, settings.sampling, Maxima, arguments):
+    report(GamesProgress(0, n_positions, 0, ""))
+    best: TopPositions | None = None
+    firing: FiringStatistics | None = None
+    for result in run(chunks, settings.sampling, TopActivationActor, arguments):
         part, part_firing = pickle.loads(result["found"])
         best = part if best is None else best.merge(part)
         firing = part_firing if firing is None else firing.add(part_firing)
         done += result["n_positions"]
-        report(Progress(done, n_positions, done * N_POINTS, str(result["device"])))
+        report(GamesProgress(done, n_positions, done * N_POINTS, str(result["device"])))
     assert best is not None
     assert firing is not None
     latents = _chosen(settings, best, firing)
@@ -152,15 +152,15 @@ def show(
     page = diagrams.page(f"What block {settings.block}'s latents see", [*intro, *settings.notes], drawn)
     record = json.dumps(_record(settings, best, firing, n_positions, by_id))
     try:
-        Place(settings.out).write(page.encode())
-        Place(settings.out.with_suffix(".json")).write(record.encode())
+        StoragePath(settings.out).write(page.encode())
+        StoragePath(settings.out.with_suffix(".json")).write(record.encode())
     except OSError as error:
         raise DataError(f"{settings.out}: {error.strerror}") from None
     alive = int((firing.points > 0).sum())
-    return Summary(len(games), found.counted(), n_positions, alive, len(drawn), time.monotonic() - started)
+    return TopActivationSummary(len(games), found.counted(), n_positions, alive, len(drawn), time.monotonic() - started)
 
 
-def _check(settings: Settings, n_blocks: int, filters: int) -> None:
+def _check(settings: TopActivationSettings, n_blocks: int, filters: int) -> None:
     model = settings.model.model
     if not 1 <= settings.block <= n_blocks:
         raise ConfigError(f"--block: {settings.block} is not in this network, which has blocks 1 to {n_blocks}")
@@ -182,7 +182,7 @@ def _check(settings: Settings, n_blocks: int, filters: int) -> None:
         check_file("--out", file)
 
 
-def _chosen(settings: Settings, best: Strongest, firing: Firing) -> list[int]:
+def _chosen(settings: TopActivationSettings, best: TopPositions, firing: FiringStatistics) -> list[int]:
     """The latents to draw.
 
     By energy alone it would be those that fire nearly everywhere and say little; by rarity alone, those of one game.
@@ -196,13 +196,13 @@ def _chosen(settings: Settings, best: Strongest, firing: Firing) -> list[int]:
 
 
 def _drawn(
-    settings: Settings,
+    settings: TopActivationSettings,
     latents: Sequence[int],
-    best: Strongest,
-    firing: Firing,
+    best: TopPositions,
+    firing: FiringStatistics,
     n_positions: int,
     games: dict[int, Game],
-    arguments: tuple[list[Any], Settings],
+    arguments: tuple[list[Any], TopActivationSettings],
 ) -> list[LatentDiagrams]:
     """Diagrams of `latents`; runs the second pass."""
     wanted: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
@@ -211,7 +211,7 @@ def _drawn(
             if value > 0:
                 wanted[game_id, ply].append(latent)
     acts: dict[tuple[int, int, int], np.ndarray] = {}
-    for result in run(_picked(wanted, games), settings.sampling, Maps, (*arguments, dict(wanted))):
+    for result in run(_picked(wanted, games), settings.sampling, LatentMapActor, (*arguments, dict(wanted))):
         acts |= pickle.loads(result["found"])
 
     def diagram(latent: int, game_id: int, ply: int) -> Diagram:
@@ -239,11 +239,11 @@ def _drawn(
     ]
 
 
-def _picked(wanted: dict[tuple[int, int], list[int]], games: dict[int, Game]) -> list[Picked]:
+def _picked(wanted: dict[tuple[int, int], list[int]], games: dict[int, Game]) -> list[ChosenPositions]:
     by_game: dict[int, list[int]] = collections.defaultdict(list)
     for game_id, ply in sorted(wanted):
         by_game[game_id].append(ply)
-    chunks: list[Picked] = []
+    chunks: list[ChosenPositions] = []
     picks: list[tuple[Game, np.ndarray]] = []
     for game_id, plies in by_game.items():
         picks.append((games[game_id], np.array(plies)))
@@ -253,18 +253,22 @@ def _picked(wanted: dict[tuple[int, int], list[int]], games: dict[int, Game]) ->
     return [*chunks, _chunk(chunks, picks)] if picks else chunks
 
 
-def _chunk(before: list[Picked], picks: list[tuple[Game, np.ndarray]]) -> Picked:
+def _chunk(before: list[ChosenPositions], picks: list[tuple[Game, np.ndarray]]) -> ChosenPositions:
     first = before[-1].first_position + before[-1].n_positions if before else 0
-    return Picked(len(before), first, sum(len(plies) for _, plies in picks), picks)
+    return ChosenPositions(len(before), first, sum(len(plies) for _, plies in picks), picks)
 
 
-def _places(best: Strongest, latent: int) -> list[tuple[float, int, int]]:
+def _places(best: TopPositions, latent: int) -> list[tuple[float, int, int]]:
     value, game_id, ply = (tensor[latent].tolist() for tensor in best)
     return list(zip(value, game_id, ply, strict=True))
 
 
 def _record(
-    settings: Settings, best: Strongest, firing: Firing, n_positions: int, games: dict[int, Game]
+    settings: TopActivationSettings,
+    best: TopPositions,
+    firing: FiringStatistics,
+    n_positions: int,
+    games: dict[int, Game],
 ) -> dict[str, Any]:
     """What `….json` says: of every latent that fired, how much, and its strongest positions."""
     energy = firing.energy.sum().item()

@@ -9,7 +9,7 @@ from torch import Tensor
 from msae_sweep.go.board import N_POINTS
 
 
-class Strongest(NamedTuple):
+class TopPositions(NamedTuple):
     """Of every latent the `n` positions of largest value, descending, each of another game; value 0 is an empty place.
 
     Two of them merge into what one over both would have been, in any order: a position that falls out of a part is
@@ -20,10 +20,10 @@ class Strongest(NamedTuple):
     game_id: Int[Tensor, "hidden_dim n"]
     ply: Int[Tensor, "hidden_dim n"]
 
-    def merge(self, other: "Strongest") -> "Strongest":
+    def merge(self, other: "TopPositions") -> "TopPositions":
         """The strongest of both."""
         n = self.value.shape[1]
-        both = Strongest(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))
+        both = TopPositions(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))
         # Equal values by game and ply, so that the order in which parts arrive changes nothing.
         both = both._reordered(both.ply.argsort(dim=1, stable=True))
         both = both._reordered(both.game_id.argsort(dim=1, stable=True))
@@ -31,16 +31,16 @@ class Strongest(NamedTuple):
         both = both._replace(value=both.value.masked_fill(_repeats(both.game_id), 0))
         return both._reordered(both.value.argsort(dim=1, stable=True, descending=True)[:, :n])
 
-    def _reordered(self, order: Int[Tensor, "hidden_dim m"]) -> "Strongest":
-        return Strongest(*(tensor.gather(1, order) for tensor in self))
+    def _reordered(self, order: Int[Tensor, "hidden_dim m"]) -> "TopPositions":
+        return TopPositions(*(tensor.gather(1, order) for tensor in self))
 
 
-def strongest(
+def top_positions(
     value: Float[Tensor, "positions hidden_dim"],
     game_id: Int[Tensor, " positions"],
     ply: Int[Tensor, " positions"],
     n: int,
-) -> Strongest:
+) -> TopPositions:
     """The strongest of some positions; those of a game must follow one another."""
     games, inverse = torch.unique_consecutive(game_id, return_inverse=True)
     hidden_dim = value.shape[1]
@@ -56,12 +56,12 @@ def strongest(
     best, at = best[by_game].T, at[by_game].T
     which = best.argsort(dim=1, stable=True, descending=True)[:, :n]
     position = at.gather(1, which)
-    found = Strongest(best.gather(1, which), game_id[position], ply[position])
-    empty = Strongest(*(torch.zeros(hidden_dim, n, dtype=t.dtype, device=t.device) for t in found))
+    found = TopPositions(best.gather(1, which), game_id[position], ply[position])
+    empty = TopPositions(*(torch.zeros(hidden_dim, n, dtype=t.dtype, device=t.device) for t in found))
     return empty.merge(found)
 
 
-class Firing(NamedTuple):
+class FiringStatistics(NamedTuple):
     """How much every latent does over all points seen; sums of parts add up."""
 
     points: Int[Tensor, " hidden_dim"]
@@ -69,14 +69,14 @@ class Firing(NamedTuple):
     energy: Float[Tensor, " hidden_dim"]
     """Σ z², float64: with decoder rows of unit norm, what it adds to reconstructions, squared."""
 
-    def add(self, other: "Firing") -> "Firing":
+    def add(self, other: "FiringStatistics") -> "FiringStatistics":
         """Over both parts."""
-        return Firing(self.points + other.points, self.energy + other.energy)
+        return FiringStatistics(self.points + other.points, self.energy + other.energy)
 
 
-def maxima(
+def board_maxima(
     values: Float[Tensor, "rows k"], indices: Int[Tensor, "rows k"], hidden_dim: int
-) -> tuple[Float[Tensor, "positions hidden_dim"], Firing]:
+) -> tuple[Float[Tensor, "positions hidden_dim"], FiringStatistics]:
     """From the sorted codes of whole boards, 361 rows a position: each latent's largest value, and how much it does."""
     positions = len(values) // N_POINTS
     largest = values.new_zeros(positions, hidden_dim)
@@ -84,7 +84,7 @@ def maxima(
     flat, used = indices.flatten(), values.flatten().double()
     points = torch.zeros(hidden_dim, dtype=torch.int64, device=values.device).index_add_(0, flat, (used > 0).long())
     energy = torch.zeros(hidden_dim, dtype=torch.float64, device=values.device).index_add_(0, flat, used.square())
-    return largest, Firing(points, energy)
+    return largest, FiringStatistics(points, energy)
 
 
 def _repeats(sorted_game_id: Int[Tensor, "hidden_dim m"]) -> Bool[Tensor, "hidden_dim m"]:

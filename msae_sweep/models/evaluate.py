@@ -20,7 +20,7 @@ from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.data.sources.catalog import open_source, select
 from msae_sweep.errors import ConfigError, DataError, DeviceError
 from msae_sweep.models.find import FoundModel
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.sae.evaluation import (
     Coherence,
     Evaluation,
@@ -49,7 +49,7 @@ class Part(NamedTuple):
     """Rows with NaN or Inf."""
 
 
-class Plan(NamedTuple):
+class EvaluationPlan(NamedTuple):
     """What a model is evaluated on, by row ranges; picklable, nothing is read yet."""
 
     job: Job
@@ -79,11 +79,11 @@ class Plan(NamedTuple):
         return Part(standardise(x[wanted & finite], self.mean, self.std), len(bad))
 
 
-class Report(NamedTuple):
+class EvaluationReport(NamedTuple):
     """Everything that is found of one model."""
 
     found: FoundModel
-    plan: Plan
+    plan: EvaluationPlan
     evaluation: Evaluation
     n_dropped: int
     coherence: Coherence
@@ -142,7 +142,7 @@ def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig
             raise ConfigError(f"--set {override}: only data.… can be set here, e.g. data.val_split=0.2")
     if data is not None:
         return parse(json.dumps({"name": "eval", "data": {"path": data}}), overrides, source="--data").data
-    file = Place(what) / "sweep.yaml"
+    file = StoragePath(what) / "sweep.yaml"
     try:
         text = file.read().decode()
     except OSError:
@@ -150,7 +150,7 @@ def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig
     return parse(text, overrides, source=str(file)).data
 
 
-def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> Plan:
+def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> EvaluationPlan:
     """Which rows a model is evaluated on; headers are read.
 
     Args:
@@ -178,16 +178,16 @@ def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> 
         raise DataError(f"data.split_by: game_id, but {info.where} has no game_id; add one or write row")
     ranges = source.row_ranges(block, max(1, RANGE_BYTES // (8 * info.input_dim)))
     job = Job(source, ranges, split_by, data.seed, data.val_split)
-    return Plan(job, info, side, data.drop_nonfinite, found.file.mean, found.file.std)
+    return EvaluationPlan(job, info, side, data.drop_nonfinite, found.file.mean, found.file.std)
 
 
-def check_unchanged(sweep: str, plan: Plan, say: Callable[[str], None] = lambda line: None) -> None:
+def check_unchanged(sweep: str, plan: EvaluationPlan, say: Callable[[str], None] = lambda line: None) -> None:
     """Whether a sweep's data still is what its models were trained on; nothing is known of what older sweeps read.
 
     Raises:
         DataError: it has changed since; the message names what.
     """
-    manifests, origins = (_json_of(Place(sweep) / name) for name in ("data.json", "origins.json"))
+    manifests, origins = (_json_of(StoragePath(sweep) / name) for name in ("data.json", "origins.json"))
     block = str(plan.info.block)
     if block in manifests:
         changed = what_changed(plan.job.source, plan.info, manifests[block], origins.get(block, {}), say)
@@ -197,7 +197,7 @@ def check_unchanged(sweep: str, plan: Plan, say: Callable[[str], None] = lambda 
             )
 
 
-def _json_of(place: Place) -> dict[str, Any]:
+def _json_of(place: StoragePath) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(place.read())
     except (OSError, ValueError):
@@ -205,7 +205,7 @@ def _json_of(place: Place) -> dict[str, Any]:
     return found
 
 
-def choose_device(name: str) -> torch.device:
+def choose_evaluation_device(name: str) -> torch.device:
     """The device of an evaluation; `auto` is a GPU where there is one.
 
     Raises:
@@ -219,7 +219,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def sums_here(plan: Plan, model: MSAE, max_k: int, device: torch.device) -> Iterator[tuple[EvaluationSums, int]]:
+def sums_here(
+    plan: EvaluationPlan, model: MSAE, max_k: int, device: torch.device
+) -> Iterator[tuple[EvaluationSums, int]]:
     """Sums and dropped rows of each part, computed in this process."""
     on_device = model.on(device)
     for i in range(plan.n_ranges):
@@ -231,13 +233,13 @@ def sums_here(plan: Plan, model: MSAE, max_k: int, device: torch.device) -> Iter
 
 def evaluate(
     found: FoundModel,
-    plan: Plan,
-    parts: Callable[[Plan, MSAE, int], Iterator[tuple[EvaluationSums, int]]],
+    plan: EvaluationPlan,
+    parts: Callable[[EvaluationPlan, MSAE, int], Iterator[tuple[EvaluationSums, int]]],
     *,
     max_k: int | None = None,
     against: Sequence[FoundModel] = (),
     on_progress: Callable[[int, int], None] = lambda done, n_parts: None,
-) -> Report:
+) -> EvaluationReport:
     """Evaluate a model on the rows of a plan.
 
     Args:
@@ -268,7 +270,7 @@ def evaluate(
         other.where: level_stability(evaluation.level_firing, matched_cosine(model.W_dec, _in_units_of(found, other)))
         for other in against
     }
-    return Report(found, plan, evaluation, n_dropped, decoder_coherence(model.W_dec), stability)
+    return EvaluationReport(found, plan, evaluation, n_dropped, decoder_coherence(model.W_dec), stability)
 
 
 def _in_units_of(found: FoundModel, other: FoundModel) -> torch.Tensor:
@@ -277,7 +279,7 @@ def _in_units_of(found: FoundModel, other: FoundModel) -> torch.Tensor:
     return other.file.model.W_dec.detach() * torch.from_numpy(scale.astype(np.float32))
 
 
-def render(report: Report) -> Group:
+def render(report: EvaluationReport) -> Group:
     """A row per level, R² at a few more k, and how latents and dictionary are."""
     evaluation, model = report.evaluation, report.found.file.model
     rows = {"all": "rows", "validation": "validation rows", "training": "training rows"}[report.plan.side]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from msae_sweep.config import MODEL_NAME, registered_name
 from msae_sweep.errors import ConfigError, DataError, SweepError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.sae import model_file
 from msae_sweep.sae.model_file import ModelFile
 
@@ -24,7 +24,7 @@ class FoundModel(NamedTuple):
 
 def is_folder(what: str) -> bool:
     """Whether `what` names a folder, of whose models one has to be chosen by its block."""
-    return not what.startswith(("champion:", "models:/", "runs:/")) and Place(what).is_folder()
+    return not what.startswith(("champion:", "models:/", "runs:/")) and StoragePath(what).is_folder()
 
 
 def find(what: str | Path, block: int | None = None, tracking_uri: str | None = None) -> FoundModel:
@@ -55,13 +55,13 @@ def find(what: str | Path, block: int | None = None, tracking_uri: str | None = 
         fetched = fetch(text, tracking_uri)
         found = FoundModel(fetched.file, fetched.block, text)
     else:
-        found = _at(Place(text), block)
+        found = _at(StoragePath(text), block)
     if block is not None and found.block not in (None, block):
         raise ConfigError(f"{text}: a model of block {found.block}, not {block}")
     return found
 
 
-def _at(place: Place, block: int | None) -> FoundModel:
+def _at(place: StoragePath, block: int | None) -> FoundModel:
     try:
         place.check()
         if place.is_folder():
@@ -84,7 +84,7 @@ def _loaded(path: Path) -> ModelFile:
     return model_file.load_safetensors(path) if path.suffix == ".safetensors" else model_file.load(path)
 
 
-def _in_folder(folder: Place, block: int | None) -> Place:
+def _in_folder(folder: StoragePath, block: int | None) -> StoragePath:
     there = [*folder.files(), *(folder / "models").files()]
     files = {int(match[1]): file for file in there if (match := re.fullmatch(r"msae_block(\d+)\.pt", file.name))}
     if not files:
@@ -97,7 +97,7 @@ def _in_folder(folder: Place, block: int | None) -> Place:
     return files[min(files) if block is None else block]
 
 
-def _block_of(file: Place) -> int | None:
+def _block_of(file: StoragePath) -> int | None:
     """`msae_block5.pt` tells it, and so does a trial's folder, `block5-003/model.pt`."""
     match = re.fullmatch(r"msae_block(\d+)", file.stem) or re.fullmatch(r"block(\d+)-\d+", file.parent.name)
     return int(match[1]) if match else None

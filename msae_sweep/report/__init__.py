@@ -20,7 +20,7 @@ PAGE = "report.html"
 """In it."""
 
 
-class Written(NamedTuple):
+class ReportFiles(NamedTuple):
     """Where a report lies."""
 
     where: str
@@ -36,7 +36,7 @@ class Written(NamedTuple):
         return f"{self.where}/{PAGE}"
 
 
-def write(places: Sequence[str | Path], out: str | Path | None = None) -> Written:
+def write(places: Sequence[str | Path], out: str | Path | None = None) -> ReportFiles:
     """Write the report of sweeps, side by side if they are several.
 
     Args:
@@ -51,7 +51,7 @@ def write(places: Sequence[str | Path], out: str | Path | None = None) -> Writte
     return _write(read_all(places), out, float("inf"))
 
 
-def write_at_the_end(folder: "SweepFolder", draw: "Draw | None" = None) -> Written:
+def write_at_the_end(folder: "SweepFolder", draw: "Draw | None" = None) -> ReportFiles:
     """The report of a sweep that just ended; leaves out what would keep the sweep waiting.
 
     Args:
@@ -65,9 +65,9 @@ def write_at_the_end(folder: "SweepFolder", draw: "Draw | None" = None) -> Writt
 
 def _write(
     sweeps: "Sequence[Sweep]", out: str | Path | None, most_products: float, draw: "Draw | None" = None
-) -> Written:
+) -> ReportFiles:
     from msae_sweep.errors import SweepError
-    from msae_sweep.paths import Place
+    from msae_sweep.paths import StoragePath
     from msae_sweep.report import page
     from msae_sweep.report.build import build
     from msae_sweep.report.style import drawn_here
@@ -75,7 +75,7 @@ def _write(
     first, *others = sweeps
     within = FOLDER if not others else f"{FOLDER}/{'-'.join(['with', *(sweep.name for sweep in others)])}"
     folder, where = first.folder, f"{first.folder}/{within}"
-    elsewhere = None if out is None else Place(out)
+    elsewhere = None if out is None else StoragePath(out)
     if elsewhere is not None:  # what is wrong with it is said before the work
         where = str(elsewhere)
         elsewhere.check()
@@ -108,4 +108,4 @@ def _write(
         for measured in report.curves.values()
         for block, why in measured.missing.items()
     ]
-    return Written(where, [f"{advice.name}.yaml" for advice in report.advice.values()], [*unfinished, *missing])
+    return ReportFiles(where, [f"{advice.name}.yaml" for advice in report.advice.values()], [*unfinished, *missing])

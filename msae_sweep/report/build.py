@@ -11,7 +11,7 @@ from msae_sweep.report.curves import Curves, curves
 from msae_sweep.report.figures import Line
 from msae_sweep.report.next_space import Advice, advise
 from msae_sweep.report.page import Report, Section
-from msae_sweep.report.recommendation import Answer, answers, baselines, matryoshka
+from msae_sweep.report.recommendation import Recommendation, baselines, matryoshka, recommendations
 from msae_sweep.report.response_surface import Response
 from msae_sweep.report.style import Draw, Drawing, Job, drawn_here
 from msae_sweep.report.sweep_data import Group, Sweep, Trial
@@ -36,7 +36,7 @@ def build(sweeps: Sequence[Sweep], most_products: float = float("inf"), draw: Dr
         most_products: what measuring R² at every k may cost; see `curves`.
         draw: who draws; asked first for the figures that need no R² at every k, which is measured meanwhile.
     """
-    found = answers(sweeps)
+    found = recommendations(sweeps)
     advice = {sweep.label: advise(sweep) for sweep in sweeps if any(_is_matryoshka(group) for group in sweep.groups)}
     many = len(sweeps) > 1
     scores = {sweep.label: _scores(sweep, many=many) for sweep in sweeps}
@@ -80,7 +80,7 @@ def _is_matryoshka(group: Group) -> bool:
     return len(group.levels) > 1
 
 
-def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str, Curves]) -> _Plan:
+def _curves(sweeps: Sequence[Sweep], found: Sequence[Recommendation], measured: dict[str, Curves]) -> _Plan:
     jobs: list[Job] = []
     uneven: dict[str, list[str]] = defaultdict(list)
     many = len(sweeps) > 1
@@ -114,7 +114,7 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Answer], measured: dict[str
     return _Plan("r2", "How much is explained with k latents", lead, jobs, note=" ".join(notes))
 
 
-def _uneven(sweeps: Sequence[Sweep], answer: Answer, alone: Sequence[Trial]) -> str:
+def _uneven(sweeps: Sequence[Sweep], answer: Recommendation, alone: Sequence[Trial]) -> str:
     """What was spent on the SAEs for one k and on the MSAE, where it is not the same; else empty."""
     groups = [group for sweep in sweeps for group in sweep.groups_of(answer.block)]
     spent = sorted({(len(g.trials), g.best.training.epochs) for g in groups if any(g.best is t for t in alone)})

@@ -10,7 +10,7 @@ from torch import Tensor
 from msae_sweep.data.prepare.shard_folder import ShardFolder
 from msae_sweep.errors import DataError
 from msae_sweep.models.trial_models import load_model
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.report.sweep_data import Curve, Group, Sweep, Trial
 from msae_sweep.sae.evaluation import evaluate
 
@@ -87,10 +87,10 @@ def _shards(sweep: Sweep, manifest: Mapping[str, Any] | None) -> tuple[ShardFold
     name = f"block{manifest['block']}-{manifest['key']}"
     # Beside the sweep, wherever it was moved to or mounted; else where it was made.
     for storage in dict.fromkeys((sweep.folder.storage, sweep.config.storage)):
-        shards = ShardFolder(Place(storage) / "prepared" / name)
+        shards = ShardFolder(StoragePath(storage) / "prepared" / name)
         if (found := shards.manifest()) is not None:
             return shards, found
-    raise DataError(f"the prepared rows ({name}) are no longer in {Place(sweep.folder.storage) / 'prepared'}")
+    raise DataError(f"the prepared rows ({name}) are no longer in {StoragePath(sweep.folder.storage) / 'prepared'}")
 
 
 def _measure(sweep: Sweep, trial: Trial, shards: ShardFolder, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from msae_sweep.config import SweepConfig
-from msae_sweep.report.response_surface import NoFit, Response, respond
+from msae_sweep.report.response_surface import NoFit, Response, fit_response
 from msae_sweep.report.sweep_data import Group, Sweep
 
 BEYOND = 3.0
@@ -35,7 +35,7 @@ class Advice(NamedTuple):
 def advise(sweep: Sweep) -> Advice:
     """Fit every block's largest group of trials with the same levels, and propose what to run next."""
     groups = [max(sweep.groups_of(block), key=lambda group: len(group.trials)) for block in sweep.blocks]
-    responses = [respond(group) for group in groups]
+    responses = [fit_response(group) for group in groups]
     raw = sweep.config.model_dump(mode="json")
     # `model_dump` gives a distribution as its fields; the file has it as {kind: values}.
     raw["space"] = {key: {d.kind: _plain(d.values)} for key, d in sweep.config.space.items()}

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import msae_sweep
 from msae_sweep.report.curves import Curves
 from msae_sweep.report.next_space import Advice
-from msae_sweep.report.recommendation import Answer, compares
+from msae_sweep.report.recommendation import Recommendation, compares
 from msae_sweep.report.style import Drawing
 from msae_sweep.report.sweep_data import Sweep
 
@@ -36,7 +36,7 @@ class Report:
     """Everything that the page shows."""
 
     sweeps: list[Sweep]
-    answers: list[Answer]
+    answers: list[Recommendation]
     sections: list[Section]
     curves: dict[str, Curves]
     """By a sweep's label."""

@@ -10,7 +10,7 @@ CLOSE = 0.01
 """Score that a smaller one may lack and still be named as the cheaper choice; chosen by eye."""
 
 
-class Answer(NamedTuple):
+class Recommendation(NamedTuple):
     """The recommendation for one block."""
 
     block: int
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
         return f"{self.sweep.folder}/{f'models/msae_block{self.block}' if known else f'trials/{trial_id}/model'}.pt"
 
 
-def answers(sweeps: Sequence[Sweep]) -> list[Answer]:
+def recommendations(sweeps: Sequence[Sweep]) -> list[Recommendation]:
     """One for every block, in the sweeps' order; the best of all sweeps whose scores compare."""
     blocks = dict.fromkeys(block for sweep in sweeps for block in sweep.blocks)
     return [_answer(block, sweeps) for block in blocks]
@@ -74,7 +74,7 @@ def compares(a: Sweep, b: Sweep, block: int) -> bool:
     return len(keys) == 1 and None not in keys
 
 
-def _answer(block: int, sweeps: Sequence[Sweep]) -> Answer:
+def _answer(block: int, sweeps: Sequence[Sweep]) -> Recommendation:
     offers = [(sweep, group) for sweep in sweeps for group in matryoshka(sweep, block)]
     # Several levels before a single one, whatever its score: the scores do not compare.
     first_sweep, first = next((offer for offer in offers if len(offer[1].levels) > 1), offers[0])
@@ -93,7 +93,7 @@ def _answer(block: int, sweeps: Sequence[Sweep]) -> Answer:
     reasons = _reasons(group, rivals, n)
     if low != high and (against := _against(at, baselines(sweeps, block, sweep))):
         reasons.append(against)
-    return Answer(block, sweep, group, claim, reasons)
+    return Recommendation(block, sweep, group, claim, reasons)
 
 
 def _against(at: Mapping[int, float], alone: Sequence[Trial]) -> str:

@@ -116,7 +116,7 @@ class Sample(NamedTuple):
     """Trials so far below the rest that a quadratic would bend to them."""
 
 
-def respond(group: Group) -> Response | NoFit:
+def fit_response(group: Group) -> Response | NoFit:
     """Fit a group's trials."""
     block, keys = group.block, varied(group)
     if "learning_rate" not in keys and len(group.ended) > 1:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from msae_sweep.config import SweepConfig, TrainingConfig, parse
 from msae_sweep.errors import SweepError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.sweep_folder.folder import SweepFolder
-from msae_sweep.sweep_folder.rungs import Ladder, climb
+from msae_sweep.sweep_folder.rungs import EarlyStopping, summarise_stops
 from msae_sweep.sweep_folder.summary import Criterion, success_criteria
 from msae_sweep.sweep_folder.trial_record import TrialRecord, ranked
 
@@ -111,7 +111,7 @@ class Group:
     levels: tuple[int, ...]
     trials: list[Trial]
     """Best first; then those that diverged, failed, or are on their way."""
-    ladder: Ladder
+    ladder: EarlyStopping
 
     @property
     def ended(self) -> list[Trial]:
@@ -252,7 +252,9 @@ def read_all(places: Sequence[str | Path]) -> list[Sweep]:
     sweeps = list({str(sweep.folder): sweep for sweep in map(read, places)}.values())
     names = [sweep.name for sweep in sweeps]
     return [
-        sweep if names.count(sweep.name) == 1 else _labelled(sweep, f"{Place(sweep.folder.storage).name}/{sweep.name}")
+        sweep
+        if names.count(sweep.name) == 1
+        else _labelled(sweep, f"{StoragePath(sweep.folder.storage).name}/{sweep.name}")
         for sweep in sweeps
     ]
 
@@ -278,7 +280,9 @@ def _groups(
         by_id = {trial.trial_id: trial for trial in trials}
         order = [by_id[r.trial_id] for r in ranked([t.record for t in trials if t.ended_well])]
         order += sorted((t for t in trials if not t.ended_well), key=lambda t: t.record.index)
-        ladder = climb([t.record for t in trials], config.asha, {t.trial_id: t.training.epochs for t in trials})
+        ladder = summarise_stops(
+            [t.record for t in trials], config.asha, {t.trial_id: t.training.epochs for t in trials}
+        )
         if order[0].ended_well:
             groups.append(Group(block, levels, order, ladder))
         else:

@@ -36,7 +36,7 @@ class Batches(Protocol):
         """The same in batches; the last one may be smaller."""
 
 
-class Moments(NamedTuple):
+class AdamMoments(NamedTuple):
     """Adam's two moments of a parameter, float32 of its shape."""
 
     mean: Tensor
@@ -52,7 +52,7 @@ class TrainState:
     """Decides the order of rows; initialisation has used it already."""
     samples_since_fired: Tensor
     """int64 [hidden_dim]: training rows since each latent last fired (value > 0 among the largest k)."""
-    moments: dict[str, Moments] = field(default_factory=dict)
+    moments: dict[str, AdamMoments] = field(default_factory=dict)
     """Of every parameter by name, as of the last finished epoch; empty before the first. An engine's own while it
     trains: `torch.optim.Adam` takes a second or more to import what it needs, which the fused step does not."""
     step: int = 0
@@ -115,7 +115,7 @@ class TrainState:
         device = self.samples_since_fired.device
         self.model.load_state_dict(raw["model"])
         self.moments = {
-            name: Moments(**{key: tensor.to(device) for key, tensor in moments.items()})
+            name: AdamMoments(**{key: tensor.to(device) for key, tensor in moments.items()})
             for name, moments in raw["moments"].items()
         }
         self.seed, self.step, self.points = raw["seed"], raw["step"], list(raw["points"])

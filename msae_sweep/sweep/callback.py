@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 
 from msae_sweep.errors import StorageError
 from msae_sweep.sweep.display import Display
-from msae_sweep.sweep.record_writer import Scribe
+from msae_sweep.sweep.record_writer import RecordWriter
 from msae_sweep.sweep.scheduler import BlockAsha
 from msae_sweep.sweep_folder.folder import SweepFolder
 from msae_sweep.sweep_folder.rungs import STOPPED_AT
@@ -21,7 +21,7 @@ from msae_sweep.sweep_folder.trial_record import FINAL, Status, TrialRecord
 from msae_sweep.track.tracker import Tracker
 
 
-class Monitor(tune.Callback):  # type: ignore[misc]
+class SweepCallback(tune.Callback):  # type: ignore[misc]
     """Keeps every trial's record up to date on disk: a trial whose record says that it ended is never run again.
 
     Tune calls it in its loop, while a worker waits for its next trial: so it only notes and posts here, and the scribe
@@ -33,7 +33,7 @@ class Monitor(tune.Callback):  # type: ignore[misc]
         records: dict[str, TrialRecord],
         folder: SweepFolder,
         scheduler: BlockAsha,
-        scribe: Scribe,
+        scribe: RecordWriter,
         tracker: Tracker,
         display: Display,
         tracked_params: Callable[[TrialRecord], dict[str, Any]],

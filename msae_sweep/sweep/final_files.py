@@ -19,7 +19,7 @@ REPORT = "report/report.html"
 """The same, once they are drawn."""
 
 
-class Written(NamedTuple):
+class FinalFiles(NamedTuple):
     """What `write` leaves."""
 
     summary: dict[str, Any]
@@ -35,7 +35,7 @@ def write(
     manifests: Mapping[int, Mapping[str, Any]],
     *,
     seconds: float,
-) -> Written:
+) -> FinalFiles:
     """Write everything that follows from the records; an interrupted sweep gets it too, for what there is.
 
     The blocks' best models are there: `lost_models` found none.
@@ -73,7 +73,7 @@ def write(
         folder.write(target.with_suffix(".json"), beside)
     folder.write_text(folder.path / "results" / "reconstruction.json", json.dumps(reconstruction(summary), indent=2))
     folder.write_text(folder.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
-    return Written(summary, histories)
+    return FinalFiles(summary, histories)
 
 
 def write_figure(folder: SweepFolder, png: bytes) -> Path:

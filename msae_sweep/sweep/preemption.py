@@ -13,7 +13,7 @@ POLL_SECONDS = 1.0
 """Asking took 0.3 ms on one machine, most of it the head's: a thousand trials keep a third of a core busy."""
 
 
-class Notice:
+class PreemptionWatch:
     """Of one process's node; asks the cluster at most every `POLL_SECONDS`."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ import ray
 
 from msae_sweep import signals
 from msae_sweep.errors import SweepError, first_line
-from msae_sweep.patching import replaced
+from msae_sweep.patching import patched
 
 CLUSTER_SECONDS = 10.0
 """How long a cluster that RAY_ADDRESS names may take to answer, e.g. while its head node starts again."""
@@ -54,12 +54,12 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
         else:
             # Ray's servers listen on all interfaces, unless the node's address is loopback, which ray.init would
             # replace by the machine's address in the network.
-            stack.enter_context(replaced("ray._private.services", "resolve_ip_for_localhost", lambda host: host))
+            stack.enter_context(patched("ray._private.services", "resolve_ip_for_localhost", lambda host: host))
             options |= {"address": "local", "_node_ip_address": LOOPBACK}
             options |= {"_system_config": {"enable_metrics_collection": False}}
             stack.enter_context(_without_metrics_pages())
         if signals.sigterm_is_ours():
-            stack.enter_context(replaced("ray._private.utils", "set_sigterm_handler", lambda handler: None))
+            stack.enter_context(patched("ray._private.utils", "set_sigterm_handler", lambda handler: None))
         try:
             context = ray.init(**options)
         except Exception as error:

@@ -12,12 +12,12 @@ import torch
 
 from msae_sweep import errors
 from msae_sweep.errors import MsaeSweepError
-from msae_sweep.models.evaluate import Plan
+from msae_sweep.models.evaluate import EvaluationPlan
 from msae_sweep.sae.evaluation import EvaluationSums
 from msae_sweep.sae.model import MSAE
 
 
-def sums_on_cluster(plan: Plan, model: MSAE, max_k: int) -> Iterator[tuple[EvaluationSums, int]]:
+def sums_on_cluster(plan: EvaluationPlan, model: MSAE, max_k: int) -> Iterator[tuple[EvaluationSums, int]]:
     """Sums and dropped rows of each part, in the parts' order; a task takes a GPU where the cluster has one.
 
     Ray is connected. What travels to a task is a reference to the model; what comes back are its sums, a few hundred
@@ -47,7 +47,9 @@ def sums_on_cluster(plan: Plan, model: MSAE, max_k: int) -> Iterator[tuple[Evalu
         yield pickle.loads(row["sums"]), int(row["n_dropped"])
 
 
-def _sums(batch: dict[str, np.ndarray], model: list[Any], plan: Plan, max_k: int, on_gpu: bool) -> dict[str, list[Any]]:
+def _sums(
+    batch: dict[str, np.ndarray], model: list[Any], plan: EvaluationPlan, max_k: int, on_gpu: bool
+) -> dict[str, list[Any]]:
     """One part's sums; what was raised on purpose comes back as text, because Ray Data may lose the exception."""
     try:
         part = plan.read(int(batch["i"][0]))

@@ -13,7 +13,7 @@ MOST_WAITING = 64
 """Writes that may wait; whoever posts one more waits too, so that a slow disk bounds what a kill can lose."""
 
 
-class Scribe:
+class RecordWriter:
     """Carries out what is posted, in order; after the first failure nothing more is written, and the end raises it.
 
     Nothing is written before `begin` has returned. It may wait for the data of all blocks, which takes minutes, while

@@ -21,8 +21,8 @@ from rich.console import Console
 import msae_sweep
 from msae_sweep import signals
 from msae_sweep.config import SweepConfig
-from msae_sweep.data.prepare import shards
 from msae_sweep.data.sources.base import BlockInfo
+from msae_sweep.data.sources.catalog import check_blocks
 from msae_sweep.errors import SweepError
 from msae_sweep.report.tables import best_table, criteria_table
 from msae_sweep.report.training_figure import import_ahead, training_figure
@@ -140,7 +140,7 @@ def checked(
     _check_start(folder, config, resume=resume and folder.exists())
     check_device(config)
     # Row counts and widths from headers: most mistakes in the data are found before Ray starts.
-    infos = shards.check(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
+    infos = check_blocks(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
     for info in infos:
         config.check_width(info.input_dim, info.block)
     if resume and folder.exists():

@@ -28,7 +28,7 @@ Verdict = Literal["pass", "stop", "wait"]
 
 
 @dataclass
-class Entrant:
+class Candidate:
     """A trial in the eyes of the scheduler."""
 
     order: int
@@ -41,7 +41,7 @@ class Entrant:
     """Whether it will reach no further rung."""
 
 
-def judge(entrants: dict[str, Entrant], trial_id: str, rung: int, reduction_factor: int) -> Verdict:
+def judge(entrants: dict[str, Candidate], trial_id: str, rung: int, reduction_factor: int) -> Verdict:
     """Whether a trial that reached `rung` goes on: its objective must be in the top 1/reduction_factor.
 
     The cutoff is that quantile of its predecessors' objectives at the rung; without predecessors there, it passes.
@@ -61,13 +61,13 @@ class _Group:
     """
 
     def __init__(self) -> None:
-        self.entrants: dict[str, Entrant] = {}
-        self._ordered: list[Entrant] = []
+        self.entrants: dict[str, Candidate] = {}
+        self._ordered: list[Candidate] = []
         self._heard: dict[int, int] = {}
         """By rung, of how many of the first in order it is known how they stand there."""
         self._verdicts: dict[tuple[str, int], Verdict] = {}
 
-    def add(self, trial_id: str, entrant: Entrant) -> None:
+    def add(self, trial_id: str, entrant: Candidate) -> None:
         """Make a trial known, or known anew."""
         if (before := self.entrants.get(trial_id)) is not None:
             self._ordered.remove(before)
@@ -106,7 +106,7 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
     ) -> None:
         """Make a trial known; all predecessors must be known before it is judged, also those of earlier runs."""
         known = dict(objectives or {})
-        self._groups[group].add(trial_id, Entrant(order, known, max(known, default=0), ended))
+        self._groups[group].add(trial_id, Candidate(order, known, max(known, default=0), ended))
 
     def verdict(self, group: str, trial_id: str) -> tuple[Verdict, int]:
         """The verdict at the first rung that the trial has reached and not passed; `pass`, 0 if it passed all."""
@@ -181,14 +181,14 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
         n_trials = sum(len(group.entrants) for group in self._groups.values())
         return f"BlockAsha: {n_trials} trials in {len(self._groups)} groups"
 
-    def _hear(self, trial: Trial, result: dict[str, Any]) -> Entrant:
+    def _hear(self, trial: Trial, result: dict[str, Any]) -> Candidate:
         entrant = self._entrant(trial)
         for rung, objective in result.get("rungs", []):
             entrant.objectives.setdefault(int(rung), objective)
             entrant.reached = max(entrant.reached, int(rung))
         return entrant
 
-    def _entrant(self, trial: Trial) -> Entrant:
+    def _entrant(self, trial: Trial) -> Candidate:
         spec = trial.config["trial"]
         return self._groups[spec["group"]].entrants[spec["trial_id"]]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from msae_sweep.config import AshaConfig, SweepConfig
-from msae_sweep.sweep_folder.rungs import at_rungs, rungs
+from msae_sweep.sweep_folder.rungs import objectives_at_rungs, rungs
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 PRIOR_VERDICTS = 6.0
@@ -170,7 +170,7 @@ class TimeLeft:
         return known
 
     def _at_rungs(self, record: TrialRecord) -> dict[int, float]:
-        return at_rungs(record, self._config.asha, self._length(record).epochs)
+        return objectives_at_rungs(record, self._config.asha, self._length(record).epochs)
 
     def _epoch_seconds(self, shape: Any) -> float:
         """Seconds of one epoch: of trials of that shape, else of all."""

@@ -26,13 +26,13 @@ import torch
 from ray import tune
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.data.batches.loader import Batches, ResidentBatches, default_budget, make_batches
+from msae_sweep.data.batches.loader import ResidentBatches, WindowBatches, default_budget, make_batches
 from msae_sweep.data.prepare.shards import PreparedBlock
 from msae_sweep.errors import MsaeSweepError, StorageError, first_line
 from msae_sweep.sae import kernels, model_file
 from msae_sweep.sae.engines.step_cache import StepCache
 from msae_sweep.sae.train import Progress, TrainState, choose_device, fit
-from msae_sweep.sweep.preemption import Notice
+from msae_sweep.sweep.preemption import PreemptionWatch
 from msae_sweep.sweep_folder.folder import SweepFolder
 
 LEAVING_SECONDS = 1.0
@@ -72,12 +72,12 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             rehearsals: training settings to be tried while the block of the first trial is not ready.
         """
         torch.set_num_threads(max(1, int(cpus)))
-        self._prepared, self._folder, self._notice = prepared, folder, Notice()
+        self._prepared, self._folder, self._notice = prepared, folder, PreemptionWatch()
         self._holds_gpu, self._checkpoint_seconds = gpus > 0, checkpoint_seconds
         # Trials that share a device or a machine share its memory.
         self._device_share = min(1.0, gpus) if gpus else min(1.0, cpus / (os.cpu_count() or 1))
         self._budget: int | None = None
-        self._loaded: dict[int, tuple[Batches, ...]] = {}
+        self._loaded: dict[int, tuple[WindowBatches, ...]] = {}
         self._steps = StepCache()
         self._runs_on: dict[str, str] = {}
         self.reset_config(config)
@@ -217,7 +217,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         self._seconds = seconds
         return state
 
-    def _load_data(self, device: torch.device) -> tuple[Batches, Batches]:
+    def _load_data(self, device: torch.device) -> tuple[WindowBatches, WindowBatches]:
         """Train and validation rows of the block, kept for later trials; blocks make room for one another in turn."""
         block = self._prepared[self._block]
         batch_size = self._training.batch_size

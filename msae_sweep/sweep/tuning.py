@@ -13,18 +13,18 @@ from rich.console import Console
 from msae_sweep.config import SweepConfig
 from msae_sweep.errors import SweepError
 from msae_sweep.models.trial_models import lost_models
-from msae_sweep.patching import replaced
+from msae_sweep.patching import patched
 from msae_sweep.signals import handlers_put_back
-from msae_sweep.sweep.callback import Monitor
+from msae_sweep.sweep.callback import SweepCallback
 from msae_sweep.sweep.display import Display
 from msae_sweep.sweep.preparation import Preparation
-from msae_sweep.sweep.record_writer import Scribe
+from msae_sweep.sweep.record_writer import RecordWriter
 from msae_sweep.sweep.resources import trials_at_once
 from msae_sweep.sweep.scheduler import BlockAsha
 from msae_sweep.sweep.space import plan, trial_record
 from msae_sweep.sweep.trial import MSAETrial
 from msae_sweep.sweep_folder.folder import SweepFolder
-from msae_sweep.sweep_folder.rungs import at_rungs, rungs
+from msae_sweep.sweep_folder.rungs import objectives_at_rungs, rungs
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 from msae_sweep.track import journal
 from msae_sweep.track.tracker import Tracker
@@ -97,8 +97,8 @@ class Tuning:
             )
         display = Display(self._console, config, self.n_trials, self._tracking_note)
         display.show(known)
-        scribe = Scribe(begin)
-        monitor = Monitor(self.records, self._folder, scheduler, scribe, self._tracker, display, self._params)
+        scribe = RecordWriter(begin)
+        monitor = SweepCallback(self.records, self._folder, scheduler, scribe, self._tracker, display, self._params)
         if config.search.algorithm == "optuna":
             from msae_sweep.sweep.optuna_search import BlockOptuna
 
@@ -160,7 +160,7 @@ class Tuning:
         search: Any,
         scheduler: BlockAsha,
         samples: int,
-        monitor: Monitor,
+        monitor: SweepCallback,
         failure: tune.Stopper,
     ) -> None:
         resources = self._config.resources
@@ -257,7 +257,7 @@ class Tuning:
         return f"block{record.block} k={record.training(self._config.training).levels}"
 
     def _objectives(self, record: TrialRecord) -> dict[int, float]:
-        return at_rungs(record, self._config.asha, record.training(self._config.training).epochs)
+        return objectives_at_rungs(record, self._config.asha, record.training(self._config.training).epochs)
 
     def _tracking_note(self) -> str:
         status = self._tracker.status
@@ -284,7 +284,7 @@ class _InOrder(Domain):  # type: ignore[misc]
 class _Failure(tune.Stopper):  # type: ignore[misc]
     """Ends the sweep in an orderly way where its data cannot be used or its folder cannot be written."""
 
-    def __init__(self, scribe: Scribe) -> None:
+    def __init__(self, scribe: RecordWriter) -> None:
         self._scribe = scribe
 
     def __getstate__(self) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def _uncounted() -> AbstractContextManager[None]:
 
     Tune would import MLflow's, wandb's and others' integrations for it, 2 s before it starts the first worker.
     """
-    return replaced("ray.air._internal.usage", "tag_callbacks", lambda callbacks: False)
+    return patched("ray.air._internal.usage", "tag_callbacks", lambda callbacks: False)
 
 
 def _trial_id(trial: Any) -> str:

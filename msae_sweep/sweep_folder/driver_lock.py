@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 
 from msae_sweep.errors import SweepError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 45.0
@@ -23,7 +23,7 @@ DEAD_SECONDS = 45.0
 
 
 @contextlib.contextmanager
-def held(place: Place) -> Iterator[None]:
+def held(place: StoragePath) -> Iterator[None]:
     """Show at `place` that this process drives the sweep, as long as this is open.
 
     Raises:
@@ -51,7 +51,7 @@ def held(place: Place) -> Iterator[None]:
             place.delete()
 
 
-def _wait_for_the_dead(place: Place) -> None:
+def _wait_for_the_dead(place: StoragePath) -> None:
     first = _read(place)
     if not first or _is_dead_here(first["driver"]):
         return
@@ -65,7 +65,7 @@ def _wait_for_the_dead(place: Place) -> None:
             raise SweepError(f"{place.parent.parent}: this sweep is being run by {now['driver']}; wait for it")
 
 
-def _read(place: Place) -> dict[str, str]:
+def _read(place: StoragePath) -> dict[str, str]:
     try:
         found: dict[str, str] = json.loads(place.read())
     except (FileNotFoundError, ValueError):

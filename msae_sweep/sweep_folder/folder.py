@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from msae_sweep.errors import StorageError, SweepError, first_line
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.sweep_folder import driver_lock, store_sync
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 
@@ -41,11 +41,11 @@ class SweepFolder:
     write the store itself, and only by `read` and `write`.
     """
 
-    def __init__(self, path: str | Path, shared: Place | None = None) -> None:
+    def __init__(self, path: str | Path, shared: StoragePath | None = None) -> None:
         """The folder itself; with `shared`, a copy of what lies there."""
         self.path = Path(path).absolute()
         self._shared = shared
-        self._mirror: store_sync.Mirror | None = None
+        self._mirror: store_sync.StoreSync | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mirror": None}
@@ -60,7 +60,7 @@ class SweepFolder:
         Raises:
             SweepError: the store cannot be reached, or says no.
         """
-        place = Place(where)
+        place = StoragePath(where)
         if not place.is_remote:
             return cls(place.path)
         place.check()
@@ -76,7 +76,7 @@ class SweepFolder:
         Raises:
             SweepError: a store that cannot be reached, or says no.
         """
-        return cls.at(str(Path(storage) / name) if "://" not in storage else (Place(storage) / name).uri)
+        return cls.at(str(Path(storage) / name) if "://" not in storage else (StoragePath(storage) / name).uri)
 
     @property
     def storage(self) -> str:
@@ -171,8 +171,8 @@ class SweepFolder:
             store_sync.fetch(self._shared, self.path)
             yield from self._mirrored(self._shared)
 
-    def _mirrored(self, shared: Place) -> Iterator[None]:
-        self._mirror = store_sync.Mirror(self.path, shared)
+    def _mirrored(self, shared: StoragePath) -> Iterator[None]:
+        self._mirror = store_sync.StoreSync(self.path, shared)
         try:
             yield
             # How far MLflow was told: nothing is lost without it but time.
@@ -330,7 +330,7 @@ class SweepFolder:
             return {file.parent.name for file, info in files.items() if file.name == "model.pt" and info.size > 0}
         return {file.parent.name for file in self.path.glob("trials/*/model.pt") if zipfile.is_zipfile(file)}
 
-    def _place(self, path: Path) -> Place:
+    def _place(self, path: Path) -> StoragePath:
         assert self._shared is not None
         return self._shared / path.relative_to(self.path).as_posix()
 

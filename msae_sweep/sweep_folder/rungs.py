@@ -1,7 +1,7 @@
 """Early stopping: at which rungs trials are judged, by which cutoff, and what stopping them saved.
 
-The scheduler and the report both take objectives from `at_rungs` and cutoffs from `cutoff`, so the report states the
-cutoffs that the scheduler used.
+The scheduler and the report both take objectives from `objectives_at_rungs` and cutoffs from `cutoff`, so the report
+states the cutoffs that the scheduler used.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ def rungs(asha: AshaConfig | None, epochs: int) -> list[int]:
     return milestones
 
 
-def at_rungs(record: TrialRecord, asha: AshaConfig | None, epochs: int) -> dict[int, float]:
+def objectives_at_rungs(record: TrialRecord, asha: AshaConfig | None, epochs: int) -> dict[int, float]:
     """Objective at each rung that a trial of at most `epochs` has reached.
 
     An epoch that is a rung of other trials only is left out: a trial of 9 epochs is not judged at epoch 9, and no trial
@@ -64,7 +64,7 @@ class Stop(NamedTuple):
         return self.cutoff - self.objective
 
 
-class Ladder(NamedTuple):
+class EarlyStopping(NamedTuple):
     """What early stopping did in one block."""
 
     rungs: list[int]
@@ -79,14 +79,16 @@ class Ladder(NamedTuple):
     """Training time of the saved epochs, each trial at its own pace."""
 
 
-def climb(records: Sequence[TrialRecord], asha: AshaConfig | None, epochs: Mapping[str, int]) -> Ladder:
+def summarise_stops(
+    records: Sequence[TrialRecord], asha: AshaConfig | None, epochs: Mapping[str, int]
+) -> EarlyStopping:
     """The ladder of one group of trials, which are judged only against each other.
 
     Args:
         epochs: the most epochs of each trial, by trial_id.
     """
     order = sorted(records, key=lambda record: record.index)
-    objectives = [at_rungs(record, asha, epochs[record.trial_id]) for record in order]
+    objectives = [objectives_at_rungs(record, asha, epochs[record.trial_id]) for record in order]
     stops, saved, seconds = [], 0, 0.0
     for place, record in enumerate(order):
         if asha is None or not record.reason.startswith(STOPPED_AT):
@@ -98,4 +100,4 @@ def climb(records: Sequence[TrialRecord], asha: AshaConfig | None, epochs: Mappi
         left = epochs[record.trial_id] - rung
         saved, seconds = saved + left, seconds + record.seconds / record.epochs * left
     milestones = sorted({r for record in order for r in rungs(asha, epochs[record.trial_id])})
-    return Ladder(milestones, stops, saved, sum(r.epochs for r in order if r.finished), seconds)
+    return EarlyStopping(milestones, stops, saved, sum(r.epochs for r in order if r.finished), seconds)

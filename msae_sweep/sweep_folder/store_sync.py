@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from msae_sweep.errors import StorageError, SweepError, first_line
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 AT_ONCE = 16
 """Requests to the store at a time."""
@@ -30,7 +30,7 @@ LARGE = ("model.pt", "state.pt")
 """Names of what is fetched only when it is asked for."""
 
 
-def fetch(shared: Place, copy: Path) -> None:
+def fetch(shared: StoragePath, copy: Path) -> None:
     """Bring everything small of a sweep into `copy`; nothing where there is no sweep.
 
     Raises:
@@ -46,7 +46,7 @@ def fetch(shared: Place, copy: Path) -> None:
             if not changed:
                 break
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                contents |= zip(changed, pool.map(Place.read, changed.values()), strict=True)
+                contents |= zip(changed, pool.map(StoragePath.read, changed.values()), strict=True)
             known = {way: (size, at) for way, (_, size, at) in files.items()}
     except OSError as error:
         raise SweepError(str(error)) from None
@@ -68,7 +68,7 @@ def fetch(shared: Place, copy: Path) -> None:
         (copy / EVENTS).write_bytes(events)
 
 
-def _small_files(shared: Place) -> dict[Path, tuple[Place, int, int]]:
+def _small_files(shared: StoragePath) -> dict[Path, tuple[StoragePath, int, int]]:
     """By their way from `shared`, with size and time."""
     tops = ("sweep.yaml", "identity.json", "data.json", "summary.json", "trials", "journal", "results")
     found = {file.relative_to(shared): (file, info) for file, info in shared.files(recursive=True).items()}
@@ -79,10 +79,10 @@ def _small_files(shared: Place) -> dict[Path, tuple[Place, int, int]]:
     }
 
 
-class Mirror:
+class StoreSync:
     """Brings what changes in `copy` to `shared`, in a thread."""
 
-    def __init__(self, copy: Path, shared: Place) -> None:
+    def __init__(self, copy: Path, shared: StoragePath) -> None:
         self._copy, self._shared = copy, shared
         self._changed: dict[Path, None] = {}
         self._news = threading.Condition()

@@ -26,7 +26,7 @@ _PASSING_STATUS = (401, 403, 407, 408, 425, 429)
 _OWN_FAULTS = (MsaeSweepError, FileNotFoundError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 
 
-class Refused(Exception):
+class RejectedByMlflow(Exception):
     """MLflow will never take this, however often it is sent."""
 
 
@@ -43,12 +43,12 @@ def connect(uri: str) -> Any:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turn errors that would come again for ever into `Refused`; what may pass is raised as it is."""
+    """Turn errors that would come again for ever into `RejectedByMlflow`; what may pass is raised as it is."""
     try:
         yield
     except Exception as error:
         if _is_lasting(error):
-            raise Refused(one_line(error)) from error
+            raise RejectedByMlflow(one_line(error)) from error
         raise
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from msae_sweep.config import registered_name
 from msae_sweep.sae import model_file
 from msae_sweep.track import logged_models
-from msae_sweep.track.connection import Refused, refusals
+from msae_sweep.track.connection import RejectedByMlflow, refusals
 from msae_sweep.track.cursor import Cursor, SentTrial
 from msae_sweep.track.datasets import dataset_input
 from msae_sweep.track.journal import Entry
@@ -28,7 +28,7 @@ _NOT_A_SCORE = ("learning_rate", "samples_seen", "samples_per_second")
 """Metrics that say how an epoch ran, not how good it was: there is no `best_…` of them."""
 
 
-class Replay:
+class EventHandlers:
     """Applies events, each as often as may be; the cursor learns which runs there are and which epochs they have."""
 
     def __init__(
@@ -80,8 +80,8 @@ class Replay:
                     case "artifacts":
                         self._log_files(entry, self._sweep_run(), entry.event["files"])
                     case kind:
-                        raise Refused(f"no such kind of event: {kind}")
-        except Refused as error:
+                        raise RejectedByMlflow(f"no such kind of event: {kind}")
+        except RejectedByMlflow as error:
             self._refused(entry, "all", str(error))
         return None
 
@@ -140,7 +140,7 @@ class Replay:
         event = entry.event
         trial = self._cursor.trials.get(event["trial_id"])
         if trial is None:
-            raise Refused(f"trial {event['trial_id']} has no run")
+            raise RejectedByMlflow(f"trial {event['trial_id']} has no run")
         scores = {key: value for key, value in event["best"].items() if key not in _NOT_A_SCORE}
         step = int(scores.get("epoch", 0))
         told = self._times.pop(event["trial_id"], {}).get(step)
@@ -209,7 +209,7 @@ class Replay:
         trial = self._cursor.trials.get(trial_id)
         model = logged_models.find_model(self._client, self._runs.experiment_id, trial.run_id) if trial else None
         if model is None or not logged_models.is_ready(model):
-            raise Refused(f"trial {trial_id} has no model")
+            raise RejectedByMlflow(f"trial {trial_id} has no model")
         prefix = f"block{block}/"
         scores = {key.removeprefix(prefix): f"{v:.6g}" for key, v in metrics.items() if key.startswith(prefix)}
         tags = {SWEEP_TAG: self._cursor.sweep_id, TRIAL_TAG: trial_id, **scores}
@@ -217,7 +217,7 @@ class Replay:
 
     def _sweep_run(self) -> str:
         if not self._cursor.run_id:
-            raise Refused("the sweep has no run")
+            raise RejectedByMlflow("the sweep has no run")
         return self._cursor.run_id
 
     def _begin(self, entry: Entry, trial_id: str, name: str, tags: Mapping[str, str]) -> str:
@@ -249,7 +249,7 @@ class Replay:
         try:
             with refusals():
                 yield
-        except Refused as error:
+        except RejectedByMlflow as error:
             self._refused(entry, name, str(error))
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msae_sweep.errors import MsaeSweepError, TrackingError
-from msae_sweep.patching import replaced
+from msae_sweep.patching import patched
 from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sae.model_file import ModelFile
@@ -232,7 +232,7 @@ def _unchecked_requirements() -> AbstractContextManager[None]:
 
     It would look at every file of every installed package for that, 2 s and more before the first model.
     """
-    return replaced("mlflow.utils.environment", "warn_dependency_requirement_mismatches", lambda requirements: None)
+    return patched("mlflow.utils.environment", "warn_dependency_requirement_mismatches", lambda requirements: None)
 
 
 def register(client: Any, model: Any, name: str, tags: Mapping[str, str]) -> str:

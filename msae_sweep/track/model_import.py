@@ -13,7 +13,7 @@ from msae_sweep.errors import MsaeSweepError, TrackingError
 from msae_sweep.sae import model_file
 from msae_sweep.sae.model_file import ModelFile
 from msae_sweep.track import logged_models
-from msae_sweep.track.connection import Refused, connect, one_line
+from msae_sweep.track.connection import RejectedByMlflow, connect, one_line
 from msae_sweep.track.runs import SWEEP_TAG, TRIAL_TAG, NewRun, Runs
 from msae_sweep.track.uri import artifact_root, redact, resolve_uri
 
@@ -76,7 +76,7 @@ def register_import(
         return Imported(name, version, run_id)
     except MsaeSweepError:
         raise
-    except (Exception, Refused) as error:
+    except (Exception, RejectedByMlflow) as error:
         raise TrackingError(f"{redact(uri)}: not registered there: {one_line(error)}") from None
 
 

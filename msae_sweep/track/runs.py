@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msae_sweep.errors import TrackingError
-from msae_sweep.track.connection import Refused, is_code, refusals
+from msae_sweep.track.connection import RejectedByMlflow, is_code, refusals
 
 SWEEP_TAG = "msae_sweep.sweep_id"
 TRIAL_TAG = "msae_sweep.trial_id"
@@ -131,7 +131,7 @@ class Runs:
         try:
             with refusals():
                 self._client.log_batch(run_id, synchronous=True, **{kind: batch})
-        except Refused as error:
+        except RejectedByMlflow as error:
             if len(batch) == 1:
                 refuse(f"{kind} {batch[0].key}", str(error))
                 return

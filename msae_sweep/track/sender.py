@@ -13,7 +13,7 @@ from msae_sweep.errors import TrackingError
 from msae_sweep.track import journal, logged_models
 from msae_sweep.track.connection import connect, one_line
 from msae_sweep.track.cursor import Cursor
-from msae_sweep.track.event_handlers import Replay
+from msae_sweep.track.event_handlers import EventHandlers
 from msae_sweep.track.journal import Entry
 from msae_sweep.track.runs import Runs
 from msae_sweep.track.uploads import Uploads
@@ -69,7 +69,7 @@ class Sender:
         self._uploads = Uploads(UPLOADS_AT_ONCE if uri.startswith("http") else 1)
         self._refusing = threading.Lock()
         self._told: set[tuple[int, str]] = set()
-        self._replay: Replay | None = None
+        self._replay: EventHandlers | None = None
         self._last_error = ""
 
     @property
@@ -151,7 +151,7 @@ class Sender:
             self._cursor.save(self._folder)
             on_progress(self.status)
 
-    def _connect(self) -> Replay:
+    def _connect(self) -> EventHandlers:
         """Anew after every failure: then the runs are looked up, and none is created twice."""
         client = connect(self._uri)
         runs = Runs(client, self._tracking.experiment, artifact_root(self._uri))
@@ -159,7 +159,7 @@ class Sender:
         if self._cursor.run_id and not runs.is_alive(self._cursor.run_id):
             # The database was replaced or the sweep's run deleted: everything has to be sent anew.
             self._cursor = Cursor(self._destination)
-        return Replay(client, runs, self._cursor, self._folder, self._refused, self._fetch)
+        return EventHandlers(client, runs, self._cursor, self._folder, self._refused, self._fetch)
 
     def _load_cursor(self) -> Cursor:
         """The saved cursor, if it is of this destination and of this journal."""

@@ -40,7 +40,7 @@ main()
 GoesOn = Callable[[], bool]
 
 
-class Sending(Protocol):
+class SenderRunner(Protocol):
     """A sender at work."""
 
     def __init__(
@@ -80,15 +80,15 @@ class SenderThread:
 
     @property
     def status(self) -> TrackingStatus:
-        """See `Sending`."""
+        """See `SenderRunner`."""
         return self._sender.status
 
     def wake(self) -> None:
-        """See `Sending`."""
+        """See `SenderRunner`."""
         self._wake.set()
 
     def finish(self, timeout_seconds: float, goes_on: GoesOn = lambda: True) -> None:
-        """See `Sending`."""
+        """See `SenderRunner`."""
         self._closing.set()
         self._wake.set()
         _join(self._thread, timeout_seconds, goes_on)
@@ -121,15 +121,15 @@ class SenderProcess:
 
     @property
     def status(self) -> TrackingStatus:
-        """See `Sending`."""
+        """See `SenderRunner`."""
         return self._said._replace(pending=max(0, self._n_events() - self._said.sent))
 
     def wake(self) -> None:
-        """See `Sending`."""
+        """See `SenderRunner`."""
         self._news.set()
 
     def finish(self, timeout_seconds: float, goes_on: GoesOn = lambda: True) -> None:
-        """See `Sending`."""
+        """See `SenderRunner`."""
         self._closing.set()
         self._news.set()
         _join(self._listener, timeout_seconds, goes_on)

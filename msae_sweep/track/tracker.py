@@ -19,7 +19,7 @@ from msae_sweep.config import TrackingConfig
 from msae_sweep.track import journal
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.sender import Fetch, Sender, TrackingStatus
-from msae_sweep.track.sender_process import SenderProcess, Sending
+from msae_sweep.track.sender_process import SenderProcess, SenderRunner
 from msae_sweep.track.uri import redact, resolve_uri
 
 SAY_SECONDS, SILENT_SECONDS = 5.0, 30.0
@@ -61,7 +61,7 @@ class Shared(Protocol):
 class Tracker:
     """Writes a sweep's journal and has it sent. `start` makes one; it is for one thread, and `close` ends it."""
 
-    def __init__(self, sweep_folder: Path, sweep_id: str, written: Journal, sending: Sending, where: str) -> None:
+    def __init__(self, sweep_folder: Path, sweep_id: str, written: Journal, sending: SenderRunner, where: str) -> None:
         """`where`: MLflow's address, without secrets."""
         self._folder, self._sweep_id, self._journal, self._sending = sweep_folder, sweep_id, written, sending
         self._where = where
@@ -74,7 +74,7 @@ class Tracker:
         *,
         sweep_id: str,
         shared: Shared | None = None,
-        sending: type[Sending] | None = None,
+        sending: type[SenderRunner] | None = None,
         written: Journal | None = None,
     ) -> "Tracker":
         """Begin to track a sweep, or go on with one: then with the same folder and `sweep_id`.
@@ -92,7 +92,7 @@ class Tracker:
         written = written or Journal(sweep_folder)
         begin = sending or SenderProcess
         if shared is None:
-            sent: Sending = begin(sweep_folder, uri, tracking, lambda: written.seq, lambda path: path)
+            sent: SenderRunner = begin(sweep_folder, uri, tracking, lambda: written.seq, lambda path: path)
         else:
             # What MLflow was told must never be lost, or a resumed sweep would tell it differently.
             sent = begin(sweep_folder, uri, tracking, lambda: shared.n_events(written.seq), shared.fetch)

@@ -220,14 +220,14 @@ def main() -> None:
         ]
         if not args.stages:
             formats = tuple(args.format.split(","))
-            settings = extraction.Settings(
+            settings = extraction.ExtractionSettings(
                 weights, games, folder / "out", taps, sampling, formats=formats, precision=args.precision
             )
             lines += pipeline(settings)
         machine.report(lines, args.save)
 
 
-def pipeline(settings: extraction.Settings) -> Iterator[str]:
+def pipeline(settings: extraction.ExtractionSettings) -> Iterator[str]:
     """The extraction itself."""
     import ray
 
@@ -237,7 +237,7 @@ def pipeline(settings: extraction.Settings) -> Iterator[str]:
     seen: list[tuple[float, int]] = []
     said: list[str] = []
 
-    def report(progress: extraction.Progress) -> None:
+    def report(progress: extraction.GamesProgress) -> None:
         seen.append((time.perf_counter(), progress.positions))
         said.append(progress.device)
 

@@ -35,7 +35,7 @@ from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sweep import run as sweep
 from msae_sweep.sweep import tuning
-from msae_sweep.sweep.callback import Monitor
+from msae_sweep.sweep.callback import SweepCallback
 from msae_sweep.sweep_folder.folder import SweepFolder
 
 EPOCHS = 30
@@ -182,16 +182,16 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
 
     tuning.tune.with_parameters = sleeping
     heard: list[Heard] = []
-    on_trial_result = Monitor.on_trial_result
+    on_trial_result = SweepCallback.on_trial_result
 
     def listening(
-        monitor: Monitor, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+        monitor: SweepCallback, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         reported = (result["worker"], trial.trial_id, result["heard_from"], result["slept"])
         heard.append(Heard(time.time(), *reported, monitor._scribe.posted))
         on_trial_result(monitor, iteration, trials, trial, result, **info)
 
-    Monitor.on_trial_result = listening  # type: ignore[method-assign]
+    SweepCallback.on_trial_result = listening  # type: ignore[method-assign]
     trackers: list[Any] = []
     start = sweep.Tracker.start
     sweep.Tracker.start = lambda *a, **k: trackers.append(start(*a, **k)) or trackers[-1]  # type: ignore[method-assign]

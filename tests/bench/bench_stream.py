@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.data.batches.loader import Batches, ResidentBatches, Shard, StreamedBatches, _tensor
+from msae_sweep.data.batches.loader import ResidentBatches, Shard, StreamedBatches, WindowBatches, _tensor
 from msae_sweep.data.batches.prefetch import copying_threads
 from msae_sweep.data.batches.stream import WINDOW_BYTES
 from msae_sweep.sae.train import StepCache, TrainState, _engine
@@ -55,7 +55,7 @@ def make_shards(n_rows: int, input_dim: int, shard_rows: int) -> list[np.ndarray
     return shards
 
 
-def check(batches: Batches) -> None:
+def check(batches: WindowBatches) -> None:
     """Raise AssertionError where an epoch or the ordered rows are not what they should be."""
     seen = torch.cat([x[:, 0] / NUMBER for x in batches.epoch(1, 0)]).long()
     assert len(seen) == batches.n_rows - batches.n_rows % batches.batch_size, "rows are missing"
@@ -94,7 +94,7 @@ def busy_step(batch_size: int, input_dim: int, step_ms: float, device: torch.dev
     return step
 
 
-def run_epoch(batches: Batches, epoch: int, step: Step | None) -> None:
+def run_epoch(batches: WindowBatches, epoch: int, step: Step | None) -> None:
     """Every batch of an epoch; without a step only the windows."""
     for rows, order in batches.windows(epoch, 0):
         if step is not None:
@@ -102,7 +102,7 @@ def run_epoch(batches: Batches, epoch: int, step: Step | None) -> None:
                 step(rows, numbers)
 
 
-def trained(batches: Batches, input_dim: int, device: torch.device) -> Callable[[int], object]:
+def trained(batches: WindowBatches, input_dim: int, device: torch.device) -> Callable[[int], object]:
     """An epoch of the product's training, by its number."""
     settings = {"batch_size": batches.batch_size, "learning_rate": 1e-4, "seed": 0, "dead_after_samples": NEVER}
     config = TrainingConfig.model_validate(settings)

@@ -38,7 +38,7 @@ from rich.console import Console
 from msae_sweep.config import parse
 from msae_sweep.sweep import ray_cluster
 from msae_sweep.sweep import run as sweep
-from msae_sweep.sweep.callback import Monitor
+from msae_sweep.sweep.callback import SweepCallback
 
 CHUNK_ROWS = 50_000
 SAMPLE_SECONDS = 0.1
@@ -88,16 +88,16 @@ class Watch:
 
     def watch_results(self) -> None:
         """Keep every trial's reports."""
-        on_trial_result = Monitor.on_trial_result
+        on_trial_result = SweepCallback.on_trial_result
 
-        def keeping(monitor: Monitor, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        def keeping(monitor: SweepCallback, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             self.results.append(
                 {key: result.get(key) for key in ("hostname", "pid", "trained", "epoch")}
                 | {"trial_id": trial.config["trial"]["trial_id"], "heard": time.time()}
             )
             on_trial_result(monitor, iteration, trials, trial, result, **info)
 
-        Monitor.on_trial_result = keeping  # type: ignore[method-assign]
+        SweepCallback.on_trial_result = keeping  # type: ignore[method-assign]
 
     def seconds(self, name: str) -> float:
         """Of all calls together."""

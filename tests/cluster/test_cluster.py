@@ -23,7 +23,7 @@ import yaml
 from nodes import MB, ROOT, Cluster, Job, Node, why_not
 from servers import S3, Mlflow, Postgres, SlowProxy, in_environment
 
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.sae import model_file
 
 if reason := why_not():
@@ -72,7 +72,7 @@ class Sweep:
 
     def fetch(self) -> None:
         """Bring the sweep from the store."""
-        there = Place(self.storage) / "quickstart"
+        there = StoragePath(self.storage) / "quickstart"
         for file in there.files(recursive=True):
             target = self.folder / file.relative_to(there)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,11 @@ from servers import S3, SlowProxy, in_environment
 from msae_sweep.config import DataConfig
 from msae_sweep.data.sources.catalog import open_source
 from msae_sweep.errors import ConfigError, DataError, SweepError
-from msae_sweep.paths import Place, check_file
+from msae_sweep.paths import StoragePath, check_file
 
 
 def test_a_place_in_a_store_is_used_as_a_folder_is(object_store, tmp_path):
-    for root in (Place(object_store.bucket) / "used", Place(tmp_path)):
+    for root in (StoragePath(object_store.bucket) / "used", StoragePath(tmp_path)):
         assert not (root / "a").exists()
         (root / "a" / "b.txt").write(b"hello")
         (root / "a" / "b.txt").write(b"hello again")
@@ -39,7 +39,7 @@ def test_a_store_that_takes_its_time_is_waited_for(object_store):
     host, port = urlsplit(object_store.environment["AWS_ENDPOINT_URL"]).netloc.split(":")
     proxy = SlowProxy(host, int(port))
     proxy.delay_seconds = 4.0  # AWS' own patience is 3 s
-    place = Place(f"{object_store.bucket}/slow?endpoint_override={urlsplit(proxy.endpoint).netloc}&scheme=http")
+    place = StoragePath(f"{object_store.bucket}/slow?endpoint_override={urlsplit(proxy.endpoint).netloc}&scheme=http")
     place.check()
     proxy.close()
     assert proxy.n_answers == 1, "it was asked again"
@@ -51,16 +51,16 @@ def test_what_no_store_answers_is_said_in_one_line(object_store):
         ("s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http", "s3://bucket/x: "),
     ):
         with pytest.raises(SweepError, match=says) as caught:
-            Place(uri).check()
+            StoragePath(uri).check()
         assert "\n" not in str(caught.value)
         assert not any(secret in str(caught.value) for secret in object_store.secrets)
 
 
 def test_a_place_holds_no_secret_and_keeps_what_leads_to_another_store(object_store):
-    place = Place("s3://bucket/a?endpoint_override=host:1&scheme=http") / "b"
+    place = StoragePath("s3://bucket/a?endpoint_override=host:1&scheme=http") / "b"
     assert place.uri == "s3://bucket/a/b?endpoint_override=host:1&scheme=http"
     assert str(place.parent) == "s3://bucket/a"
-    used = Place(object_store.bucket) / "x"
+    used = StoragePath(object_store.bucket) / "x"
     assert used.exists() in (True, False)
     assert not any(secret.encode() in pickle.dumps(used) for secret in object_store.secrets)
 
@@ -68,8 +68,8 @@ def test_a_place_holds_no_secret_and_keeps_what_leads_to_another_store(object_st
 @pytest.mark.parametrize("write", WRITERS)
 def test_activations_in_a_store_are_those_on_a_disk(object_store, tmp_path, rows, write):
     local = WRITERS[write](tmp_path / "data", rows, np.arange(len(rows)) // 7)
-    there = Place(object_store.bucket) / write
-    folder = Place(local)
+    there = StoragePath(object_store.bucket) / write
+    folder = StoragePath(local)
     for file in folder.files(recursive=True) if folder.is_folder() else [folder]:
         way = file.relative_to(folder).as_posix() if folder.is_folder() else file.name
         (there / way).write(file.read())
@@ -91,8 +91,8 @@ def test_activations_in_a_store_are_those_on_a_disk(object_store, tmp_path, rows
 
 
 def test_a_fingerprint_changes_with_what_lies_in_the_store(object_store, tmp_path, rows):
-    local = Place(write_npy(tmp_path / "data", rows))
-    there = Place(object_store.bucket) / "changing"
+    local = StoragePath(write_npy(tmp_path / "data", rows))
+    there = StoragePath(object_store.bucket) / "changing"
     for file in local.files(recursive=True):
         (there / file.relative_to(local).as_posix()).write(file.read())
     before = open_source(DataConfig(path=there.uri)).fingerprint(5)
@@ -108,10 +108,10 @@ def test_nothing_there_is_said_in_one_line(object_store):
 
 
 def test_another_environment_leads_to_another_store(object_store, tmp_path_factory):
-    (Place(object_store.bucket) / "only-here").write(b"1")
+    (StoragePath(object_store.bucket) / "only-here").write(b"1")
     with S3(tmp_path_factory.mktemp("other")) as other, in_environment(other.environment()):
-        assert not Place(other.bucket).files(recursive=True)
-    assert (Place(object_store.bucket) / "only-here").read() == b"1"
+        assert not StoragePath(other.bucket).files(recursive=True)
+    assert (StoragePath(object_store.bucket) / "only-here").read() == b"1"
 
 
 def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ from activation_files import WRITERS, write_npy
 from msae_sweep.config import DataConfig
 from msae_sweep.data.prepare import shards
 from msae_sweep.data.prepare.shard_folder import ShardFolder
-from msae_sweep.data.prepare.split import Moments, is_validation, standardise
+from msae_sweep.data.prepare.split import RunningMoments, is_validation, standardise
 from msae_sweep.errors import DataError, SweepError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 
 def prepare(path, storage, **settings):
@@ -51,9 +51,9 @@ def test_the_split_depends_on_the_id_and_the_seed_alone():
 
 def test_merged_moments_equal_numpys_float64_also_far_from_zero():
     x = np.random.default_rng(0).normal(size=(5000, 3)) + np.array([0, 1e4, 1e6])
-    moments = Moments.of(x[:0])
+    moments = RunningMoments.of(x[:0])
     for part in np.array_split(x, 7):
-        moments = moments.merge(Moments.of(part))
+        moments = moments.merge(RunningMoments.of(part))
     np.testing.assert_allclose(moments.mean, x.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(moments.std(), x.std(axis=0), rtol=1e-9)
 
@@ -61,7 +61,7 @@ def test_merged_moments_equal_numpys_float64_also_far_from_zero():
 def test_a_constant_channel_has_std_zero_and_standardises_to_zero():
     x = np.random.default_rng(0).normal(size=(3000, 2)).astype(np.float32)
     x[:, 1] = 0.1
-    moments = Moments.of(x)
+    moments = RunningMoments.of(x)
     assert moments.std()[1] == 0
     z = standardise(x, moments.mean, moments.std())
     assert not z[:, 1].any()
@@ -70,7 +70,7 @@ def test_a_constant_channel_has_std_zero_and_standardises_to_zero():
 
 def test_a_channel_that_varies_little_about_a_large_mean_is_not_constant():
     x = np.random.default_rng(0).normal(size=(5000, 2)) * [1, 0.5] + [0, 1e10]
-    moments = Moments.of(x[:777]).merge(Moments.of(x[777:]))
+    moments = RunningMoments.of(x[:777]).merge(RunningMoments.of(x[777:]))
     np.testing.assert_allclose(moments.std(), [x[:, 0].std(), 0.5], rtol=0.02)
     assert standardise(x, moments.mean, moments.std())[:, 1].std() == pytest.approx(1, abs=1e-3)
 
@@ -78,9 +78,9 @@ def test_a_channel_that_varies_little_about_a_large_mean_is_not_constant():
 @pytest.mark.parametrize("value", [0.1, -7e30, 1e-300, 60_000.0])
 def test_the_same_constant_in_every_part_has_std_exactly_zero(value):
     x = np.full((4000, 1), value)
-    moments = Moments.of(x[:0])
+    moments = RunningMoments.of(x[:0])
     for part in np.array_split(x, 13):
-        moments = moments.merge(Moments.of(part))
+        moments = moments.merge(RunningMoments.of(part))
     assert moments.std()[0] == 0
 
 
@@ -253,7 +253,7 @@ def test_a_second_preparation_reuses_the_files(ray_session, tmp_path, rows):
 @pytest.mark.parametrize("in_a_store", [False, True])
 def test_some_rows_of_a_shard_are_those_of_the_whole(in_a_store, tmp_path, request):
     place = f"{request.getfixturevalue('object_store').bucket}/by-rows" if in_a_store else str(tmp_path)
-    folder = ShardFolder(Place(place))
+    folder = ShardFolder(StoragePath(place))
     z = np.arange(40, dtype=np.float32).reshape(10, 4)
     folder.save_shard(3, z)
     assert np.array_equal(folder.shard(3), z)

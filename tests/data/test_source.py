@@ -9,10 +9,10 @@ from activation_files import WRITERS, table, write_h5, write_npy, write_parquet
 
 from msae_sweep.config import DataConfig, PlantedConfig
 from msae_sweep.data.sources.base import block_of
-from msae_sweep.data.sources.catalog import check, open_source
+from msae_sweep.data.sources.catalog import check_blocks, open_source
 from msae_sweep.data.sources.npy import NpyFolder
 from msae_sweep.errors import DataError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 
 def read_all(path: str, block: int = 5, rows: int = 64) -> tuple[np.ndarray, np.ndarray | None]:
@@ -65,7 +65,7 @@ def test_a_range_of_a_column_major_chunk_takes_no_more_memory_than_a_few_columns
     array = np.lib.format.open_memmap(folder / "chunk_0.npy", "w+", "f2", (n_rows, width), True)
     array[70_000:70_100] = expected = np.random.default_rng(0).normal(size=(100, width)).astype("f2")
     array.flush()
-    source = NpyFolder(Place(f"{scheme}{tmp_path}"))
+    source = NpyFolder(StoragePath(f"{scheme}{tmp_path}"))
     row_range = source.row_ranges(5, 100)[0]._replace(start=70_000, stop=70_100)
     tracemalloc.start()
     try:
@@ -242,7 +242,7 @@ BROKEN = {
 def test_broken_data_is_one_line_that_names_the_place(tmp_path, rows, case):
     write, says = BROKEN[case]
     with pytest.raises(DataError, match=says) as caught:
-        check(DataConfig(path=write(tmp_path / "data", rows)), batch_size=10)
+        check_blocks(DataConfig(path=write(tmp_path / "data", rows)), batch_size=10)
     assert "\n" not in str(caught.value)
 
 
@@ -252,28 +252,28 @@ def test_a_text_file_is_no_source(tmp_path):
         open_source(DataConfig(path=str(tmp_path / "notes.txt")))
     (tmp_path / "fake.parquet").write_text("hello")
     with pytest.raises(DataError, match="cannot be read"):
-        check(DataConfig(path=str(tmp_path / "fake.parquet")), batch_size=1)
+        check_blocks(DataConfig(path=str(tmp_path / "fake.parquet")), batch_size=1)
 
 
 def test_a_block_that_is_not_there_is_named_with_those_that_are(tmp_path, rows):
     path = write_npy(tmp_path, rows)
     with pytest.raises(DataError, match=r"no block 7 in .*; found 5"):
-        check(DataConfig(path=path, blocks=(7,)), batch_size=10)
+        check_blocks(DataConfig(path=path, blocks=(7,)), batch_size=10)
 
 
 def test_fewer_rows_than_a_batch_are_refused(tmp_path, rows):
     with pytest.raises(DataError, match=r"500 rows leave about 450 .*batch_size 4096; lower batch_size"):
-        check(DataConfig(path=write_npy(tmp_path, rows)), batch_size=4096)
+        check_blocks(DataConfig(path=write_npy(tmp_path, rows)), batch_size=4096)
 
 
 def test_a_split_by_game_needs_games(tmp_path, rows):
     with pytest.raises(DataError, match="has no game_id"):
-        check(DataConfig(path=write_npy(tmp_path, rows), split_by="game_id"), batch_size=10)
+        check_blocks(DataConfig(path=write_npy(tmp_path, rows), split_by="game_id"), batch_size=10)
 
 
 def test_given_statistics_must_be_there(tmp_path, rows):
     with pytest.raises(DataError, match=r"no normalization_stats\.npz"):
-        check(DataConfig(path=write_npy(tmp_path, rows), use_given_stats=True), batch_size=10)
+        check_blocks(DataConfig(path=write_npy(tmp_path, rows), use_given_stats=True), batch_size=10)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_given_statistics_must_fit(tmp_path, rows, stats, says):
     else:
         np.savez(file, **stats)
     with pytest.raises(DataError, match=says):
-        check(config, batch_size=10)
+        check_blocks(config, batch_size=10)
 
 
 def test_a_missing_game_is_refused_when_it_is_read(tmp_path, rows):
@@ -323,7 +323,7 @@ def test_a_path_may_begin_at_home(tmp_path, rows, monkeypatch):
 )
 def test_a_uri_with_a_password_or_of_no_store_is_refused_in_one_line_without_the_password(uri, says):
     with pytest.raises(DataError, match=says) as caught:
-        check(DataConfig(path=uri), batch_size=10)
+        check_blocks(DataConfig(path=uri), batch_size=10)
     assert "hidden" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -332,14 +332,14 @@ def test_pickled_games_are_never_loaded(tmp_path, rows):
     path = write_npy(tmp_path, rows)
     np.save(tmp_path / "game_id.npy", np.array([{}] * len(rows), dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="object array"):
-        check(DataConfig(path=path), batch_size=10)
+        check_blocks(DataConfig(path=path), batch_size=10)
 
 
 def test_an_h5_file_without_blocks_lists_what_it_has(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["mean"] = np.zeros(3)
     with pytest.raises(DataError, match=r"no dataset whose name tells a block .*found mean"):
-        check(DataConfig(path=str(tmp_path / "a.h5")), batch_size=10)
+        check_blocks(DataConfig(path=str(tmp_path / "a.h5")), batch_size=10)
 
 
 def test_small_parquet_row_groups_are_read_together_and_large_ones_cut(tmp_path, rows):

@@ -23,8 +23,8 @@ from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go import extract as extraction
 from msae_sweep.go import pipeline, sampling
 from msae_sweep.go.activation_folder import OutputFolder, atomic
-from msae_sweep.go.extract import Settings, extract
-from msae_sweep.go.extraction_actor import Taps
+from msae_sweep.go.extract import ExtractionSettings, extract
+from msae_sweep.go.extraction_actor import ExtractionActor
 from msae_sweep.go.leela import Network
 from msae_sweep.go.planes import planes
 from msae_sweep.go.records import find_units, read_records
@@ -65,13 +65,13 @@ def network(tmp_path_factory) -> Path:
     return path
 
 
-def settings(network: Path, records: Path, out: Path, **changes: object) -> Settings:
+def settings(network: Path, records: Path, out: Path, **changes: object) -> ExtractionSettings:
     sampling = Sampling(positions_per_game=5, skip_first=2, points=3, seed=0)
-    return Settings(network, records, out, (1, 3), sampling, dtype="float32")._replace(**changes)
+    return ExtractionSettings(network, records, out, (1, 3), sampling, dtype="float32")._replace(**changes)
 
 
 @pytest.fixture(scope="module")
-def extracted(network, records, tmp_path_factory) -> tuple[Settings, extraction.Summary]:
+def extracted(network, records, tmp_path_factory) -> tuple[ExtractionSettings, extraction.ExtractionSummary]:
     chosen = settings(network, records, tmp_path_factory.mktemp("out") / "activations")
     return chosen, extract(chosen)
 
@@ -154,7 +154,7 @@ def test_threads_that_share_a_network_write_what_one_writes(extracted, network, 
     monkeypatch.setattr(sampling, "CHUNK_POSITIONS", 6)
     folder = OutputFolder(tmp_path / "out", chosen.blocks, chosen.formats)
     assert folder.begin({})
-    taps = Taps([ray.put(read_weights(network))], chosen, folder)
+    taps = ExtractionActor([ray.put(read_weights(network))], chosen, folder)
     chunks = cut(list(games_of(records).values()), chosen.sampling)
     assert [chunk.n_positions for chunk in chunks] == [6, 6, 6, 6, 6, 5]
     batches = [pipeline.boards({"chunk": [pickle.dumps(chunk)]}, chosen.sampling) for chunk in chunks]
@@ -175,7 +175,7 @@ def test_stopped_half_way_it_goes_on_without_repeating_or_losing_a_row(
     monkeypatch.setattr(sampling, "CHUNK_POSITIONS", 10)
     half = settings(network, records, tmp_path / "out")
 
-    def stop(progress: extraction.Progress) -> None:
+    def stop(progress: extraction.GamesProgress) -> None:
         if progress.positions:
             raise KeyboardInterrupt
 
@@ -421,7 +421,7 @@ def test_what_a_killed_writer_left_half_is_taken_for_nothing_and_goes(extracted,
         assert np.array_equal(values, contents(other.out, 1)[name]), name
 
 
-def _raises(_: extraction.Progress) -> None:
+def _raises(_: extraction.GamesProgress) -> None:
     raise RuntimeError
 
 
@@ -430,7 +430,7 @@ def no_ray() -> None:
 
 
 @pytest.fixture
-def begun(tmp_path, network, records) -> tuple[Settings, OutputFolder]:
+def begun(tmp_path, network, records) -> tuple[ExtractionSettings, OutputFolder]:
     """An extraction that has begun, and a file that is being written in it."""
     chosen = settings(network, records, tmp_path / "out", precision="fp32")
     folder = OutputFolder(chosen.out, chosen.blocks, chosen.formats)

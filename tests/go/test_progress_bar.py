@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from msae_sweep.go import progress_bar
-from msae_sweep.go.progress_bar import Progress, showing
+from msae_sweep.go.progress_bar import GamesProgress, showing
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def now(monkeypatch) -> list[float]:
 def test_no_speed_and_no_time_left_are_said_before_there_is_one(now):
     console = Console(file=io.StringIO(), width=100)
     with showing(console) as report:
-        report(Progress(0, 1000, 0, ""))
+        report(GamesProgress(0, 1000, 0, ""))
         now[0] += 10
-        report(Progress(250, 1000, 0, "cpu"))
+        report(GamesProgress(250, 1000, 0, "cpu"))
         now[0] += 30
-        report(Progress(1000, 1000, 0, "cpu"))
+        report(GamesProgress(1000, 1000, 0, "cpu"))
     assert console.file.getvalue().splitlines() == [
         "0 of 1,000 positions",
         "network on cpu",
@@ -36,8 +36,8 @@ def test_no_speed_and_no_time_left_are_said_before_there_is_one(now):
 def test_the_bar_has_no_speed_before_there_is_one(now):
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     with showing(console) as report:
-        report(Progress(0, 1000, 0, ""))
+        report(GamesProgress(0, 1000, 0, ""))
         assert "0/s" not in console.file.getvalue()
         now[0] += 10
-        report(Progress(250, 1000, 0, ""))
+        report(GamesProgress(250, 1000, 0, ""))
     assert "25/s" in console.file.getvalue()

@@ -10,7 +10,7 @@ import pytest
 
 from msae_sweep.errors import DataError
 from msae_sweep.go import records
-from msae_sweep.go.records import Record, Refused, find_units, read_records, read_unit
+from msae_sweep.go.records import Record, RefusedRecord, find_units, read_records, read_unit
 
 GAMES = {f"{number:03}.sgf": f"(;SZ[19]C[{number}];B[aa])".encode() for number in range(10)}
 
@@ -100,7 +100,7 @@ def test_a_truncated_archive_gives_what_came_before_and_is_named(tmp_path):
     *before, last = read_records(path)
     assert 0 < len(before) < 10
     assert all(isinstance(record, Record) for record in before)
-    assert isinstance(last, Refused)
+    assert isinstance(last, RefusedRecord)
     assert (last.name, last.kind) == ("games.tar.gz", "broken")
 
 
@@ -110,7 +110,7 @@ def test_what_is_no_archive_is_named_and_not_fatal(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     (tmp_path / "z.sgf").write_bytes(b"(;)")
     refused, record = read_records(tmp_path)
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, RefusedRecord)
     assert refused.name == name
     assert refused.reason.startswith("cannot be read: ")
     assert record == Record("z.sgf", b"(;)")
@@ -123,14 +123,14 @@ def test_a_damaged_member_of_a_zip_does_not_cost_the_others(tmp_path):
             archive.writestr(name, data)
     path.write_bytes(path.read_bytes().replace(GAMES["004.sgf"], GAMES["004.sgf"].replace(b"aa", b"bb")))
     read = list(read_records(path))
-    assert [record.name for record in read if isinstance(record, Refused)] == ["games.zip/004.sgf"]
+    assert [record.name for record in read if isinstance(record, RefusedRecord)] == ["games.zip/004.sgf"]
     assert len(read) == 10
 
 
 def test_an_unreadable_record_is_named_and_not_fatal(tmp_path):
     (tmp_path / "gone.sgf").symlink_to(tmp_path / "nowhere")
     (refused,) = read_records(tmp_path)
-    assert refused == Refused("gone.sgf", "broken", "cannot be read: No such file or directory")
+    assert refused == RefusedRecord("gone.sgf", "broken", "cannot be read: No such file or directory")
 
 
 def test_a_record_too_long_for_memory_is_refused(tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from sgfmill import sgf, sgf_moves
 
-from msae_sweep.go.records import Record, Refused
+from msae_sweep.go.records import Record, RefusedRecord
 from msae_sweep.go.sgf import Game, distinct, read_games, sample_plies
 
 
-def read(text: str | bytes, name: str = "a.sgf") -> list[Game | Refused]:
+def read(text: str | bytes, name: str = "a.sgf") -> list[Game | RefusedRecord]:
     data = text.encode() if isinstance(text, str) else text
     return list(read_games(Record(name, data)))
 
@@ -24,9 +24,9 @@ def game(text: str | bytes) -> Game:
     return found
 
 
-def refused(text: str | bytes) -> Refused:
+def refused(text: str | bytes) -> RefusedRecord:
     (found,) = read(text)
-    assert isinstance(found, Refused), found
+    assert isinstance(found, RefusedRecord), found
     return found
 
 
@@ -150,12 +150,12 @@ def test_a_suicide_is_replayed_and_its_points_are_free():
     ],
 )
 def test_a_broken_record_is_named_with_its_reason(text, reason):
-    assert refused(text) == Refused("a.sgf", "broken", reason)
+    assert refused(text) == RefusedRecord("a.sgf", "broken", reason)
 
 
 @pytest.mark.parametrize("size", ["13", "9", "19:18", "21"])
 def test_other_sizes_are_not_broken_but_a_kind_of_their_own(size):
-    assert refused(f"(;SZ[{size}];B[aa];W[aa])") == Refused("a.sgf", "size", f"SZ[{size}]; only 19 × 19 is read")
+    assert refused(f"(;SZ[{size}];B[aa];W[aa])") == RefusedRecord("a.sgf", "size", f"SZ[{size}]; only 19 × 19 is read")
 
 
 def test_a_handicap_may_be_played_as_moves():
@@ -197,7 +197,7 @@ def test_a_broken_game_does_not_cost_the_games_around_it(broken):
     found = read(f"(;GM[1];B[bb])\n{broken}\n(;GM[1];B[cc])\n( ;FF[4]GM[1];B[dd])")
     moves = [each.moves.tolist() for each in found if isinstance(each, Game)]
     assert moves == [[at("bb")], [at("cc")], [at("dd")]]
-    assert [(each.name, each.kind) for each in found if isinstance(each, Refused)] == [("a.sgf#2", "broken")]
+    assert [(each.name, each.kind) for each in found if isinstance(each, RefusedRecord)] == [("a.sgf#2", "broken")]
 
 
 def test_no_bytes_are_fatal():
@@ -208,7 +208,7 @@ def test_no_bytes_are_fatal():
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.choice(b"()[];\\:BWaz09\x00\xff" + good)
         for found in read_games(Record("a", bytes(data[: rng.randint(0, 99)]))):
-            assert isinstance(found, Game | Refused)
+            assert isinstance(found, Game | RefusedRecord)
 
 
 def test_the_key_sees_size_setup_and_moves_and_nothing_else():
@@ -223,7 +223,7 @@ def test_duplicates_are_dropped_and_say_of_which():
     assert list(distinct([one, other, again])) == [
         one,
         other,
-        Refused("3", "duplicate", "the same setup and moves as 1"),
+        RefusedRecord("3", "duplicate", "the same setup and moves as 1"),
     ]
 
 

@@ -32,7 +32,7 @@ RECORDS = {
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> top_activations.Settings:
+def settings(tmp_path_factory) -> top_activations.TopActivationSettings:
     folder = tmp_path_factory.mktemp("boards")
     (folder / "games").mkdir()
     for name, text in RECORDS.items():
@@ -45,7 +45,7 @@ def settings(tmp_path_factory) -> top_activations.Settings:
     mean, std = np.full(FILTERS, 0.3, np.float32), np.linspace(0.5, 2, FILTERS, dtype=np.float32)
     file = ModelFile(model, mean, std, {})
     model_file.save(file, folder / "model.pt")
-    return top_activations.Settings(
+    return top_activations.TopActivationSettings(
         model=file,
         name="model.pt",
         weights=folder / "net.txt",
@@ -80,7 +80,7 @@ def codes(settings) -> dict[tuple[str, int], np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def shown(settings, ray_session) -> tuple[top_activations.Summary, dict]:
+def shown(settings, ray_session) -> tuple[top_activations.TopActivationSummary, dict]:
     summary = top_activations.show(settings)
     return summary, json.loads(settings.out.with_suffix(".json").read_text())
 

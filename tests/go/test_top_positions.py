@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msae_sweep.go.board import N_POINTS
-from msae_sweep.go.top_positions import Firing, maxima, strongest
+from msae_sweep.go.top_positions import FiringStatistics, board_maxima, top_positions
 
 
 def plain(value, game_id, ply, n):
@@ -46,13 +46,13 @@ def case(seed, n_games=7, hidden=5):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_strongest_positions_are_those_of_a_plain_search_one_a_game(seed, n):
     value, game_id, ply = case(seed)
-    assert as_lists(strongest(value, game_id, ply, n)) == plain(value, game_id, ply, n)
+    assert as_lists(top_positions(value, game_id, ply, n)) == plain(value, game_id, ply, n)
 
 
 def test_parts_merge_to_the_whole_in_any_order_also_where_a_game_is_cut_in_two():
     value, game_id, ply = case(11)
     cuts = [0, 4, 9, 15, len(value)]
-    parts = [strongest(value[a:b], game_id[a:b], ply[a:b], 3) for a, b in itertools.pairwise(cuts)]
+    parts = [top_positions(value[a:b], game_id[a:b], ply[a:b], 3) for a, b in itertools.pairwise(cuts)]
     for order in itertools.permutations(range(4)):
         merged = parts[order[0]]
         for i in order[1:]:
@@ -65,9 +65,9 @@ def test_maxima_and_firing_are_taken_over_the_points_of_each_position():
     codes = torch.relu(torch.randn(2 * N_POINTS, 6, generator=generator) - 1)
     values, indices = codes.topk(4, dim=1)
     codes = torch.zeros_like(codes).scatter(1, indices, values)
-    largest, firing = maxima(values, indices, 6)
+    largest, firing = board_maxima(values, indices, 6)
     torch.testing.assert_close(largest, codes.view(2, N_POINTS, 6).amax(dim=1))
     assert torch.equal(firing.points, (codes > 0).sum(dim=0))
     torch.testing.assert_close(firing.energy, codes.double().square().sum(dim=0))
-    twice = firing.add(Firing(*firing))
+    twice = firing.add(FiringStatistics(*firing))
     assert torch.equal(twice.points, 2 * firing.points)

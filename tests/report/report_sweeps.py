@@ -10,11 +10,11 @@ import torch
 
 from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data.prepare.shard_folder import ShardFolder
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sweep_folder.folder import SweepFolder
-from msae_sweep.sweep_folder.rungs import STOPPED_AT, at_rungs, cutoff, rungs
+from msae_sweep.sweep_folder.rungs import STOPPED_AT, cutoff, objectives_at_rungs, rungs
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 INPUT_DIM, N_TRAIN, N_VAL = 16, 200, 50
@@ -69,7 +69,7 @@ def record(
     points = [point(epoch, score(params, epoch), training.levels) for epoch in range(1, training.epochs + 1)]
     status, reason = "completed", "epochs"
     for rung in rungs(config.asha, training.epochs):
-        known = [at_rungs(r, config.asha, config.training_for(r.params).epochs) for r in before]
+        known = [objectives_at_rungs(r, config.asha, config.training_for(r.params).epochs) for r in before]
         needed = cutoff(known, rung, config.asha.reduction_factor)
         if needed is not None and points[rung - 1]["objective"] < needed:
             points, status, reason = points[:rung], "stopped_early", f"{STOPPED_AT}{rung}"
@@ -104,7 +104,7 @@ def add_rows_and_models(sweep: SweepFolder) -> dict[int, np.ndarray]:
     rows = {}
     for block in {r.block for r in sweep.load_records().values()}:
         rng, info = np.random.default_rng(block), manifest(block)
-        shards = ShardFolder(Place(sweep.storage) / "prepared" / f"block{block}-{info['key']}")
+        shards = ShardFolder(StoragePath(sweep.storage) / "prepared" / f"block{block}-{info['key']}")
         shards.create()
         parts = []
         for number, n_train, n_val in info["shards"]:

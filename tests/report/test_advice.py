@@ -9,7 +9,7 @@ from report_sweeps import make, settings
 from msae_sweep import report
 from msae_sweep.config import load
 from msae_sweep.report.next_space import Advice, advise
-from msae_sweep.report.response_surface import NoFit, Response, choose_sample, respond
+from msae_sweep.report.response_surface import NoFit, Response, choose_sample, fit_response
 from msae_sweep.report.sweep_data import Sweep, read
 from msae_sweep.sweep.space import plan
 
@@ -30,7 +30,7 @@ def sweep_of(tmp_path, n: int, score=known, seed: int = 0, **more) -> Sweep:
 
 
 def response_of(sweep: Sweep) -> Response:
-    response = respond(sweep.groups[0])
+    response = fit_response(sweep.groups[0])
     assert isinstance(response, Response)
     return response
 
@@ -228,13 +228,15 @@ def test_where_only_one_rate_was_completed_scores_are_compared_at_a_rung_that_ot
     assert {t.training.learning_rate for t in group.ended if t.record.status == "completed"} == {SHARED}
     sample = choose_sample(group, needed=4)
     assert len({trial.training.learning_rate for trial in sample.trials}) > 1
-    respond(group)
+    fit_response(group)
 
 
 @pytest.mark.parametrize("offset", [0.0, -5.0])
 def test_two_learning_rates_have_their_best_at_an_end(tmp_path, offset):
     params = [{**p, "learning_rate": rate} for p in settings(10) for rate in (1e-3, 2e-3)]
-    response = respond(read(make(tmp_path / "s", params, lambda p, e: 50 * p["learning_rate"] + offset).path).groups[0])
+    response = fit_response(
+        read(make(tmp_path / "s", params, lambda p, e: 50 * p["learning_rate"] + offset).path).groups[0]
+    )
     assert isinstance(response, Response)
     assert "lies at or beyond the highest one tried, 0.002" in response.sentence
 

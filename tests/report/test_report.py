@@ -19,10 +19,10 @@ from msae_sweep import report
 from msae_sweep.cli import main
 from msae_sweep.config import load
 from msae_sweep.errors import SweepError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.report import score_figures
 from msae_sweep.report.curves import curves
-from msae_sweep.report.recommendation import answers, baselines
+from msae_sweep.report.recommendation import baselines, recommendations
 from msae_sweep.report.score_figures import front
 from msae_sweep.report.sweep_data import read, read_all
 from msae_sweep.sae import model_file
@@ -36,7 +36,7 @@ def rising(params: dict, epoch: int) -> float:
     return 0.5 + 0.04 * np.log(params["learning_rate"] / 1e-4) - 0.3 / epoch
 
 
-def page_of(written: report.Written) -> Path:
+def page_of(written: report.ReportFiles) -> Path:
     return Path(written.where) / "report.html"
 
 
@@ -216,7 +216,7 @@ def test_baselines_are_the_best_sae_of_every_single_k_on_the_same_data(sweep, tm
     assert [trial.levels for trial in found] == [(2,), (8,)]
     assert {trial.training.learning_rate for trial in found} == {2e-3}
     # The MSAE is recommended, whatever the score of an SAE for one k.
-    assert {answer.sweep.name for answer in answers([second, first])} == {"made-up"}
+    assert {answer.sweep.name for answer in recommendations([second, first])} == {"made-up"}
     text = page_of(report.write([sweep.path, other.path])).read_text(encoding="utf-8")
     assert "trained for one k alone" in text
     assert "best of 2 trials of 4 epochs, the MSAE the best of 8 of 4 epochs" in text
@@ -231,7 +231,7 @@ def test_of_two_sweeps_on_the_same_data_the_better_trial_is_recommended(sweep, t
     better = make(
         tmp_path / "sweeps" / "better", settings(3), lambda p, e: rising(p, e) + 0.1, blocks=(5, 20), asha=ASHA
     )
-    assert {answer.sweep.name for answer in answers(read_all([sweep.path, better.path]))} == {"better"}
+    assert {answer.sweep.name for answer in recommendations(read_all([sweep.path, better.path]))} == {"better"}
 
 
 def test_nothing_on_the_front_is_beaten_and_whatever_is_off_it_is(sweep):
@@ -290,7 +290,7 @@ def test_a_trial_with_one_epoch_and_a_sweep_with_one_trial_are_reported(tmp_path
     assert "It is the only trial" in page_of(report.write([sweep.path])).read_text(encoding="utf-8")
 
 
-def first_screen(written: report.Written) -> str:
+def first_screen(written: report.ReportFiles) -> str:
     text = page_of(written).read_text(encoding="utf-8")
     return text[text.index("<body>") : text.index("<nav")]
 
@@ -417,7 +417,7 @@ def test_the_command_prints_where_the_report_lies(monkeypatch, capsys, tmp_path)
 @pytest.mark.slow
 def test_a_sweep_in_an_object_store_is_reported_as_on_a_disk(object_store, sweep, tmp_path):
     add_rows_and_models(sweep)
-    storage = Place(object_store.bucket) / "reported"
+    storage = StoragePath(object_store.bucket) / "reported"
     for file in sorted(sweep.path.parent.rglob("*")):
         if file.is_file():
             (storage / file.relative_to(sweep.path.parent).as_posix()).write(file.read_bytes())
@@ -427,13 +427,13 @@ def test_a_sweep_in_an_object_store_is_reported_as_on_a_disk(object_store, sweep
     assert there.page == f"{object_store.bucket}/reported/{sweep.name}/report/report.html"
     for name in ("report.md", "trials.csv"):
         local = (Path(here.where) / name).read_text(encoding="utf-8")
-        remote = Place(f"{there.where}/{name}").read().decode()
+        remote = StoragePath(f"{there.where}/{name}").read().decode()
         assert without_where(remote, storage.uri) == without_where(local, str(sweep.path.parent))
     # What was measured is kept beside the sweep, and the next search space is read from where it lies.
-    assert Place(f"{storage.uri}/{sweep.name}/results/r2_by_k.json").is_file()
+    assert StoragePath(f"{storage.uri}/{sweep.name}/results/r2_by_k.json").is_file()
     assert load(f"{there.where}/{there.next_spaces[0]}", ["training.epochs=3"]).name == "made-up-2"
     elsewhere = report.write([sweep.path], f"{object_store.bucket}/elsewhere")
-    assert without_where(Place(elsewhere.page).read().decode(), "") == without_where(
+    assert without_where(StoragePath(elsewhere.page).read().decode(), "") == without_where(
         Path(report.write([sweep.path], tmp_path / "out").page).read_text(encoding="utf-8"), ""
     )
 

@@ -293,7 +293,9 @@ def update_case(hidden: int, width: int, n_parts: int = 6):
     """Moments, gradients with parts, and hyperparameters of one step; latent 3 has three parts, latent 7 none."""
     part = 4
     moments = [
-        adam.Moments(randn(*size, seed=i), 0.1 * randn(*size, seed=i + 10), 0.01 * randn(*size, seed=i + 20).square())
+        adam.AdamParameter(
+            randn(*size, seed=i), 0.1 * randn(*size, seed=i + 10), 0.01 * randn(*size, seed=i + 20).square()
+        )
         for i, size in enumerate([(hidden, width), (hidden, width), (width,)])
     ]
     moments[1].value.copy_(torch.nn.functional.normalize(moments[1].value, dim=1))
@@ -387,7 +389,7 @@ def dead_case(batch: int, hidden: int, width: int, n_dead: int):
     since[torch.randperm(hidden, generator=torch.Generator().manual_seed(1))[:n_dead]] = 100
     aux = aux_loss.AuxHyper(torch.tensor([100], device=DEVICE), torch.tensor([0.3], device=DEVICE))
     row_tiles = -(-batch // aux_loss.TILE)
-    buffers = aux_loss.Dead(
+    buffers = aux_loss.DeadLatents(
         torch.full((hidden,), -1, dtype=torch.int32, device=DEVICE),
         torch.full((1,), -1, dtype=torch.int32, device=DEVICE),
         nans(batch, hidden, dtype=torch.bfloat16),

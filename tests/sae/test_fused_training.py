@@ -24,8 +24,8 @@ from msae_sweep.sae.model import MSAE
 from msae_sweep.sae.train import TrainState, fit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-REFERENCE = kernels.Choice(kernels.reference.reconstruct, "reference", "")
-FUSED = kernels.Choice(None, "fused", "")
+REFERENCE = kernels.EngineChoice(kernels.reference.reconstruct, "reference", "")
+FUSED = kernels.EngineChoice(None, "fused", "")
 
 
 def rows(n: int, input_dim: int = 16, seed: int = 0) -> Tensor:
@@ -54,7 +54,7 @@ def batches(settings: TrainingConfig) -> tuple[ResidentBatches, ResidentBatches]
 
 def train(
     settings: TrainingConfig,
-    choice: kernels.Choice = FUSED,
+    choice: kernels.EngineChoice = FUSED,
     steps: StepCache | None = None,
     state: TrainState | None = None,
     until: int | None = None,

@@ -17,12 +17,12 @@ import torch
 from planted_sweep import database
 
 from msae_sweep.errors import DataError, SweepError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sweep_folder import driver_lock
 from msae_sweep.sweep_folder.folder import SweepFolder
-from msae_sweep.sweep_folder.store_sync import Mirror, fetch
+from msae_sweep.sweep_folder.store_sync import StoreSync, fetch
 from msae_sweep.track import journal
 
 SPACE = """
@@ -112,9 +112,9 @@ def on_disk(activations, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uploaded(object_store, activations) -> str:
-    there = Place(object_store.bucket) / "data"
-    for file in Place(activations).files(recursive=True):
-        (there / file.relative_to(Place(activations)).as_posix()).write(file.read())
+    there = StoragePath(object_store.bucket) / "data"
+    for file in StoragePath(activations).files(recursive=True):
+        (there / file.relative_to(StoragePath(activations)).as_posix()).write(file.read())
     return there.uri
 
 
@@ -123,7 +123,7 @@ def test_a_sweep_in_a_store_killed_and_resumed_elsewhere_ends_as_the_undisturbed
     object_store, uploaded, on_disk, tmp_path
 ):
     (tmp_path / "space.yaml").write_text(SPACE.replace("DATA", uploaded))
-    sweep = Place(object_store.bucket) / "killed" / "small"
+    sweep = StoragePath(object_store.bucket) / "killed" / "small"
     process = launch(tmp_path, "run", "space.yaml", "--storage", f"{object_store.bucket}/killed")
 
     def ended() -> set[str]:
@@ -160,7 +160,7 @@ def test_a_sweep_in_a_store_killed_and_resumed_elsewhere_ends_as_the_undisturbed
 
 def test_what_a_store_has_is_the_sweep_as_it_stood_at_some_moment(object_store, tmp_path):
     """The journal's lines are there before the record that follows from them, in pieces that make up the whole."""
-    shared = Place(object_store.bucket) / "moments" / "sweep"
+    shared = StoragePath(object_store.bucket) / "moments" / "sweep"
     folder = SweepFolder(tmp_path / "copy", shared)
     folder.create()
     with folder.driven():
@@ -182,7 +182,7 @@ def test_what_a_store_has_is_the_sweep_as_it_stood_at_some_moment(object_store, 
 
 
 def test_a_driver_sees_what_the_one_before_it_wrote_after_it_looked(object_store, tmp_path):
-    shared = Place(object_store.bucket) / "successor" / "sweep"
+    shared = StoragePath(object_store.bucket) / "successor" / "sweep"
     late = SweepFolder.at(shared.uri)
     first = SweepFolder(tmp_path, shared)
     with first.driven():
@@ -193,7 +193,7 @@ def test_a_driver_sees_what_the_one_before_it_wrote_after_it_looked(object_store
 
 
 def test_a_file_that_is_removed_goes_from_the_store_too(object_store, tmp_path):
-    shared = Place(object_store.bucket) / "removed" / "sweep"
+    shared = StoragePath(object_store.bucket) / "removed" / "sweep"
     folder = SweepFolder(tmp_path, shared)
     with folder.driven():
         folder.write_text(tmp_path / "trials/a/state.pt", "x")
@@ -206,18 +206,18 @@ def test_a_file_that_is_removed_goes_from_the_store_too(object_store, tmp_path):
 def test_a_store_that_fails_for_a_while_loses_nothing_and_one_that_stays_away_ends_the_sweep(
     object_store, tmp_path, monkeypatch
 ):
-    shared = Place(object_store.bucket) / "failing" / "sweep"
-    real, failing = Place.write, [True]
+    shared = StoragePath(object_store.bucket) / "failing" / "sweep"
+    real, failing = StoragePath.write, [True]
 
-    def write(place: Place, content: bytes) -> None:
+    def write(place: StoragePath, content: bytes) -> None:
         if failing[0]:
             raise OSError(f"{place}: the store is away")
         real(place, content)
 
-    monkeypatch.setattr(Place, "write", write)
+    monkeypatch.setattr(StoragePath, "write", write)
     monkeypatch.setattr("msae_sweep.sweep_folder.store_sync.time.sleep", lambda seconds: failing.__setitem__(0, False))
     (tmp_path / "file").write_text("kept")
-    mirror = Mirror(tmp_path, shared)
+    mirror = StoreSync(tmp_path, shared)
     mirror.changed(tmp_path / "file")
     mirror.flush()
     assert (shared / "file").read() == b"kept"
@@ -231,7 +231,7 @@ def test_a_store_that_fails_for_a_while_loses_nothing_and_one_that_stays_away_en
 
 
 def test_a_sweep_in_a_store_has_one_driver_and_a_dead_one_is_told_from_a_living(object_store, tmp_path, monkeypatch):
-    place = Place(object_store.bucket) / "leased" / "sweep" / "journal" / "driver.json"
+    place = StoragePath(object_store.bucket) / "leased" / "sweep" / "journal" / "driver.json"
     monkeypatch.setattr(driver_lock, "BEAT_SECONDS", 0.2)
     monkeypatch.setattr(driver_lock, "DEAD_SECONDS", 1.0)
     elsewhere = f"process {os.getpid()} on another-machine"
@@ -276,7 +276,7 @@ def test_a_model_is_found_in_a_store_as_on_a_disk(object_store, tmp_path):
     file = model_file.ModelFile(sae, np.zeros(4, np.float32), np.ones(4, np.float32), {})
     model_file.save(file, tmp_path / "msae_block5.pt")
     model_file.save_safetensors(file, tmp_path / "msae_block5.safetensors")
-    sweep = Place(object_store.bucket) / "models of a sweep"
+    sweep = StoragePath(object_store.bucket) / "models of a sweep"
     for path in tmp_path.iterdir():
         (sweep / "models" / path.name).write(path.read_bytes())
     for what in (sweep, sweep / "models", sweep / "models/msae_block5.pt", sweep / "models/msae_block5.safetensors"):

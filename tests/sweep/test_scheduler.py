@@ -9,16 +9,16 @@ from ray import tune
 
 from msae_sweep.config import AshaConfig
 from msae_sweep.sweep.ray_cluster import connect
-from msae_sweep.sweep.scheduler import BlockAsha, Entrant, judge
-from msae_sweep.sweep_folder.rungs import STOPPED_AT, at_rungs, climb, cutoff, rungs
+from msae_sweep.sweep.scheduler import BlockAsha, Candidate, judge
+from msae_sweep.sweep_folder.rungs import STOPPED_AT, cutoff, objectives_at_rungs, rungs, summarise_stops
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 ASHA = AshaConfig(grace_epochs=1, reduction_factor=3)
 
 
-def entrants(*objectives: float | None) -> dict[str, Entrant]:
+def entrants(*objectives: float | None) -> dict[str, Candidate]:
     """Trials t0, t1, … with their objective at rung 1; None has not reached it yet."""
-    return {f"t{i}": Entrant(i, {} if o is None else {1: o}) for i, o in enumerate(objectives)}
+    return {f"t{i}": Candidate(i, {} if o is None else {1: o}) for i, o in enumerate(objectives)}
 
 
 def test_rungs_are_grace_times_powers_of_the_factor_below_the_last_epoch():
@@ -141,12 +141,12 @@ def test_a_report_states_the_verdicts_of_the_scheduler_where_trials_differ_in_th
         status, reason = ("stopped_early", f"{STOPPED_AT}{epoch}") if kind == "stopped" else ("completed", "epochs")
         records.append(TrialRecord(name, 5, index, {}, 0, status, reason, points))
     epochs = {name: len(curve) for name, curve in of_lengths.items()}
-    stops = {stop.trial_id: stop for stop in climb(records, ASHA, epochs).stops}
+    stops = {stop.trial_id: stop for stop in summarise_stops(records, ASHA, epochs).stops}
     assert stops.keys() == {name for name, (kind, _) in outcomes.items() if kind == "stopped"}
     assert len(stops) > 10
     for place, record in enumerate(records):
-        before = [at_rungs(earlier, ASHA, epochs[earlier.trial_id]) for earlier in records[:place]]
-        for rung, objective in at_rungs(record, ASHA, epochs[record.trial_id]).items():
+        before = [objectives_at_rungs(earlier, ASHA, epochs[earlier.trial_id]) for earlier in records[:place]]
+        for rung, objective in objectives_at_rungs(record, ASHA, epochs[record.trial_id]).items():
             stop = stops.get(record.trial_id)
             if stop is not None and stop.rung == rung:
                 assert objective < stop.cutoff

@@ -5,9 +5,9 @@ import threading
 import pytest
 
 from msae_sweep.errors import StorageError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.sweep_folder.folder import SweepFolder
-from msae_sweep.sweep_folder.store_sync import Mirror
+from msae_sweep.sweep_folder.store_sync import StoreSync
 from msae_sweep.track.journal import Journal
 
 
@@ -18,15 +18,15 @@ def lines_in(store) -> int:
 def test_a_flush_waits_for_the_journals_lines_that_were_written_during_a_round(tmp_path, monkeypatch):
     copy, store = tmp_path / "copy", tmp_path / "store"
     journal = Journal(copy)
-    mirror = Mirror(copy, Place(store))
-    write, in_a_round, go_on = Place.write, threading.Event(), threading.Event()
+    mirror = StoreSync(copy, StoragePath(store))
+    write, in_a_round, go_on = StoragePath.write, threading.Event(), threading.Event()
 
     def slow(place, content):
         in_a_round.set()
         go_on.wait()
         write(place, content)
 
-    monkeypatch.setattr(Place, "write", slow)
+    monkeypatch.setattr(StoragePath, "write", slow)
     journal.append("metrics", points=[])
     mirror.changed()
     in_a_round.wait()  # this round has looked at the journal already
@@ -45,10 +45,10 @@ def test_a_fault_of_any_kind_ends_the_sweep_and_keeps_nobody_waiting(tmp_path, m
     def broken(place, content):
         raise ValueError("not an address")
 
-    mirror = Mirror(tmp_path / "copy", Place(tmp_path / "store"))
+    mirror = StoreSync(tmp_path / "copy", StoragePath(tmp_path / "store"))
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "file").write_text("x")
-    monkeypatch.setattr(Place, "write", broken)
+    monkeypatch.setattr(StoragePath, "write", broken)
     mirror.changed(tmp_path / "copy" / "file")
     with pytest.raises(StorageError, match=r"^storage: ValueError: not an address; what is on its way is lost"):
         mirror.flush()
@@ -56,7 +56,7 @@ def test_a_fault_of_any_kind_ends_the_sweep_and_keeps_nobody_waiting(tmp_path, m
 
 
 def test_a_file_that_only_the_store_has_comes_as_a_copy_of_its_own_and_stays_nowhere_else(tmp_path):
-    shared = Place(tmp_path / "store")
+    shared = StoragePath(tmp_path / "store")
     folder = SweepFolder(tmp_path / "copy", shared)
     folder.create()
     model = folder.model_file("block5-000")

@@ -9,7 +9,7 @@ import torch
 from servers import S3, Mlflow, Postgres, in_environment, wait_for
 from small_sweep import CONFIG_YAML, INPUT_DIM, Store, assert_whole, manifest, params, send, start, write_model
 
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 from msae_sweep.sae import model_file
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def test_artifacts_reach_the_store_through_the_server_alone(server, store, tmp_p
     ours = model_file.load(tmp_path / "sweep/trials/block5-000/model.pt").standardised()
     torch.testing.assert_close(mlflow.pytorch.load_model("models:/msae-block5@champion")(x), ours(x))
     with in_environment(store.environment()):
-        objects = {file: file.read() for file in (Place(store.bucket) / "mlflow").files(recursive=True)}
+        objects = {file: file.read() for file in (StoragePath(store.bucket) / "mlflow").files(recursive=True)}
     assert {"sweep.yaml", "summary.json", "msae_block5.pt"} <= {file.name for file in objects}
     assert not [file for file, content in objects.items() if store.secret.encode() in content]
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from msae_sweep.data.batches.stream import WINDOW_BYTES, Shard, StreamedBatches
-from msae_sweep.data.batches.windows import Batches, Window, order_key, permutation
+from msae_sweep.data.batches.windows import Window, WindowBatches, order_key, permutation
 
 __all__ = [
-    "Batches",
     "Loaded",
     "ResidentBatches",
     "Shard",
     "StreamedBatches",
     "Window",
+    "WindowBatches",
     "default_budget",
     "machine_bytes",
     "make_batches",
@@ -30,7 +30,7 @@ __all__ = [
 class Loaded(NamedTuple):
     """Batches, and why they are kept as they are."""
 
-    batches: Batches
+    batches: WindowBatches
     reason: str
 
 
@@ -66,7 +66,7 @@ class _Drawn(NamedTuple):
     """Before which the order must not be read; None on a CPU, where it was drawn at once."""
 
 
-class ResidentBatches(Batches):
+class ResidentBatches(WindowBatches):
     """All rows in one tensor on the device."""
 
     def __init__(self, x: Tensor, batch_size: int) -> None:

@@ -35,7 +35,7 @@ class Segment(NamedTuple):
     """Numbers of rows in the shards laid end to end, ascending."""
 
 
-class Contents(NamedTuple):
+class WindowContents(NamedTuple):
     """What a window is to hold."""
 
     segments: list[Segment]
@@ -70,7 +70,7 @@ class _Slot(NamedTuple):
     """Recorded on the consumer's stream; whoever writes here next waits for it."""
 
 
-class Buffers:
+class WindowBuffers:
     """Memory that windows of at most `n_rows` pass through, made once because pinning takes longer than filling.
 
     On the host 3 windows (pinned for a GPU, where torch rounds each up to a power of two), on a GPU 2 of them and
@@ -108,17 +108,17 @@ class _Arrived(NamedTuple):
     copied: torch.cuda.Event | None
 
 
-_Filled = tuple[Contents, Tensor, list[Future[None]]]
+_Filled = tuple[WindowContents, Tensor, list[Future[None]]]
 
 
-class Pipeline:
+class WindowPrefetcher:
     """The windows of a plan, one after another; the threads run ahead by as many as the host's buffers hold.
 
     Only one thread may ask for windows. An exception in a thread is raised where the window that it concerns is asked
     for. Dropped without being closed, it leaves nothing behind either.
     """
 
-    def __init__(self, plan: Generator[Contents, None, None], buffers: Buffers, n_threads: int) -> None:
+    def __init__(self, plan: Generator[WindowContents, None, None], buffers: WindowBuffers, n_threads: int) -> None:
         self.buffers = buffers
         self._plan, self._n_threads = plan, n_threads
         self._planner = ThreadPoolExecutor(1, "window-planner")
@@ -210,7 +210,7 @@ class Pipeline:
         return _Arrived(window, host, slot, copied)
 
 
-def _order(contents: Contents, device: torch.device) -> Tensor:
+def _order(contents: WindowContents, device: torch.device) -> Tensor:
     if not contents.n_ordered:
         return torch.empty(0, dtype=torch.int64, device=device)
     return permutation(contents.n_rows, contents.key, device, contents.first)[: contents.n_ordered]

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from msae_sweep.data.batches.prefetch import Buffers, Contents, Pipeline, Segment, copying_threads
-from msae_sweep.data.batches.windows import Batches, Window, order_key, permutation
+from msae_sweep.data.batches.prefetch import Segment, WindowBuffers, WindowContents, WindowPrefetcher, copying_threads
+from msae_sweep.data.batches.windows import Window, WindowBatches, order_key, permutation
 
 Shard = Callable[[], np.ndarray]
 """Fetches one shard [rows, input_dim], read-only float32, contiguous."""
@@ -43,7 +43,7 @@ RUNS_A_WINDOW = 64
 """At least; where rows or windows are so small that `RUN_BYTES` would leave fewer, runs are shorter."""
 
 
-class StreamedBatches(Batches):
+class StreamedBatches(WindowBatches):
     """Rows that pass through two windows on the device, gathered from shared memory by threads that run ahead.
 
     Every window holds random runs of `RUN_BYTES` from a group of random shards of `MIX_BYTES` together, so its rows are
@@ -91,7 +91,7 @@ class StreamedBatches(Batches):
         """Nothing: the next epoch's first windows are gathered while this one's last are used, whoever asks."""
 
     def windows(self, epoch: int, seed: int) -> Generator[Window, None, None]:
-        """See `Batches`."""
+        """See `WindowBatches`."""
         size = self._whole_window()
         # A last window that holds no batch is left out.
         n_windows = self.n_rows // size + (self.n_rows % size >= self.batch_size)
@@ -101,7 +101,7 @@ class StreamedBatches(Batches):
         pipeline = self._kept.going_on_to(wanted)
         if pipeline is None:
             plan = self._plans.epochs(epoch, seed, size, self.batch_size)
-            pipeline = Pipeline(plan, self._buffers(), self._n_threads)
+            pipeline = WindowPrefetcher(plan, self._buffers(), self._n_threads)
         ended = False
         try:
             for _ in range(n_windows):
@@ -114,9 +114,9 @@ class StreamedBatches(Batches):
             self._kept.keep(pipeline, (epoch + 1, seed, self.batch_size) if ended else None)
 
     def pieces(self) -> Generator[Tensor, None, None]:
-        """See `Batches`."""
+        """See `WindowBatches`."""
         self._kept.going_on_to(None)
-        pipeline = Pipeline(self._plans.in_order(self._whole_window()), self._buffers(), self._n_threads)
+        pipeline = WindowPrefetcher(self._plans.in_order(self._whole_window()), self._buffers(), self._n_threads)
         try:
             while (window := pipeline.next()) is not None:
                 yield window.rows
@@ -127,11 +127,11 @@ class StreamedBatches(Batches):
         """Rows in a window: whole batches, so that none is cut."""
         return max(1, self._window_rows // self.batch_size) * self.batch_size
 
-    def _buffers(self) -> Buffers:
+    def _buffers(self) -> WindowBuffers:
         n_rows = max(self._window_rows, self.batch_size)
         buffers, self._kept.buffers = self._kept.buffers, None
         if buffers is None or buffers.n_rows < n_rows:
-            buffers = Buffers(n_rows, self._input_dim, self._device)
+            buffers = WindowBuffers(n_rows, self._input_dim, self._device)
         return buffers
 
 
@@ -143,11 +143,11 @@ _Wanted = tuple[int, int, int]
 class _Kept:
     """What one iteration leaves for the next: the pipeline that has begun the next epoch, or only its buffers."""
 
-    buffers: Buffers | None = None
-    pipeline: Pipeline | None = None
+    buffers: WindowBuffers | None = None
+    pipeline: WindowPrefetcher | None = None
     goes_on_to: _Wanted | None = None
 
-    def going_on_to(self, wanted: _Wanted | None) -> Pipeline | None:
+    def going_on_to(self, wanted: _Wanted | None) -> WindowPrefetcher | None:
         """The pipeline, if this is what it has begun; another one is closed."""
         pipeline, self.pipeline = self.pipeline, None
         if pipeline is None or wanted == self.goes_on_to:
@@ -155,7 +155,7 @@ class _Kept:
         self.keep(pipeline, None)
         return None
 
-    def keep(self, pipeline: Pipeline, goes_on_to: _Wanted | None) -> None:
+    def keep(self, pipeline: WindowPrefetcher, goes_on_to: _Wanted | None) -> None:
         """Keep a pipeline that goes on; of one that does not, or of a second one, only the buffers."""
         if goes_on_to is not None and self.pipeline is None:
             self.pipeline, self.goes_on_to = pipeline, goes_on_to
@@ -196,12 +196,12 @@ class _Plans(NamedTuple):
     run: int
     """Neighbouring rows that stay together."""
 
-    def epochs(self, epoch: int, seed: int, size: int, batch_size: int) -> Generator[Contents, None, None]:
+    def epochs(self, epoch: int, seed: int, size: int, batch_size: int) -> Generator[WindowContents, None, None]:
         """Windows of `size` rows of this epoch, then of the next, without end."""
         with contextlib.closing(self._fetched(self._random_groups(epoch, seed))) as fetched:
             yield from self._windows(fetched, size, batch_size)
 
-    def in_order(self, size: int) -> Generator[Contents, None, None]:
+    def in_order(self, size: int) -> Generator[WindowContents, None, None]:
         """Windows of `size` rows, the last smaller, of every shard in turn."""
         last = len(self.shards) - 1
         groups = (_Group([i], None, 0, i == last) for i in range(last + 1))
@@ -218,12 +218,12 @@ class _Plans(NamedTuple):
 
     def _windows(
         self, fetched: Iterable[_Fetched], size: int, batch_size: int | None
-    ) -> Generator[Contents, None, None]:
+    ) -> Generator[WindowContents, None, None]:
         segments: list[Segment] = []
         n, first = 0, 0
 
-        def contents() -> Contents:
-            return Contents(segments, n, n - n % batch_size if batch_size else 0, group.rows_key, first)
+        def contents() -> WindowContents:
+            return WindowContents(segments, n, n - n % batch_size if batch_size else 0, group.rows_key, first)
 
         for group, arrays, starts, rows in fetched:
             while len(rows):

@@ -18,7 +18,7 @@ class Window(NamedTuple):
     """Numbers of rows, on the device; m > 0 is a multiple of batch_size, and each batch_size of them are a batch."""
 
 
-class Batches(Protocol):
+class WindowBatches(Protocol):
     """The rows of one split on a device; what `sae.train.fit` needs, and what a split's kinds have in common.
 
     A window, a piece and a batch of `ordered` hold until the next is asked for: then their memory may be used again,
@@ -41,7 +41,7 @@ class Batches(Protocol):
         Every piece but the last has a multiple of batch_size rows.
         """
 
-    def with_batch_size(self, batch_size: int) -> "Batches":
+    def with_batch_size(self, batch_size: int) -> "WindowBatches":
         """The same rows, not copied, in batches of another size."""
 
     def epoch(self, epoch: int, seed: int) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msae_sweep.data.prepare.shard_folder import ShardFolder
-from msae_sweep.data.prepare.split import Moments, is_validation, standardise
+from msae_sweep.data.prepare.split import RunningMoments, is_validation, standardise
 from msae_sweep.data.sources.base import BlockInfo, RowRange, Source
 
 
@@ -53,7 +53,7 @@ def measure(batch: dict[str, np.ndarray], job: Job) -> dict[str, object]:
     i = int(batch["i"][0])
     x, held_out, finite = job.read(i)
     bad = np.flatnonzero(~finite)
-    n, mean, m2 = Moments.of(x[~held_out & finite])
+    n, mean, m2 = RunningMoments.of(x[~held_out & finite])
     return {
         "i": [i],
         "digest": [range_digest(x, held_out)],

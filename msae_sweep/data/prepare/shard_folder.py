@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from msae_sweep.errors import SweepError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 
 class ShardFolder:
@@ -19,7 +19,7 @@ class ShardFolder:
     Every file appears whole or not at all, so that two sweeps may prepare the same data at once: both write the same.
     """
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: StoragePath) -> None:
         self.path = path
 
     def create(self) -> None:
@@ -87,10 +87,10 @@ class ShardFolder:
         except OSError as error:
             raise SweepError(f"storage: {self.path}: cannot be written: {error.strerror or error}") from None
 
-    def _shard(self, i: int) -> Place:
+    def _shard(self, i: int) -> StoragePath:
         return self.path / f"shard-{i:05d}.npy"
 
-    def _write(self, file: Place, array: np.ndarray) -> None:
+    def _write(self, file: StoragePath, array: np.ndarray) -> None:
         try:
             if file.is_remote:
                 content = io.BytesIO()
@@ -111,7 +111,7 @@ class ShardFolder:
             raise SweepError(f"storage: {file} cannot be written: {reason}") from None
 
 
-def _loaded(file: Place, rows: slice = slice(None)) -> np.ndarray:
+def _loaded(file: StoragePath, rows: slice = slice(None)) -> np.ndarray:
     array: np.ndarray
     if file.is_remote:
         array = np.load(io.BytesIO(file.read()), allow_pickle=False)[rows]

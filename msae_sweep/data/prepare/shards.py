@@ -36,13 +36,11 @@ from msae_sweep import errors
 from msae_sweep.config import DataConfig
 from msae_sweep.data.prepare.passes import Job, measure, read_shard, rows_per_range, standardise_range
 from msae_sweep.data.prepare.shard_folder import ShardFolder
-from msae_sweep.data.prepare.split import Moments
+from msae_sweep.data.prepare.split import RunningMoments
 from msae_sweep.data.sources.base import BlockInfo, RowRange, Source, digest
-from msae_sweep.data.sources.catalog import check, open_source, select
+from msae_sweep.data.sources.catalog import open_source, select
 from msae_sweep.errors import DataError, MsaeSweepError
-from msae_sweep.paths import Place
-
-__all__ = ["PreparedBlock", "check", "prepare", "reusable"]
+from msae_sweep.paths import StoragePath
 
 FORMAT = 1
 """Part of every key: raised when shards are written differently, so that old ones are not taken for new ones."""
@@ -145,7 +143,7 @@ def reusable(config: DataConfig, storage: str) -> dict[int, dict[str, Any]]:
 def _folder(source: Source, info: BlockInfo, config: DataConfig, storage: str) -> tuple[ShardFolder, str]:
     """Where a block's shards lie, and their key."""
     key = _key(source, info, config)
-    return ShardFolder(Place(storage) / "prepared" / f"block{info.block}-{key}"), key
+    return ShardFolder(StoragePath(storage) / "prepared" / f"block{info.block}-{key}"), key
 
 
 def _begin(
@@ -238,7 +236,7 @@ def _measure(
     split_by = _split_by(info, config)
     job = Job(source, ranges, split_by, config.seed, config.val_split)
 
-    moments = Moments.of(np.empty((0, info.input_dim)))
+    moments = RunningMoments.of(np.empty((0, info.input_dim)))
     counts: dict[int, tuple[int, int]] = {}
     digests: dict[int, str] = {}
     bad: list[tuple[RowRange, int, int, int]] = []
@@ -247,7 +245,7 @@ def _measure(
         for row in _over(range(len(ranges)), functools.partial(measure, job=job)).iter_rows():
             counts[int(row["i"])] = int(row["n_train"]), int(row["n_val"])
             digests[int(row["i"])] = row["digest"]
-            moments = moments.merge(Moments(int(row["n_train"]), row["mean"], row["m2"]))
+            moments = moments.merge(RunningMoments(int(row["n_train"]), row["mean"], row["m2"]))
             if row["n_bad"]:
                 bad.append((ranges[int(row["i"])], int(row["n_bad"]), int(row["bad_first"]), int(row["bad_last"])))
             if time.monotonic() - said > PROGRESS_SECONDS:

@@ -22,7 +22,7 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-class Moments(NamedTuple):
+class RunningMoments(NamedTuple):
     """Count, mean and summed squared deviation per channel, in float64; merging loses no digits to a large mean."""
 
     n: int
@@ -30,7 +30,7 @@ class Moments(NamedTuple):
     m2: Float64[np.ndarray, " input_dim"]
 
     @classmethod
-    def of(cls, x: Float[np.ndarray, "rows input_dim"]) -> "Moments":
+    def of(cls, x: Float[np.ndarray, "rows input_dim"]) -> "RunningMoments":
         """Of some finite rows; none give zeros. Values near the end of float64 overflow to a non-finite std."""
         moments = cls(0, np.zeros(x.shape[1]), np.zeros(x.shape[1]))
         # In tiles that stay in the cache: each is read from memory once, and every sum is float64. Sums are taken about
@@ -45,7 +45,7 @@ class Moments(NamedTuple):
                 moments = moments.merge(cls(len(tile), origin + shift, np.einsum("ij,ij->j", tile, tile)))
         return moments
 
-    def merge(self, other: "Moments") -> "Moments":
+    def merge(self, other: "RunningMoments") -> "RunningMoments":
         """Of both sets of rows. Source: Chan, Golub and LeVeque 1979."""
         n = self.n + other.n
         if n == 0:
@@ -54,7 +54,7 @@ class Moments(NamedTuple):
             return other
         with np.errstate(invalid="ignore", over="ignore"):
             delta = other.mean - self.mean
-            return Moments(
+            return RunningMoments(
                 n,
                 self.mean + delta * (other.n / n),
                 self.m2 + other.m2 + delta**2 * (self.n * other.n / n),

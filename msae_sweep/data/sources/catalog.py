@@ -7,7 +7,7 @@ from msae_sweep.data.sources.npy import NpyFolder
 from msae_sweep.data.sources.parquet import SUFFIXES, ParquetTables
 from msae_sweep.data.sources.planted import PlantedSource
 from msae_sweep.errors import DataError, SweepError
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 
 def open_source(config: DataConfig) -> Source:
@@ -19,14 +19,14 @@ def open_source(config: DataConfig) -> Source:
     if config.path == "planted":
         return PlantedSource(config.planted, config.blocks)
     try:
-        path = Place(config.path)
+        path = StoragePath(config.path)
         path.check()
         return _source_at(path)
     except (SweepError, OSError) as error:
         raise DataError(f"data.path: {error}") from None
 
 
-def _source_at(path: Place) -> Source:
+def _source_at(path: StoragePath) -> Source:
     info = path.info()
     if info.type.name == "NotFound":
         raise DataError(f"data.path: {path} does not exist; give a folder of activations, an .h5 or a Parquet file")
@@ -47,7 +47,7 @@ def _source_at(path: Place) -> Source:
     )
 
 
-def check(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
+def check_blocks(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
     """The wanted blocks, checked as far as headers and the split go; no rows are read.
 
     Raises:

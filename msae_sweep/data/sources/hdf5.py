@@ -18,13 +18,13 @@ from msae_sweep.data.sources.base import (
     group_numbers,
 )
 from msae_sweep.errors import DataError, first_line
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 
 class Hdf5File(Source):
     """`game_id` lies at the root (the same for every block) or in the group of the block's dataset."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: StoragePath) -> None:
         self._path = path
 
     @cached_property

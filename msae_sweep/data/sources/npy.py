@@ -21,7 +21,7 @@ from msae_sweep.data.sources.base import (
     group_numbers,
 )
 from msae_sweep.errors import DataError, first_line
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 _COLUMN_BYTES = 8 << 20
 """Bytes of an array stored by columns that are requested from an object store at a time."""
@@ -33,12 +33,12 @@ class NpyFolder(Source):
     `game_id.npy` lies in the folder (the same for every block) or in the block's own; one entry a row.
     """
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: StoragePath) -> None:
         self._path = path
 
     @cached_property
-    def _folders(self) -> dict[int, Place]:
-        folders: dict[int, Place] = {}
+    def _folders(self) -> dict[int, StoragePath]:
+        folders: dict[int, StoragePath] = {}
         for folder in self._path.folders():
             block = block_of(folder.name)
             if block is None or not any(file.suffix == ".npy" for file in folder.files()):
@@ -149,7 +149,7 @@ class NpyFolder(Source):
 class _Array(NamedTuple):
     """What an .npy file's header says."""
 
-    file: Place
+    file: StoragePath
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran_order: bool
@@ -165,13 +165,13 @@ class _Array(NamedTuple):
         return self.shape[1]
 
 
-def _checked(file: Place, size: int) -> _Array:
+def _checked(file: StoragePath, size: int) -> _Array:
     array = _header(file, size)
     check_array(str(file), array.shape, array.dtype)
     return array
 
 
-def _header(file: Place, size: int | None = None) -> _Array:
+def _header(file: StoragePath, size: int | None = None) -> _Array:
     """Read the header; of `size` bytes there must be enough for what it announces."""
     try:
         with open(file.path, "rb") if not file.is_remote else file.open() as opened:
@@ -228,7 +228,7 @@ def _read_columns(array: _Array, start: int, stop: int) -> np.ndarray:
     return np.ascontiguousarray(columns.T)
 
 
-def _opened(file: Place) -> Any:
+def _opened(file: StoragePath) -> Any:
     return file.open() if file.is_remote else open(file.path, "rb")
 
 
@@ -253,6 +253,6 @@ def _numbers(array: _Array, opened: Any, first: int, count: int) -> np.ndarray:
     return found
 
 
-def _number(file: Place) -> tuple[int, str]:
+def _number(file: StoragePath) -> tuple[int, str]:
     numbers = re.findall(r"\d+", file.stem)
     return (int(numbers[-1]) if numbers else -1, file.name)

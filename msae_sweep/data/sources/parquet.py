@@ -24,7 +24,7 @@ from msae_sweep.data.sources.base import (
     group_numbers,
 )
 from msae_sweep.errors import DataError, first_line
-from msae_sweep.paths import Place
+from msae_sweep.paths import StoragePath
 
 SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
 """Endings of the files that are read."""
@@ -33,7 +33,7 @@ SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
 class _Part(NamedTuple):
     """One file's share of a block."""
 
-    file: Place
+    file: StoragePath
     column: str
     schema: pa.Schema
     pieces: tuple[int, ...]
@@ -48,7 +48,7 @@ class ParquetTables(Source):
     in one row group (what pyarrow writes by default) cost about a second a range more, and never lie in memory whole.
     """
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: StoragePath) -> None:
         self._path = path
 
     @cached_property
@@ -153,7 +153,7 @@ class ParquetTables(Source):
         return {name: [info.size, info.mtime_ns] for name, info in infos}
 
 
-def _header(file: Place) -> tuple[pa.Schema, tuple[int, ...]]:
+def _header(file: StoragePath) -> tuple[pa.Schema, tuple[int, ...]]:
     try:
         if file.suffix in (".parquet", ".pq"):
             with _opened(file) as opened:
@@ -186,7 +186,7 @@ def _read(part: _Part, row_range: RowRange, columns: list[str]) -> Iterator[pa.R
         raise DataError(f"{part.file}: cannot be read: {first_line(error)}") from None
 
 
-def _batches(file: Place, pieces: list[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(file: StoragePath, pieces: list[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
     if file.suffix in (".parquet", ".pq"):
         with _opened(file) as opened, pq.ParquetFile(opened) as table:
             yield from table.iter_batches(8192, row_groups=pieces, columns=columns, use_threads=False)
@@ -197,7 +197,7 @@ def _batches(file: Place, pieces: list[int], columns: list[str]) -> Iterator[pa.
             yield reader.get_batch(i).select(columns)
 
 
-def _opened(file: Place) -> Any:
+def _opened(file: StoragePath) -> Any:
     return file.open() if file.is_remote else pa.memory_map(str(file.path))
 
 

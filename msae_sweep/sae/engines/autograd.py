@@ -10,7 +10,7 @@ from torch import Tensor
 from msae_sweep.config import TrainingConfig
 from msae_sweep.sae import kernels, loss
 from msae_sweep.sae.metrics import SplitMetrics
-from msae_sweep.sae.state import Batches, Moments, TrainState
+from msae_sweep.sae.state import AdamMoments, Batches, TrainState
 
 
 class EpochResult(NamedTuple):
@@ -57,7 +57,7 @@ class AutogradEngine:
                 sums += torch.stack([train_loss, aux])
                 fired |= fired_now
         state.moments = {
-            name: Moments(adam["exp_avg"], adam["exp_avg_sq"])
+            name: AdamMoments(adam["exp_avg"], adam["exp_avg_sq"])
             for name, parameter in state.model.named_parameters()
             if (adam := self._optimizer.state.get(parameter))
         }

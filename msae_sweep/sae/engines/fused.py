@@ -13,7 +13,7 @@ from msae_sweep.sae.engines.step_cache import StepCache
 from msae_sweep.sae.kernels import adam
 from msae_sweep.sae.kernels.fused_step import SCHEDULE_STEPS, Shape, rank_scales
 from msae_sweep.sae.metrics import SplitMetrics
-from msae_sweep.sae.state import Batches, Moments, TrainState
+from msae_sweep.sae.state import AdamMoments, Batches, TrainState
 
 
 class FusedEngine:
@@ -137,14 +137,14 @@ class FusedEngine:
         for name, parameter in state.model.named_parameters():
             padded = self._padded(name)
             parameter.copy_(_inner(padded.value, parameter))
-            state.moments[name] = Moments(
+            state.moments[name] = AdamMoments(
                 _inner(padded.mean, parameter).clone(), _inner(padded.square, parameter).clone()
             )
         state.samples_since_fired = step.samples_since_fired[: state.model.hidden_dim].clone()
 
-    def _padded(self, name: str) -> adam.Moments:
+    def _padded(self, name: str) -> adam.AdamParameter:
         """A parameter's padded memory."""
-        padded: adam.Moments = getattr(self.step, name)
+        padded: adam.AdamParameter = getattr(self.step, name)
         return padded
 
 

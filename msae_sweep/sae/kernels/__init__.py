@@ -11,7 +11,7 @@ from msae_sweep.config import TrainingConfig
 from msae_sweep.sae.kernels import reference, sparse_cpu
 from msae_sweep.sae.kernels.reference import Reconstruction
 
-__all__ = ["Choice", "Reconstruct", "Reconstruction", "choose"]
+__all__ = ["EngineChoice", "Reconstruct", "Reconstruction", "choose"]
 
 Reconstruct = Callable[..., Reconstruction]
 
@@ -19,7 +19,7 @@ MAX_INPUT_DIM, MAX_HIDDEN_DIM, MAX_K = 4096, 131_072, 512
 """How far the fused step goes: a decoder row in registers, 17 bits for a latent, a row's codes sorted in registers."""
 
 
-class Choice(NamedTuple):
+class EngineChoice(NamedTuple):
     """How a trial trains, its name, and why."""
 
     reconstruct: Reconstruct | None
@@ -28,16 +28,18 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(device: torch.device, config: TrainingConfig, input_dim: int) -> Choice:
+def choose(device: torch.device, config: TrainingConfig, input_dim: int) -> EngineChoice:
     """The fastest way that is right on `device`; its reason is said at start-up and goes with the run."""
     if device.type == "cpu":
         if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-            return Choice(sparse_cpu.reconstruct, "sparse_cpu", "MKL's sparse products")
-        return Choice(reference.reconstruct, "reference", "this torch is built without MKL, so no sparse products")
+            return EngineChoice(sparse_cpu.reconstruct, "sparse_cpu", "MKL's sparse products")
+        return EngineChoice(
+            reference.reconstruct, "reference", "this torch is built without MKL, so no sparse products"
+        )
     hindrance = "no kernels for MPS" if device.type != "cuda" else _hindrance(device, config, input_dim)
     if hindrance is not None:
-        return Choice(reference.reconstruct, "reference", hindrance)
-    return Choice(None, "fused", "one captured graph a step: bf16 products, float32 sums and weights")
+        return EngineChoice(reference.reconstruct, "reference", hindrance)
+    return EngineChoice(None, "fused", "one captured graph a step: bf16 products, float32 sums and weights")
 
 
 def _hindrance(device: torch.device, config: TrainingConfig, input_dim: int) -> str | None:

@@ -20,7 +20,7 @@ N_ENCODING_SUMS = 128
 N_SUMS = N_DECODING_SUMS + N_ENCODING_SUMS
 
 
-class Moments(NamedTuple):
+class AdamParameter(NamedTuple):
     """A parameter with Adam's two moments, all float32 of one shape; updated in place."""
 
     value: Tensor
@@ -109,9 +109,9 @@ def clip_gradients(
 
 
 def update_weights(
-    W_enc: Moments,
-    W_dec: Moments,
-    pre_bias: Moments,
+    W_enc: AdamParameter,
+    W_dec: AdamParameter,
+    pre_bias: AdamParameter,
     grad_W_enc: Float[Tensor, "hidden_dim width"],
     entries: Entries,
     gradients: Gradients,
@@ -144,7 +144,7 @@ def rows_a_program(hidden_dim: int, width: int) -> int:
 
 
 def adam_reference(
-    moments: Moments, gradient: Tensor, *, lr: float, beta1: float, beta2: float, eps: float, step: int
+    moments: AdamParameter, gradient: Tensor, *, lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> Tensor:
     """The parameter after one step of Adam in float64, the plain way; `step` counts from 1."""
     g = gradient.double()

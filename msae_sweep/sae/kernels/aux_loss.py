@@ -25,7 +25,7 @@ TILE = 64
 """Rows, and latents, of a tile of the dense products; hidden_dim is padded to a multiple of it."""
 
 
-class Dead(NamedTuple):
+class DeadLatents(NamedTuple):
     """The dead latents of a step and what they do."""
 
     latents: Int[Tensor, " hidden_dim"]
@@ -49,7 +49,9 @@ class AuxHyper(NamedTuple):
     coefficient: Float[Tensor, " 1"]
 
 
-def find_dead(samples_since_fired: Int[Tensor, " hidden_dim"], aux: AuxHyper, dead: Dead, hidden_dim: int) -> None:
+def find_dead(
+    samples_since_fired: Int[Tensor, " hidden_dim"], aux: AuxHyper, dead: DeadLatents, hidden_dim: int
+) -> None:
     """List the dead among the first `hidden_dim` latents."""
     launch(
         _find_dead,
@@ -64,7 +66,7 @@ def find_dead(samples_since_fired: Int[Tensor, " hidden_dim"], aux: AuxHyper, de
     )
 
 
-def select(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: Dead, aux_k: int) -> None:
+def select(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: DeadLatents, aux_k: int) -> None:
     """Codes of the dead latents: the `aux_k` largest positive pre_acts of each row, lowest latent first on ties."""
     batch, hidden_dim = dead.acts.shape
     block = min(1024, hidden_dim)
@@ -81,7 +83,7 @@ def residual_gradient(
     last_error: Float[Tensor, " batch"],
     W_dec: Int[Tensor, "hidden_dim half"],
     aux: AuxHyper,
-    dead: Dead,
+    dead: DeadLatents,
 ) -> None:
     """Reconstruct the residual from the dead latents: the loss, and its gradient times the coefficient."""
     batch, n_levels, quarter = G.words.shape
@@ -97,7 +99,7 @@ def residual_gradient(
 
 def add_gradients(
     W_dec: Int[Tensor, "hidden_dim half"],
-    dead: Dead,
+    dead: DeadLatents,
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
     gradients: Gradients,
 ) -> None:

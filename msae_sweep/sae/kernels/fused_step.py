@@ -60,9 +60,9 @@ class FusedStep:
             return torch.zeros(size, dtype=dtype, device=device)
 
         int32, bfloat16 = torch.int32, torch.bfloat16
-        self.W_enc = adam.Moments(zeros(hidden, width), zeros(hidden, width), zeros(hidden, width))
-        self.W_dec = adam.Moments(zeros(hidden, width), zeros(hidden, width), zeros(hidden, width))
-        self.pre_bias = adam.Moments(zeros(width), zeros(width), zeros(width))
+        self.W_enc = adam.AdamParameter(zeros(hidden, width), zeros(hidden, width), zeros(hidden, width))
+        self.W_dec = adam.AdamParameter(zeros(hidden, width), zeros(hidden, width), zeros(hidden, width))
+        self.pre_bias = adam.AdamParameter(zeros(width), zeros(width), zeros(width))
         self.encoder_copy = zeros(hidden, width, dtype=bfloat16)
         self.decoder_copy = zeros(hidden, half, dtype=int32)
         self.samples_since_fired = zeros(hidden, dtype=torch.int64)
@@ -107,10 +107,10 @@ class FusedStep:
         self.grad_W_enc = zeros(hidden, width)
         self.bias_sums = zeros(adam.N_SUMS, width)
         self.norms = zeros(hidden // adam.rows_a_program(hidden, width)) if shape.clips else None
-        self.dead: aux_loss.Dead | None = None
+        self.dead: aux_loss.DeadLatents | None = None
         if shape.aux_k:
             row_tiles = triton.cdiv(batch, aux_loss.TILE)
-            self.dead = aux_loss.Dead(
+            self.dead = aux_loss.DeadLatents(
                 latents=zeros(hidden, dtype=int32),
                 n_dead=zeros(1, dtype=int32),
                 acts=zeros(batch, hidden, dtype=bfloat16),
@@ -213,7 +213,7 @@ class FusedStep:
             self._graphs[name] = graph
         self._graphs[name].replay()
 
-    def _train(self, aux: aux_loss.Dead | None) -> None:
+    def _train(self, aux: aux_loss.DeadLatents | None) -> None:
         shape = self.shape
         if aux is not None:
             aux_loss.find_dead(self.samples_since_fired, self.aux, aux, shape.hidden_dim)

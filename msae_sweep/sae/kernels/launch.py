@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from msae_sweep.patching import replaced
+from msae_sweep.patching import patched
 
 _collected: ContextVar[dict[Hashable, partial[Any]] | None] = ContextVar("collected", default=None)
 
@@ -61,7 +61,7 @@ def _triton_identified() -> Iterator[None]:
     with ExitStack() as stack:
         for module in ("triton.runtime.cache", "triton.compiler.compiler"):  # one of them, depending on the version
             if key is not None:
-                stack.enter_context(replaced(module, "triton_key", lambda: key))
+                stack.enter_context(patched(module, "triton_key", lambda: key))
             elif hash_itself := getattr(importlib.import_module(module), "triton_key", None):
                 hash_itself()
                 break
