@@ -1,9 +1,11 @@
-"""Sweeps of Matryoshka sparse autoencoders over a network's activations: Ray Data, Ray Tune with ASHA, MLflow.
+"""Run sweeps of Matryoshka sparse autoencoders over a network's activations, with Ray Data, Ray Tune (ASHA) and MLflow.
 
-import msae_sweep as ms
+A trained model is loaded and used from Python like this:
 
-sae = ms.load("models:/msae-block20@champion")
-codes = sae.encode(x, k=32)
+    import msae_sweep as ms
+
+    sae = ms.load("models:/msae-block20@champion")
+    codes = sae.encode(x, k=32)
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ __all__ = ["SAE", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Torch takes seconds to import; the command line answers without it.
+    # Importing torch takes seconds, and `--help` must not wait for it: it is imported when SAE or load is first used.
     if name in ("SAE", "load"):
         from msae_sweep.models import api
 

@@ -1,4 +1,4 @@
-"""`python -m msae_sweep`: what a Ray job runs."""
+"""Entry point of `python -m msae_sweep`, the command that a Ray job runs."""
 
 from msae_sweep.cli import main
 

@@ -1,23 +1,23 @@
-"""Everything msae_sweep raises on purpose.
+"""Exceptions that msae_sweep raises on purpose.
 
     MsaeSweepError
-    ├── ConfigError      the search-space file, --set or a command-line option says something that cannot be run
+    ├── ConfigError      the search-space file, a --set override or a command-line option is invalid
     ├── DataError        activations, games or weights are missing, malformed, or too few
-    ├── DeviceError      the device asked for is not there
+    ├── DeviceError      the requested device is not available
     ├── SweepError       a sweep cannot be started or resumed (name taken, data changed)
-    │   └── StorageError  the sweep folder cannot be written or read: a full disk, a folder that became read-only
-    └── TrackingError    MLflow could not be reached or refused; never raised inside a trial
+    │   └── StorageError  the sweep folder cannot be written or read: the disk is full, or the folder became read-only
+    └── TrackingError    MLflow could not be reached or refused a request; never raised inside a trial
 
 Each message is one line that says what was wrong, the value seen, and what would be right.
 """
 
 
 class MsaeSweepError(Exception):
-    """Base of all errors that a user can mend; the CLI prints its message and exits with code 2."""
+    """Base class of all errors that the user can fix. The CLI prints the message and exits with code 2."""
 
 
 class ConfigError(MsaeSweepError):
-    """A search-space file or an override says something that cannot be run."""
+    """A search-space file, a --set override or a command-line option is invalid."""
 
 
 class DataError(MsaeSweepError):
@@ -25,7 +25,7 @@ class DataError(MsaeSweepError):
 
 
 class DeviceError(MsaeSweepError):
-    """The device asked for is not there."""
+    """The requested device is not available."""
 
 
 class SweepError(MsaeSweepError):
@@ -33,13 +33,13 @@ class SweepError(MsaeSweepError):
 
 
 class StorageError(SweepError):
-    """The sweep folder cannot be written or read; with that mended the sweep can be resumed."""
+    """The sweep folder cannot be written or read. Once that is fixed, the sweep can be resumed."""
 
 
 class TrackingError(MsaeSweepError):
-    """MLflow could not be reached, or refused; never raised inside a trial."""
+    """MLflow could not be reached or refused a request. This error is never raised inside a trial."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library says; its type where it says nothing."""
+    """Return the first non-blank line of an exception's message, or the exception's type if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

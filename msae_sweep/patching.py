@@ -1,4 +1,7 @@
-"""A library's function that is kept from costing time, without a change to the library."""
+"""Temporarily monkeypatch a function of a third-party module.
+
+This is used where a library does something slow or unwanted and has no setting to turn it off.
+"""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -8,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def patched(module: str, name: str, by: Callable[..., Any]) -> Iterator[None]:
-    """While this is open, `module` calls `by` for its own `name`; a library without that is left as it is."""
+    """Replace function `name` of `module` by `by` while the context is open. Do nothing if it does not exist."""
     owner: Any = None
     with suppress(ImportError):
         owner = importlib.import_module(module)

@@ -1,9 +1,10 @@
-"""Files and folders on a disk or in an object store, told apart by how they are named; through pyarrow's file systems.
+"""Paths of files and folders on a disk or in an object store, read and written through pyarrow's file systems.
 
-`s3://bucket/folder` and whatever else pyarrow knows (gs, hdfs, …) are object stores; all else is a path. Credentials
-come from the environment, as everywhere (AWS_ACCESS_KEY_ID … or the machine's role), and so does another endpoint than
-Amazon's (AWS_ENDPOINT_URL); `?endpoint_override=host:port&scheme=http` behind a URI does too. A place is picklable, and
-opened anew by every process with its own environment: it never holds a secret.
+A URI such as `s3://bucket/folder`, with any scheme that pyarrow supports (gs, hdfs, …), is in an object store. Any
+other text is a path on a disk. Credentials come from the environment as usual (AWS_ACCESS_KEY_ID …, or the machine's
+role). An endpoint other than Amazon's comes from AWS_ENDPOINT_URL, or from the end of the URI:
+`?endpoint_override=host:port&scheme=http`. A `StoragePath` can be pickled. Every process opens it again with its own
+environment, so it never holds a secret.
 """
 
 import contextlib
@@ -25,30 +26,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TRIES = 4
-"""Of one request to a store that answers with an error, a second apart and then longer; pyarrow tries again itself."""
+"""Attempts at one request to a store, with waits of 1, 2 and 4 seconds between them. pyarrow also retries by itself."""
 
 REQUEST_SECONDS = 30.0
-"""How long a store may be silent in the middle of a request. AWS' own 3 s end every call to a slow store."""
+"""Seconds that a store may be silent during a request. AWS's default of 3 s would end every call to a slow store."""
 
 S3_VARIABLES = (
     "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_PROFILE",
 )  # fmt: skip
-"""What says where an S3 store is and who asks. Changed within a process, it leads to another store."""
+"""Environment variables that select an S3 store and an account. If one changes within a process, later requests go to
+the store that the variables then select."""
 
 
 def is_uri(text: str) -> bool:
-    """Whether `text` names a place in an object store."""
+    """Return whether `text` is a URI in an object store."""
     return "://" in text
 
 
 class StoragePath:
-    """A file or folder that may exist. Immutable; `/` goes down."""
+    """Immutable path of a file or folder, which need not exist. The operator `/` appends a name."""
 
     def __init__(self, where: str | Path) -> None:
-        """A path, made absolute, or a URI.
+        """Take a path on a disk, which is made absolute, or a URI.
 
         Raises:
-            SweepError: a URI with a password in it, which would end up in logs and files.
+            SweepError: the URI contains a password, which would end up in logs and files.
         """
         text = str(where)
         if not is_uri(text):
@@ -81,47 +83,47 @@ class StoragePath:
 
     @property
     def uri(self) -> str:
-        """What makes the same place again."""
+        """Path or URI from which `StoragePath` makes an equal object."""
         return f"{self._base}?{self._query}" if self._query else self._base
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies in an object store."""
+        """True if the path is in an object store."""
         return is_uri(self._base)
 
     @property
     def path(self) -> Path:
-        """The path of a place on a disk."""
+        """`Path` of a file or folder on a disk. It must not be called for an object store."""
         assert not self.is_remote, f"{self} is no path"
         return Path(self._base)
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """Last part of the path."""
         return self._base.rsplit("/", 1)[-1]
 
     @property
     def parent(self) -> "StoragePath":
-        """The folder that holds it."""
+        """Folder that contains this path."""
         return self.like(self._base.rsplit("/", 1)[0])
 
     @property
     def stem(self) -> str:
-        """The name without its ending."""
+        """Name without its suffix."""
         return Path(self.name).stem
 
     @property
     def suffix(self) -> str:
-        """The name's ending, with the dot."""
+        """Suffix of the name, with the dot."""
         return Path(self.name).suffix
 
     def relative_to(self, folder: "StoragePath") -> Path:
-        """The way from `folder` to here."""
+        """Return this path relative to `folder`."""
         return Path(self._base).relative_to(folder._base)
 
     @property
     def filesystem(self) -> "FileSystem":
-        """pyarrow's, for what takes one."""
+        """File system of pyarrow that contains this path, for functions that take one."""
         if not self.is_remote:
             return _filesystem("", "", "", ())
         parts, environment = urlsplit(self._base), tuple(map(os.environ.get, S3_VARIABLES))
@@ -129,53 +131,56 @@ class StoragePath:
 
     @property
     def inside(self) -> str:
-        """How `filesystem` names this place."""
+        """Path within `filesystem`: bucket and key in an object store, the absolute path on a disk."""
         return self._base.split("://", 1)[1] if self.is_remote else self._base
 
     def is_file(self) -> bool:
-        """Whether a file is here."""
+        """Return whether a file exists at this path."""
         return bool(self.info().is_file)
 
     def is_folder(self) -> bool:
-        """Whether a folder is here; in a store, whether anything lies below."""
+        """Return whether a folder exists at this path; in an object store, whether anything exists below it."""
         return self.info().type.name == "Directory"
 
     def exists(self) -> bool:
-        """Whether anything is here."""
+        """Return whether a file or folder exists at this path."""
         return self.info().type.name != "NotFound"
 
     def info(self) -> "FileInfo":
-        """What is known of it: `is_file`, `size`, `mtime_ns`."""
+        """Return pyarrow's information on this path, such as `is_file`, `size` in bytes and `mtime_ns`."""
         return self._asked(lambda: self.filesystem.get_file_info(self.inside))
 
     def children(self) -> list["StoragePath"]:
-        """Files and folders directly below, by name; none where there is no folder."""
+        """Return the files and folders directly below, sorted by name. The list is empty if there is no folder."""
         return sorted((self / info.base_name for info in self._below()), key=str)
 
     def folders(self) -> list["StoragePath"]:
-        """Folders directly below, by name."""
+        """Return the folders directly below, sorted by name."""
         return sorted((self / info.base_name for info in self._below() if info.type.name == "Directory"), key=str)
 
     def files(self, *, recursive: bool = False) -> dict["StoragePath", "FileInfo"]:
-        """Files below by name, with what is known of them: `size` in bytes, `mtime_ns`."""
+        """Return the files directly below, or at any depth with `recursive`, sorted by name.
+
+        Each comes with pyarrow's information on it, such as `size` in bytes and `mtime_ns`.
+        """
         files = [info for info in self._below(recursive=recursive) if info.is_file]
         return {self / info.path[len(self.inside) :].lstrip("/"): info for info in sorted(files, key=_path)}
 
     def like(self, text: str) -> "StoragePath":
-        """The place that another one of the same store or disk calls itself."""
+        """Return the path whose `str` is `text`, in the same object store or on the same disk as this one."""
         named = object.__new__(StoragePath)
         named._base, named._query = text, self._query
         return named
 
     def open(self) -> Any:
-        """The file for reading, seekable; closes as a context manager does."""
+        """Open the file for reading. The result is seekable and a context manager."""
         return self._asked(lambda: self.filesystem.open_input_file(self.inside))
 
     def read(self) -> bytes:
-        """The whole file.
+        """Return the content of the file.
 
         Raises:
-            FileNotFoundError: none is here.
+            FileNotFoundError: there is no file at this path.
         """
 
         def whole() -> bytes:
@@ -185,10 +190,10 @@ class StoragePath:
         return self._asked(whole)
 
     def write(self, content: bytes | memoryview) -> None:
-        """Put a file here, whole or not at all: readers see the old one or the new one. Folders come to be.
+        """Write the file atomically: readers see either the old content or the new. Missing folders are created.
 
         Raises:
-            OSError: not possible.
+            OSError: the file cannot be written.
         """
         if self.is_remote:
             self._asked(lambda: self._put(content))
@@ -202,7 +207,7 @@ class StoragePath:
             part.unlink(missing_ok=True)
 
     def delete(self) -> None:
-        """Remove the file, or the folder with all below; nothing where nothing is."""
+        """Delete the file, or the folder and everything below it. Do nothing if neither exists."""
         info = self.info()
         with contextlib.suppress(FileNotFoundError):
             if info.is_file:
@@ -211,10 +216,10 @@ class StoragePath:
                 self._asked(lambda: self.filesystem.delete_dir(self.inside))
 
     def check(self) -> None:
-        """Find out whether the store answers, where this is in one.
+        """Check that the object store can be used. On a disk, do nothing.
 
         Raises:
-            SweepError: it does not, or says no; one line.
+            SweepError: the store does not respond, refuses access or has no such bucket; the message is one line.
         """
         if not self.is_remote:
             return
@@ -236,7 +241,7 @@ class StoragePath:
         yield from self._asked(lambda: self.filesystem.get_file_info(selector))
 
     def _asked(self, request: Callable[[], T]) -> T:
-        """A request to a store is tried again where it failed for no reason of ours."""
+        """Run `request`. In an object store, retry it after an error that may pass, up to `TRIES` attempts in all."""
         if not self.is_remote:
             return request()
         for attempt in range(TRIES):
@@ -252,10 +257,10 @@ class StoragePath:
 
 
 def check_file(option: str, path: Path) -> None:
-    """Find out whether the file that `option` names can be written, before the work that fills it; leaves no trace.
+    """Check, before the work starts, that the file given to `option` can be written. Nothing is left behind.
 
     Raises:
-        ConfigError: it is a folder, or it or its folder cannot be written.
+        ConfigError: the path is a folder, or the file or its folder cannot be written.
     """
     try:
         if path.is_dir():
@@ -269,10 +274,10 @@ def check_file(option: str, path: Path) -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Find out whether files can be made in a folder, which may have to be made itself; leaves no trace.
+    """Check that files can be created in a folder, which need not exist yet. Nothing is left behind.
 
     Raises:
-        ConfigError: it, or what lies on the way to it, is a file or cannot be written.
+        ConfigError: the folder, or its nearest existing parent, is a file or cannot be written.
     """
     try:
         there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -289,16 +294,19 @@ def _path(info: "FileInfo") -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The beginning of a store's long answer says what it was."""
+    """Return the first 300 characters of a store's error message. Its beginning names the cause, and it can be long."""
     return first_line(error)[:300]
 
 
 @functools.lru_cache(maxsize=32)
 def _filesystem(scheme: str, bucket: str, query: str, environment: tuple[str | None, ...]) -> "FileSystem":
-    """One for each kind of place, environment (values of `S3_VARIABLES`) and process: it keeps connections.
+    """Return the pyarrow file system for a URI's scheme, bucket and query; with an empty scheme, that of the disks.
+
+    Each process caches the file systems, because they keep connections open. `environment`, the values of
+    `S3_VARIABLES`, is only a part of the cache key.
 
     Raises:
-        SweepError: no such kind, or its store cannot be asked where the bucket is.
+        SweepError: pyarrow does not support the scheme, or the store cannot be asked for the bucket's region.
     """
     from pyarrow import fs
 
@@ -306,19 +314,20 @@ def _filesystem(scheme: str, bucket: str, query: str, environment: tuple[str | N
         return fs.LocalFileSystem()
     options = dict(parse_qsl(query))
     if scheme == "s3":
-        # A small file is one request instead of three.
+        # With this, pyarrow writes a small file in one request instead of three.
         options.setdefault("allow_delayed_open", "true")
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         if endpoint and "endpoint_override" not in options:
             options |= {"endpoint_override": urlsplit(endpoint).netloc, "scheme": urlsplit(endpoint).scheme}
-        # Where none is named Amazon is asked where the bucket is; another store has no regions.
+        # If no region is set, pyarrow asks Amazon for the bucket's region. Other stores have no regions.
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if region or "endpoint_override" in options:
             options.setdefault("region", region or "us-east-1")
     try:
         found, _ = fs.FileSystem.from_uri(f"{scheme}://{bucket}/" + (f"?{urlencode(options)}" if options else ""))
         if scheme == "s3":
-            # A URI cannot say how patient it is to be; but it is checked, and the bucket's region is known now.
+            # A URI cannot contain timeouts, so the file system is made again with them. The first one was still needed:
+            # `from_uri` has checked the URI and found the bucket's region.
             plain = {key: value == "true" if value in ("true", "false") else value for key, value in options.items()}
             patience = {"request_timeout": REQUEST_SECONDS, "connect_timeout": REQUEST_SECONDS}
             found = fs.S3FileSystem(**plain | {"region": found.region} | patience)

@@ -1,4 +1,4 @@
-"""SIGTERM, which Slurm, Kubernetes and `ray job stop` send, is treated as Ctrl-C."""
+"""Handle SIGTERM, which Slurm, Kubernetes and `ray job stop` send, in the same way as Ctrl-C."""
 
 import contextlib
 import os
@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from types import FrameType
 
 _open = False
-"""Whether SIGTERM is ours now."""
+"""True while `sigterm_as_ctrl_c` is open."""
 _terminated = False
-"""Whether SIGTERM has come since `sigterm_as_ctrl_c` was entered."""
+"""True if SIGTERM has arrived since `sigterm_as_ctrl_c` was entered."""
 _leaving_with: int | None = None
+"""Exit code that was given to `leave_at_once`; None if it was not called."""
 
 
 @contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, until this is left; then the handler from before is back.
+    """Handle SIGTERM like Ctrl-C while the context is open, and restore the previous handler on exit.
 
-    Only the main thread can set handlers: in any other, and inside another `sigterm_as_ctrl_c`, nothing changes.
+    Only the main thread can set signal handlers. In any other thread, and inside another `sigterm_as_ctrl_c`, nothing
+    changes.
     """
     global _open, _terminated
     if threading.current_thread() is not threading.main_thread() or _open:
@@ -31,24 +33,24 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         _open = False
-        # None: a handler that was not set from Python, which Python cannot set again.
+        # `before` is None if the handler was not set from Python. Python cannot restore such a handler.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def sigterm_is_ours() -> bool:
-    """Whether `sigterm_as_ctrl_c` is open, in a thread that can set handlers."""
+    """Return whether `sigterm_as_ctrl_c` is open and this is the main thread, which can set signal handlers."""
     return _open and threading.current_thread() is threading.main_thread()
 
 
 def reclaim_sigterm() -> None:
-    """Set the handler of `sigterm_as_ctrl_c` again, where that is open: a library may have set its own meanwhile."""
+    """Set the handler of `sigterm_as_ctrl_c` again if the context is open, because a library may have replaced it."""
     if sigterm_is_ours():
         signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 @contextlib.contextmanager
 def handlers_put_back(*numbers: signal.Signals) -> Iterator[None]:
-    """Put back the handlers of these signals afterwards: a library that sets its own may leave them."""
+    """Restore the handlers of these signals on exit, because a library that sets its own may not restore them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -62,14 +64,14 @@ def handlers_put_back(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def exit_code() -> int:
-    """Exit code of a command that was interrupted: 143 after SIGTERM, 130 after Ctrl-C."""
+    """Return the exit code of an interrupted command: 143 after SIGTERM, 130 after Ctrl-C."""
     return 128 + (signal.SIGTERM if _terminated else signal.SIGINT)
 
 
 def leave_at_once(code: int) -> None:
-    """Let the process end without waiting for its threads: what they do is not wanted any more.
+    """Arrange that this process exits with `code` without waiting for its threads, whose work is no longer needed.
 
-    A further signal ends it where it is. `end_if_leaving` must have been registered with `atexit`.
+    A further SIGINT or SIGTERM kills the process at once. `end_if_leaving` must have been registered with `atexit`.
     """
     global _leaving_with
     _leaving_with = code
@@ -78,7 +80,7 @@ def leave_at_once(code: int) -> None:
 
 
 def end_if_leaving() -> None:
-    """End the process where `leave_at_once` was called, before Python takes itself apart under its threads."""
+    """Exit by `os._exit` if `leave_at_once` was called, before Python's shutdown breaks threads that still run."""
     if _leaving_with is not None:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -88,9 +90,9 @@ def end_if_leaving() -> None:
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     global _terminated
     _terminated = True
-    # While trials run it is Ray Tune's handler, which ends its loop in order and then gives back the one from before.
+    # While trials run, SIGINT has Ray Tune's handler. It ends Tune's loop in order and then restores the previous one.
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     if callable(on_ctrl_c):
         on_ctrl_c(signal.SIGINT, frame)
-    else:  # ignored, as a shell has it for a command in the background
+    else:  # SIGINT is ignored, as a shell sets it for a command in the background
         raise KeyboardInterrupt

@@ -252,8 +252,13 @@ def test_an_extraction_that_cannot_be_is_one_line_before_anything_starts(
     assert len(said.splitlines()) == 1
 
 
-def test_the_readme_names_only_commands_and_files_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "document", ["README.md", ".github/USAGE.md", "search_spaces/README.md", "tests/bench/README.md"]
+)
+def test_the_readme_names_only_commands_and_files_that_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for name in re.findall(r"\]\(([^#)]+)", text):
+        assert ((ROOT / document).parent / name).exists(), name
     for name in re.findall(r"search_spaces/\w+\.yaml|tests/\w+/\w+\.py|\.github/(?:images/)?\w+\.\w+", text):
         assert (ROOT / name).exists(), name
     for command in re.findall(r"msae-sweep (\w[\w-]*)", text):

@@ -1,4 +1,4 @@
-"""The README's code blocks, typed in order from the top: every command parses, and what it names is there by then.
+"""The code blocks of README and USAGE, typed in order: every command parses, and what it names is there by then.
 
 In the quick tests programs only write down how they were called; the slow one runs everything that can run here, on few
 games and in short sweeps.
@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash") or "bash"
 REAL_DATA = Path(os.environ.get("MSAE_SWEEP_REAL_DATA", ROOT.parent / "shared" / "data"))
 
+DOCUMENTS = ("README.md", ".github/USAGE.md")
+"""Documents whose blocks a reader types, one document after the other, in one folder."""
 GIVEN = ("leelaz-6x64.txt.gz", "leelaz-40x256.txt.gz", "games.tar.gz")
 """Files that the reader brings along."""
 OUTPUTS = ("Best trial of each block", "sweeps/leela-zero/")
@@ -46,9 +48,10 @@ PLACEHOLDER = re.compile(r"\b[A-Z]{4,}\b|\w+://(?!/)\w|/shared/")
 
 
 class Block(NamedTuple):
-    """A code block of the README."""
+    """A code block of a document."""
 
-    line: int
+    where: str
+    """Document and line."""
     language: str
     text: str
 
@@ -65,13 +68,15 @@ class Block(NamedTuple):
         return "\n".join(typed)
 
 
-def blocks_of(text: str) -> list[Block]:
+def blocks_of(text: str, document: str) -> list[Block]:
     found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    blocks = [Block(text.count("\n", 0, match.start()) + 1, match[1], match[2]) for match in found]
+    blocks = [
+        Block(f"{document}, line {text.count(chr(10), 0, match.start()) + 1}", match[1], match[2]) for match in found
+    ]
     return [block for block in blocks if not block.text.startswith(OUTPUTS)]
 
 
-BLOCKS = blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))
+BLOCKS = [block for name in DOCUMENTS for block in blocks_of((ROOT / name).read_text(encoding="utf-8"), name)]
 SCRIPTS, PYTHON = ([block for block in BLOCKS if block.language == language] for language in ("", "python"))
 
 RECORDING = """#!/bin/sh
@@ -95,7 +100,7 @@ def typed(block: Block, folder: Path) -> list[list[str]]:
     path = shims(folder / "bin", programs, RECORDING.format(calls=shlex.quote(str(calls))))
     calls.write_text("")
     done = subprocess.run([BASH, "-euc", block.commands], cwd=folder, env={"PATH": str(path)}, capture_output=True)
-    assert done.returncode == 0, f"README.md, line {block.line}: {done.stderr.decode()}"
+    assert done.returncode == 0, f"{block.where}: {done.stderr.decode()}"
     return [call.split("\037")[:-1] for call in calls.read_text().split("\036")[:-1]]
 
 
@@ -196,28 +201,29 @@ def parameters(arguments: list[str]) -> tuple[str, dict[str, Any]]:
         raise AssertionError(f"msae-sweep {shlex.join(arguments)}: {error}") from None
 
 
-def check(text: str, folder: Path, world: World) -> None:
+def check(blocks: list[Block], folder: Path, world: World) -> None:
     """Type every block in order."""
-    for block in blocks_of(text):
-        assert block.language in ("", "python"), f"line {block.line}: {block.language}: how is it run?"
+    for block in blocks:
+        assert block.language in ("", "python"), f"{block.where}: {block.language}: how is it run?"
         if block.language == "python":
             world.python(block.text)
             continue
         calls = typed(block, folder)
-        assert calls, f"line {block.line}: no command; is it an output?"
+        assert calls, f"{block.where}: no command; is it an output?"
         for call in calls:
             world.call(*call)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    """The reader's folder at the end of the README, whose every command parses and names what is there by then."""
+    """The reader's folder at the end of the documents: every command parses and names what is there by then."""
     found = World()
-    check((ROOT / "README.md").read_text(encoding="utf-8"), tmp_path_factory.mktemp("reader"), found)
+    check(BLOCKS, tmp_path_factory.mktemp("reader"), found)
     return found
 
 
-def test_every_command_of_the_readme_parses_and_names_what_is_there_by_then(world):
+def test_every_command_of_readme_and_usage_parses_and_names_what_is_there_by_then(world):
+    assert {block.where.partition(",")[0] for block in BLOCKS} == set(DOCUMENTS)
     assert {"sweeps/quickstart", "sweeps/leela-zero", "sweeps/leela-zero-baselines"} <= set(world.sweeps)
     assert set(world.activations) == {"activations", "activations-40x256"}
 
@@ -243,20 +249,20 @@ WRONG = {
 def test_a_block_that_would_not_work_is_found(tmp_path, world, case):
     block, says = WRONG[case]
     with pytest.raises((AssertionError, LookupError, MsaeSweepError), match=says):
-        check(f"```\n{block}\n```\n", tmp_path, copy.deepcopy(world))
+        check(blocks_of(f"```\n{block}\n```\n", "a document"), tmp_path, copy.deepcopy(world))
 
 
 def test_placeholders_stand_in_commands_only_that_are_not_run():
     for block in SCRIPTS:
         if PLACEHOLDER.search(block.commands):
-            assert block.commands.split()[0] in NOT_RUN, f"line {block.line}"
+            assert block.commands.split()[0] in NOT_RUN, block.where
     assert PLACEHOLDER.search("ray job submit --address http://HEAD:8265")
     assert PLACEHOLDER.search("msae-sweep inspect s3://bucket/activations")
 
 
 SMALLER = """#!/bin/sh
-# Commands as the README has them, but for the length of sweeps. One size: of so little training the best may have any,
-# and latent 560 of a model is asked for.
+# Commands as the documents have them, but for the length of sweeps. One size: of so little training the best may have
+# any, and latent 560 of a model is asked for.
 case "$1 $2" in
     *baselines.yaml) set -- "$@" --set training.epochs=3 ;;
     run*) set -- "$@" --set training.epochs=3 --set search.trials_per_block=2 \\
@@ -294,17 +300,17 @@ def reader(tmp_path: Path) -> tuple[Path, dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_the_readme_works_as_it_is_written_from_top_to_bottom(reader):
+def test_readme_and_usage_work_as_they_are_written_from_top_to_bottom(reader):
     folder, environment = reader
     python = ""
     for block in BLOCKS:
         if reason := next((reason for text, reason in NOT_RUN_WITH.items() if text in block.text), None):
-            print(f"line {block.line}: not run: {reason}")
+            print(f"{block.where}: not run: {reason}")
             continue
         if block.language == "python":
             python += block.text
         command = [sys.executable, "-c", python] if block.language == "python" else [BASH, "-euc", block.commands]
         started = time.monotonic()
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        print(f"line {block.line}: {time.monotonic() - started:.0f} s")
-        assert done.returncode == 0, f"README.md, line {block.line}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        print(f"{block.where}: {time.monotonic() - started:.0f} s")
+        assert done.returncode == 0, f"{block.where}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

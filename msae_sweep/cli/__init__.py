@@ -1,4 +1,4 @@
-"""The front door. Each command imports what it needs when it runs, so that `--help` answers at once."""
+"""Command line of msae_sweep. Each command imports its modules when it runs, so that `--help` responds at once."""
 
 import atexit
 import os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Commands(TyperGroup):
-    """Says that a command was interrupted in one line, where the command did not say it itself."""
+    """Command group that prints one line for an interrupted command, unless the command has reported it itself."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -84,15 +84,15 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line: a user's mistake is one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143."""
-    # Ray is connected to where that is meant. A thread that still prepares data when a command is interrupted would
-    # start another Ray by its next call.
+    """Run the command line. A user's error gives one line on stderr and exit code 2, Ctrl-C gives 130, SIGTERM 143."""
+    # Only `ray_cluster.connect` may start Ray. Otherwise a thread that still prepares data when a command is
+    # interrupted would start a second Ray with its next call.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    # The first that is registered is the last that is called.
+    # atexit calls functions in reverse order: this one is registered first, so it is called last.
     atexit.register(signals.end_if_leaving)
     with signals.sigterm_as_ctrl_c():
         code = _run()
-        # A command that came to Ray has imported it.
+        # The module is loaded only if the command has used Ray.
         cluster = sys.modules.get("msae_sweep.sweep.ray_cluster")
         try:
             if cluster and code not in (130, 143):
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def _run() -> Any:
-    """Run the command that was given; returns its exit code."""
+    """Run the given command and return its exit code."""
     try:
         app()
     except SystemExit as ended:
@@ -119,7 +119,7 @@ def _run() -> Any:
 
 
 def _say(line: str) -> None:
-    # A path may hold anything, also what begins a line or moves a terminal's cursor.
+    # A path in the message may contain any character, including line breaks and terminal control codes.
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     print(f"msae-sweep: {line}", file=sys.stderr)
 
@@ -138,13 +138,13 @@ def run(
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Run a sweep: prepare the data, schedule the trials, track them, leave a finished comparison."""
+    """Run a sweep: prepare the data, train the trials, log them to MLflow, and write the results and a report."""
     import yaml
 
     from msae_sweep import config
 
     named = {"data.path": data, "storage": storage, "name": name, "tracking.uri": tracking_uri}
-    # json-like quoting, so that a path or URI is never read as anything but text
+    # Values are quoted as in JSON, so that YAML reads a path or URI as text and nothing else.
     options = [
         f"{key}={yaml.safe_dump(value, default_style=chr(34))}" for key, value in named.items() if value is not None
     ]
@@ -153,7 +153,7 @@ def run(
 
 @app.command()
 def resume(sweep: SweepPath, tracking_uri: TrackingUri = None, dry_run: DryRun = False) -> None:
-    """Go on with a sweep that was interrupted; finished trials stay finished."""
+    """Resume an interrupted sweep. Trials that have ended are not run again, except those that failed."""
     from msae_sweep.sweep.resume import load_config
 
     _sweep_or_show(load_config(sweep, tracking_uri), resume=True, dry_run=dry_run)
@@ -163,7 +163,7 @@ def resume(sweep: SweepPath, tracking_uri: TrackingUri = None, dry_run: DryRun =
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Activations: folder, .h5, Parquet, or `planted`.")],
 ) -> None:
-    """Show what lies in PATH: a row per block, and how much its principal components explain."""
+    """Show statistics of each block of activations in PATH, and how much its principal components explain."""
     from msae_sweep.config import DataConfig
     from msae_sweep.data import inspection as inspection
 
@@ -192,7 +192,7 @@ def extract(
     ] = "top",
     seed: Annotated[int, typer.Option(help="Seed of positions and points.")] = 0,
 ) -> None:
-    """Turn game records and a Leela Zero network into the activation folder that `run` reads."""
+    """Extract activations of a Leela Zero network on recorded games into a folder that `run` can read."""
     from msae_sweep.errors import ConfigError
     from msae_sweep.go import extract as extraction
     from msae_sweep.go.progress_bar import showing
@@ -250,7 +250,7 @@ def boards(
     seed: Annotated[int, typer.Option(help="Seed of the positions.")] = 0,
     tracking_uri: Annotated[str | None, typer.Option(help="Where MLflow is; as for run.")] = None,
 ) -> None:
-    """Draw the positions of real games at which a model's latents are strongest, as Go boards on one page."""
+    """Write an HTML page of Go boards: the positions of real games at which a model's latents are most active."""
     from msae_sweep.errors import ConfigError
     from msae_sweep.go import top_activations as diagrams
     from msae_sweep.go.network_check import notes
@@ -294,7 +294,7 @@ def report(
         typer.Option(metavar="FOLDER", help="Where to write, or a URI; report/ in the first sweep's folder without."),
     ] = None,
 ) -> None:
-    """Write the report of sweeps: one page to read anywhere, Markdown, CSV, figures, and the next search space."""
+    """Write a report on sweeps: a self-contained HTML page, Markdown, CSV, figures, and a search space to run next."""
     from msae_sweep import report as reporting
 
     written = reporting.write(sweeps, out)
@@ -313,7 +313,7 @@ def ui(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
     browser: Annotated[bool, typer.Option(help="Open a browser where there is one.")] = True,
 ) -> None:
-    """Compare a sweep's trials in MLflow: on its tracking server, or on one started here until Ctrl-C."""
+    """Compare a sweep's trials in MLflow: on its tracking server, or on a server that runs here until Ctrl-C."""
     from msae_sweep.config import TrackingConfig
     from msae_sweep.track import mlflow_ui as pages
 
@@ -329,7 +329,7 @@ def ui(
 
 @app.command("track-sync")
 def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
-    """Send MLflow what a sweep could not send while it ran; safe to repeat."""
+    """Send MLflow the events that a sweep could not send while it ran. It is safe to repeat this."""
     from msae_sweep.sweep.resume import config_of
     from msae_sweep.sweep_folder.folder import SweepFolder
     from msae_sweep.track.tracker import sync
@@ -348,7 +348,7 @@ for _name, _command in (("export", models.export), ("eval", models.evaluate), ("
 
 
 class _Waiting:
-    """Says why nothing is sent, once for each reason: a silent server takes a minute to be given up."""
+    """Prints why nothing can be sent, once for each reason, because a silent server is given up only after a minute."""
 
     def __init__(self) -> None:
         self._said = ""
@@ -360,7 +360,7 @@ class _Waiting:
 
 
 def _console() -> "Console":
-    """Tables in a file or a job's log are as wide as they need to be."""
+    """Return a console. In a file or a job's log it is 160 columns wide, so that tables are not squeezed."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=160)

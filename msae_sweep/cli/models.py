@@ -1,4 +1,4 @@
-"""Commands about one model: export, eval, import. Each imports what it needs when it runs."""
+"""Commands on one model: export, eval, import. Each command imports its modules when it runs."""
 
 import sys
 from pathlib import Path
@@ -45,7 +45,7 @@ def export(
     ] = None,
     tracking_uri: StoreUri = None,
 ) -> None:
-    """Write a model in the format that the next tool reads."""
+    """Write a model in a format that other tools read."""
     from msae_sweep.models.export import LOADERS
     from msae_sweep.models.export import export as write
     from msae_sweep.models.find import find
@@ -76,7 +76,7 @@ def evaluate(
     overrides: DataOverrides = None,
     tracking_uri: StoreUri = None,
 ) -> None:
-    """Measure a model on any activations: R² at every k, dead and firing latents, its dictionary."""
+    """Evaluate a model on any activations: R² at every k, dead latents, firing frequencies, decoder coherence."""
     import json
 
     from msae_sweep.models import evaluate
@@ -120,7 +120,7 @@ def import_(
     overrides: DataOverrides = None,
     tracking_uri: StoreUri = None,
 ) -> None:
-    """Measure a model from elsewhere, e.g. the notebook, and register it in MLflow beside the sweeps' own."""
+    """Evaluate a model from elsewhere, e.g. the notebook, and register it in MLflow beside the models of sweeps."""
     import json
 
     from msae_sweep.config import parse
@@ -190,7 +190,7 @@ def _evaluate(
 
     side = rows or ("validation" if data is None else "all")
     config = evaluate.data_of(what if sweep is None else str(sweep), data, overrides)
-    # Of a file, --block names the block of the data only: a model may be tried on another one.
+    # Unless MODEL is a folder, --block selects only the data's block: a model may be evaluated on another block.
     found = find(what, block if is_folder(what) else None, tracking_uri)
     others = [find(other, found.block if is_folder(other) else None, tracking_uri) for other in against]
     plan = evaluate.plan(found, config, block, side)
@@ -219,7 +219,7 @@ def _evaluate(
 
 
 def _console() -> "Console":
-    """As wide as it needs to be where nobody watches."""
+    """Return a console. If stdout is not a terminal, it is 160 columns wide, so that tables are not squeezed."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160)

@@ -1,4 +1,4 @@
-"""The search-space file: what it may say (`schema`), how it is read (`yaml_file`), how keys vary (`distribution`)."""
+"""Search-space files: their keys (`schema`), reading their YAML (`yaml_file`), and how keys vary (`distribution`)."""
 
 from msae_sweep.config.distribution import Distribution
 from msae_sweep.config.schema import (

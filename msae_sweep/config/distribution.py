@@ -1,4 +1,4 @@
-"""How one training key varies, and every value that it can propose."""
+"""Distribution over one training key, with the values that it can propose."""
 
 import math
 from collections.abc import Mapping
@@ -10,21 +10,21 @@ from msae_sweep.config.frozen_model import FrozenModel, plain_types, shown
 
 DistributionKind = Literal["loguniform", "uniform", "quniform", "randint", "choice", "grid"]
 DECIMALS = 12
-"""Values of a `quniform` are rounded to these, so that 0.1 × 3 reads 0.3."""
+"""Number of decimals to which values of a `quniform` are rounded, so that 0.1 × 3 gives 0.3."""
 ROUNDING = 1e-9
-"""Share of a step by which floating-point numbers may miss a whole number of steps."""
+"""Fraction of a step by which floating-point numbers may miss a whole number of steps."""
 LARGEST_WHOLE, LARGEST_EXACT = 2**63, 2**53
-"""Bounds of a 64-bit integer, and of the whole numbers that a float tells apart."""
+"""Bound of 64-bit integers, and bound of the whole numbers that a float represents exactly."""
 
 
 class Distribution(FrozenModel):
-    """How one training key varies: exactly one of the six kinds, e.g. `{loguniform: [1.0e-4, 4.0e-3]}`."""
+    """Distribution over one training key: exactly one of the six kinds, e.g. `{loguniform: [1.0e-4, 4.0e-3]}`."""
 
     kind: DistributionKind
-    """`loguniform`, `uniform`, `quniform` (low, low + step, low + 2 step … up to high), `randint` (high excluded),
-    `choice` or `grid`."""
+    """Kind of the distribution: `loguniform`, `uniform`, `quniform` (low, low + step, low + 2 step … up to high),
+    `randint` (high excluded), `choice` or `grid`."""
     values: tuple[Any, ...]
-    """Bounds (with the step for `quniform`), or the options of `choice` and `grid`."""
+    """Bounds low and high (then the step, for `quniform`), or the options of `choice` and `grid`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -77,7 +77,7 @@ class Distribution(FrozenModel):
         return self
 
     def corners(self) -> tuple[Any, ...]:
-        """Values that show whether a whole distribution is legal: every option, or the smallest and the largest."""
+        """Return values whose check covers the whole distribution: every option, or the smallest and the largest."""
         if self.kind in ("choice", "grid"):
             return self.values
         low, high = self.values[:2]
@@ -86,10 +86,11 @@ class Distribution(FrozenModel):
         return float(low), self.largest if self.kind == "quniform" else float(high)
 
     def check_fits(self, annotation: Any) -> None:
-        """Check that a key of this type can take what lies between the corners, too.
+        """Check that a key with this type annotation also accepts the values between the corners.
 
         Raises:
-            ValueError: numbers for a key that takes none, or fractions for one that takes whole numbers.
+            ValueError: the distribution proposes numbers and the key takes none, or it proposes fractions and the key
+                takes whole numbers.
         """
         if self.kind in ("choice", "grid"):
             return
@@ -108,7 +109,7 @@ class Distribution(FrozenModel):
 
     @property
     def largest(self) -> float:
-        """The largest value of a `quniform`: high, where it is a whole number of steps above low."""
+        """Largest value of a `quniform`: high if it is a whole number of steps above low, else the next step below."""
         low, high, step = self.values
         n_steps = (high - low) / step
         if abs(n_steps - round(n_steps)) < ROUNDING:
@@ -116,9 +117,9 @@ class Distribution(FrozenModel):
         return float(round(low + math.floor(n_steps) * step, DECIMALS))
 
     def nearest(self, value: float) -> float:
-        """The value of a `quniform` that is nearest to a number between low and high."""
+        """Return the value of a `quniform` that is nearest to `value`, a number between low and high."""
         low, _, step = self.values
-        # Where low is a multiple of the step, as it mostly is, all values are, and are counted from 0.
+        # If low is a multiple of the step, as it usually is, all values are multiples, and steps are counted from 0.
         origin = 0.0 if abs(low / step - round(low / step)) < ROUNDING else float(low)
         point = round(origin + round((value - origin) / step) * step, DECIMALS)
         return float(min(max(point, low), self.largest))

@@ -1,7 +1,7 @@
-"""What a search-space file may say: validated and resolved once, frozen afterwards.
+"""Keys of a search-space file, validated and resolved once into frozen pydantic models.
 
-`load()` reads YAML, applies the `--set a.b=c` overrides and returns one frozen `SweepConfig`. Nothing here imports
-torch, ray or mlflow, so a misspelt key is reported within a second.
+`load()` reads YAML, applies the `--set a.b=c` overrides and returns one frozen `SweepConfig`. This module imports
+neither torch nor ray nor mlflow, so a misspelt key is reported within a second.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from msae_sweep.config.yaml_file import apply_override, check_varied, complaint,
 from msae_sweep.errors import ConfigError
 
 DEAD_RATIO_ALLOWED = 0.30
-"""Share of dead latents above which the objective falls; the notebook's success criterion."""
+"""Share of dead latents above which the objective is reduced; it is the notebook's success criterion."""
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 PLANTED = "planted"
-"""The `data.path` of built-in data."""
+"""Value of `data.path` that selects the built-in data."""
 MODEL_NAME = "msae"
 """Default of `tracking.model_name`."""
 
 Weighting = Literal["uniform", "reverse"]
-# A union that is told apart before it is checked, so that one of its kinds reports what is wrong, not both. Tags in
-# brackets are no part of a key; messages leave them out.
+# The discriminator picks a member of the union before validation, so that errors are reported for that one only. Tags
+# in brackets are not part of a key: `complaint` leaves them out of messages.
 KLevels = Annotated[
     Annotated[tuple[Annotated[int, Field(ge=1)], ...], Tag("[list]")] | Annotated[str, Tag("[all]")],
     Discriminator(lambda levels: "[all]" if isinstance(levels, str) else "[list]"),
@@ -40,43 +40,44 @@ KLevels = Annotated[
 
 
 class PlantedConfig(FrozenModel):
-    """Built-in data with a known answer: sparse combinations of a random dictionary (`data.path: planted`)."""
+    """Settings of the built-in data (`data.path: planted`): sparse combinations of a known, random dictionary."""
 
     rows: int = Field(40_000, ge=100)
-    """Rows per block."""
+    """Number of rows per block."""
     input_dim: int = Field(64, ge=2)
     """Width of a row."""
     dictionary_size: int = Field(256, ge=2)
-    """Unit-norm directions in the true dictionary."""
+    """Number of unit-norm directions in the true dictionary."""
     active: float = Field(12.0, gt=0)
-    """Mean number of directions active in a row."""
+    """Mean number of directions that are active in a row."""
     power: float = Field(0.7, ge=0)
     """Exponent of the power law of the directions' frequencies: the i-th most frequent fires with p ∝ i^-power."""
     noise: float = Field(0.05, ge=0)
-    """Standard deviation of the noise, relative to the signal's per channel."""
+    """Standard deviation of the noise in a channel, relative to the signal's root mean square per channel."""
     rows_per_group: int = Field(10, ge=1)
-    """Rows of one group (a stand-in for one game); they share some of their active directions."""
+    """Number of rows in one group, a stand-in for one game. Rows of a group share some of their active directions."""
     seed: int = 0
-    """Seed of dictionary and rows."""
+    """Seed of the dictionary and the rows."""
 
 
 class DataConfig(FrozenModel):
-    """Where the activations are and how they are split."""
+    """Location of the activations, and their split into training and validation rows."""
 
     path: str = Field(min_length=1)
     """Activation folder, `.h5` file, Parquet file or folder, or the word `planted`."""
     blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Residual blocks to sweep; null means every block found."""
     val_split: float = Field(0.1, gt=0, lt=1)
-    """Share of rows (or of groups) held out for validation."""
+    """Share of rows (or of games, see `split_by`) that is held out for validation."""
     split_by: Literal["auto", "row", "game_id"] = "auto"
-    """`auto`: by game where a `game_id` exists, else by row. By row puts near-duplicates of one game on both sides."""
+    """Unit of the split. `auto` splits by game if the data has a `game_id`, else by row. A split by row puts
+    near-duplicates from one game on both sides."""
     seed: int = 0
-    """Seed of the split, and of nothing else, so that a sweep with another `search.seed` reuses the prepared shards."""
+    """Seed of the split and of nothing else, so that a sweep with another `search.seed` reuses the prepared shards."""
     use_given_stats: bool = False
     """Standardise with the folder's `normalization_stats.npz` instead of statistics of the training rows."""
     drop_nonfinite: bool = False
-    """Drop rows with NaN or Inf and count them, instead of refusing the data."""
+    """Drop rows with NaN or Inf and count them, instead of rejecting the data."""
     planted: PlantedConfig = PlantedConfig()
     """Settings of the built-in data; used only when `path` is `planted`."""
 
@@ -94,54 +95,57 @@ class DataConfig(FrozenModel):
 
 
 class TrainingConfig(FrozenModel):
-    """One trial's settings, in the notebook's words; the defaults are the notebook's setting."""
+    """Settings of one trial. Names and defaults follow the notebook."""
 
     k_levels: KLevels = (16, 32, 64, 128)
-    """Ascending sparsity levels; a single one is a plain TopK SAE. `all:128` puts every k up to 128 into the loss (the
-    multi-budget SAE of arXiv 2505.24473) and measures R² at k/8, k/4, k/2 and k, so that both kinds compare."""
+    """Sparsity levels in ascending order; a single level gives a plain TopK SAE. `all:128` puts every k up to 128 into
+    the loss (the multi-budget SAE of arXiv 2505.24473) and measures R² at k/8, k/4, k/2 and k for k = 128, so that the
+    two kinds can be compared."""
     expansion_factor: float = Field(16, gt=0, le=1e9)
-    """`hidden_dim = round(input_dim × expansion_factor)`."""
+    """Number of latents per input dimension: `hidden_dim = round(input_dim × expansion_factor)`."""
     weighting: Weighting = "uniform"
-    """Weights of the levels in the loss: equal, or `reverse`, heavier on small k."""
+    """Weights of the levels in the loss: `uniform` weights all levels equally, `reverse` gives small k more weight."""
     learning_rate: float = Field(8e-4, gt=0)
-    """Adam's step size."""
+    """Step size of Adam."""
     batch_size: int = Field(4096, ge=1)
-    """Rows a step."""
+    """Number of rows per training step."""
     epochs: int = Field(30, ge=1)
-    """Passes over the training rows at the most."""
+    """Maximum number of passes over the training rows."""
     early_stopping_patience: int | None = Field(5, ge=1)
-    """Epochs without a better objective after which a trial ends; null trains to `epochs`."""
+    """Number of epochs without a better objective after which a trial ends; null trains for all `epochs`."""
     aux_k: int = Field(512, ge=0)
-    """Dead latents that reconstruct the residual; 0 turns the auxiliary loss off. Source: arXiv 2406.04093, A.2."""
+    """Number of dead latents that reconstruct the residual in the auxiliary loss; 0 turns that loss off.
+    Source: arXiv 2406.04093, A.2."""
     aux_coefficient: float = Field(1 / 32, ge=0)
     """Weight of the auxiliary loss. Source: arXiv 2406.04093, A.2."""
     dead_after_samples: int | None = Field(None, ge=1)
-    """Rows without firing after which a latent counts as dead for aux-k; null means one epoch of training rows."""
+    """Rows without firing after which a latent is dead in the auxiliary loss; null means one epoch of training rows."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     normalize_decoder: bool = True
-    """Keep decoder rows at unit norm, with the parallel part of the gradient projected out."""
+    """Keep decoder rows at unit norm, and project the part parallel to the row out of the gradient."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises linearly from 0; 0 is the notebook."""
+    """Number of steps over which the learning rate rises linearly from 0. The notebook has no warm-up: 0."""
     decay: Literal["none", "linear", "cosine"] = "none"
-    """How the learning rate falls to 0 over the last `decay_fraction` of all steps; `none` is the notebook."""
+    """Decay of the learning rate to 0 over the last `decay_fraction` of all steps. The notebook has `none`."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
-    """Share of all steps over which `decay` acts."""
+    """Share of all steps, at the end of training, over which `decay` acts."""
     gradient_clip: float | None = Field(None, gt=0)
-    """Largest gradient norm over all parameters; null does not clip."""
+    """Maximum gradient norm over all parameters; null turns gradient clipping off."""
     pre_bias_init: Literal["zero", "geometric_median"] = "zero"
-    """Start of `pre_bias`: 0 (the data is standardised), or the geometric median of the first rows."""
+    """Initial `pre_bias`: zero, because the data is standardised, or the geometric median of the first batch."""
     encoder_init: Literal["transpose", "scaled"] = "transpose"
-    """Start of `W_enc`: the decoder's rows, or these times the one factor that reconstructs the first batch best.
-    `scaled` is far ahead in short runs and falls behind in long ones; see `encoder_scale` in `sae/train.py`."""
+    """Initial `W_enc`: `transpose` takes the decoder's rows, and `scaled` multiplies these by the one factor that
+    reconstructs the first batch best. R² with `scaled` is much higher in short runs and lower in long ones; figures are
+    in the docstring of `encoder_scale` in `sae/state.py`."""
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
-    """Arithmetic of products on CUDA, with float32 weights and sums: bf16, which the fused step needs, tf32, or full
-    float32. CPU and MPS use float32."""
+    """Arithmetic of matrix products on CUDA, with float32 weights and sums: bf16, which the fused step requires, tf32,
+    or fp32 for full float32. CPU and MPS always use float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device of a trial; `auto` takes CUDA where the trial holds a GPU, then MPS, then the CPU."""
+    """Device of a trial; `auto` means CUDA if the trial holds a GPU, else MPS if available, else the CPU."""
     seed: int | None = None
-    """Seed of initialisation and row order; null derives one from `search.seed`, block and trial number."""
+    """Seed of initialisation and row order; null derives it from `search.seed`, the block and the trial number."""
 
     @field_validator("k_levels", mode="before")
     @classmethod
@@ -164,7 +168,7 @@ class TrainingConfig(FrozenModel):
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Ascending k at which R² is measured; the model's levels."""
+        """Levels of the model: the k at which R² is measured, in ascending order."""
         if isinstance(self.k_levels, str):
             largest = int(self.k_levels.removeprefix("all:"))
             return tuple(sorted({-(-largest // part) for part in (8, 4, 2, 1)}))
@@ -172,14 +176,14 @@ class TrainingConfig(FrozenModel):
 
     @property
     def loss_levels(self) -> tuple[int, ...]:
-        """Ascending k whose reconstructions are in the loss."""
+        """All k whose reconstructions are in the loss, in ascending order."""
         return tuple(range(1, self.levels[-1] + 1)) if isinstance(self.k_levels, str) else self.k_levels
 
     def hidden_dim(self, input_dim: int) -> int:
-        """Number of latents for rows of width `input_dim`.
+        """Return the number of latents for rows of width `input_dim`.
 
         Raises:
-            ConfigError: the largest k exceeds it.
+            ConfigError: the largest k exceeds the number of latents.
         """
         hidden_dim = round(input_dim * self.expansion_factor)
         if self.levels[-1] > hidden_dim:
@@ -192,38 +196,41 @@ class TrainingConfig(FrozenModel):
 
 
 class SearchConfig(FrozenModel):
-    """How many trials, and who proposes them."""
+    """Number of trials, and the algorithm that proposes their settings."""
 
     algorithm: Literal["random", "grid", "optuna"] = "random"
-    """`random` draws each trial alone; `grid` runs every combination; `optuna` learns from finished trials (TPE)."""
+    """Search algorithm: `random` draws each trial independently, `grid` runs every combination, and `optuna` learns
+    from finished trials (TPE)."""
     trials_per_block: int | None = Field(None, ge=1)
-    """Trials for each block; null means 16, or the whole grid."""
+    """Number of trials per block; null means 16, or the whole grid."""
     seed: int = 0
     """Seed of the proposals and of the trials' own seeds."""
 
 
 class AshaConfig(FrozenModel):
-    """Asynchronous successive halving. Source: arXiv 1810.05934."""
+    """Settings of asynchronous successive halving (ASHA). Source: arXiv 1810.05934."""
 
     grace_epochs: int = Field(3, ge=1)
-    """Epochs that every trial gets before it is judged first; the first rung."""
+    """Number of epochs that every trial trains before it is first judged; this is the first rung."""
     reduction_factor: int = Field(3, ge=2)
-    """Rungs are grace_epochs × reduction_factor^i; about one in `reduction_factor` trials passes each."""
+    """Factor between rungs, which are the epochs grace_epochs × reduction_factor^i. About one trial in
+    `reduction_factor` passes each rung."""
 
 
 class ResourcesConfig(FrozenModel):
-    """What one trial holds while it runs."""
+    """Resources that one trial holds while it runs, and how it is restarted."""
 
     cpu: float = Field(1, gt=0)
-    """CPU cores a trial; torch uses as many threads."""
+    """CPU cores per trial; torch uses as many threads."""
     gpu: float | Literal["auto"] = "auto"
-    """GPUs a trial: 0, a fraction, 1; `auto` is 1 where the cluster has a GPU and 0 where it has none."""
+    """GPUs per trial: 0, a fraction below 1, or a whole number; `auto` means 1 if the cluster has a GPU, else 0."""
     max_failures: int = Field(3, ge=0)
-    """Times a trial is started again from its checkpoint after its worker or node was lost."""
+    """Maximum number of times that a trial is restarted from its checkpoint after its worker or node was lost."""
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials at once at the most; null leaves it to the resources."""
+    """Maximum number of trials that run at once; null means that only the resources limit it."""
     checkpoint_seconds: float = Field(30, ge=0)
-    """A trial saves its state this often, and where it has to wait; one that is lost trains again from there."""
+    """Seconds between two checkpoints of a trial, which also saves one when it has to wait for others. A lost trial
+    resumes from its last checkpoint."""
 
     @field_validator("gpu")
     @classmethod
@@ -234,38 +241,38 @@ class ResourcesConfig(FrozenModel):
 
 
 class TrackingConfig(FrozenModel):
-    """Where MLflow keeps the runs."""
+    """Location of the MLflow runs, and registration of the best models."""
 
     uri: str | None = None
-    """Tracking URI; null means MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the working folder."""
+    """MLflow tracking URI; null means MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in the working folder."""
     experiment: str = "msae-sweep"
-    """MLflow experiment: one a study."""
+    """Name of the MLflow experiment. Use one experiment per study."""
     register_models: bool = True
     """Register each block's best model as `{model_name}-block{B}` with the alias `champion`."""
     model_name: str = Field(MODEL_NAME, pattern=NAME_PATTERN)
-    """Beginning of the registered models' names. Built-in data never takes the default, which would put a toy over a
-    real network's model: left alone, it is `planted` there."""
+    """Prefix of the registered models' names. For built-in data, the default `msae` is replaced by `planted`, so that a
+    toy model never becomes a new version of a real network's model."""
 
 
 class SweepConfig(FrozenModel):
-    """A whole search-space file."""
+    """Content of a whole search-space file."""
 
     name: str = Field(pattern=NAME_PATTERN)
     """Name of the sweep and of its folder: letters, digits, `.`, `_`, `-`."""
     data: DataConfig
-    """Activations and their split."""
+    """Location of the activations, and their split."""
     space: dict[str, Distribution] = Field(default_factory=dict)
-    """Distributions over training keys."""
+    """Distribution over each training key that varies, by key."""
     training: TrainingConfig = TrainingConfig()
     """Settings that every trial shares unless `space` varies them."""
     search: SearchConfig = SearchConfig()
-    """Proposals."""
+    """Number of trials, and the algorithm that proposes their settings."""
     asha: AshaConfig | None = AshaConfig()
-    """Early stopping of poor trials; null runs every trial to its end."""
+    """Early stopping of poor trials by ASHA; null runs every trial to its end."""
     resources: ResourcesConfig = ResourcesConfig()
-    """What a trial holds."""
+    """Resources that one trial holds."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow."""
+    """Settings of MLflow."""
     storage: str = "sweeps"
     """Folder (or URI) that holds the sweep folders and the prepared shards."""
 
@@ -281,7 +288,7 @@ class SweepConfig(FrozenModel):
     @field_validator("space", mode="before")
     @classmethod
     def _null_varies_nothing(cls, space: object) -> object:
-        """Leave out keys that are null, so that `--set space.KEY=null` takes one out of a file's space."""
+        """Remove keys whose value is null, so that `--set space.KEY=null` removes a key from a file's space."""
         if not isinstance(space, Mapping):
             return {} if space is None else space
         return {key: distribution for key, distribution in space.items() if distribution is not None}
@@ -318,24 +325,24 @@ class SweepConfig(FrozenModel):
         return self
 
     def corners(self, key: str) -> tuple[Any, ...]:
-        """Extreme values that training key `key` can take in this sweep."""
+        """Return the extreme values (or all options) that training key `key` can take in this sweep."""
         return self.space[key].corners() if key in self.space else (getattr(self.training, key),)
 
     def training_for(self, sampled: Mapping[str, Any]) -> TrainingConfig:
-        """One trial's settings: the fixed ones with the sampled ones over them."""
+        """Return one trial's settings: the fixed ones, overridden by the sampled ones."""
         return TrainingConfig.model_validate({**self.training.model_dump(), **sampled})
 
     def n_trials_per_block(self) -> int:
-        """Trials that each block gets."""
+        """Return the number of trials per block."""
         if self.search.algorithm == "grid":
             return math.prod(len(d.values) for d in self.space.values())
         return self.search.trials_per_block or 16
 
     def check_width(self, input_dim: int, block: int) -> None:
-        """Whether every trial that the space can propose has at least k latents at this width.
+        """Check that every trial that the space can propose has at least k latents for rows of this width.
 
         Raises:
-            ConfigError: some k level exceeds the smallest hidden_dim.
+            ConfigError: the largest k exceeds the smallest hidden_dim.
         """
         smallest = min(float(e) for e in self.corners("expansion_factor"))
         largest_k = max(self.corners("k_levels"), key=lambda k: self.training_for({"k_levels": k}).levels[-1])
@@ -345,37 +352,40 @@ class SweepConfig(FrozenModel):
             raise ConfigError(f"{error} (block {block})") from None
 
     def to_yaml(self) -> str:
-        """The resolved file; `load` reads it back to an equal object."""
+        """Return the resolved configuration as YAML. `load` reads it back to an equal object."""
         raw = self.model_dump(mode="json")
         raw["space"] = {key: {d["kind"]: d["values"]} for key, d in raw["space"].items()}
         return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
     def digest(self) -> str:
-        """Twelve hex digits that change with anything in the file."""
+        """Return a hash of the configuration: twelve hex digits that change with any of its values."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def registered_name(model_name: str, block: int) -> str:
-    """Name of a block's registered model; `model_name` as in `TrackingConfig`."""
+    """Return the name of a block's registered model; `model_name` is that of `TrackingConfig`."""
     return f"{model_name}-block{block}"
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, source: str | None = None) -> SweepConfig:
-    """Read a search-space file (or a URI), apply `a.b=c` overrides (right-hand sides are YAML), validate.
+    """Read a search-space file, apply the overrides and return the validated configuration.
 
     Args:
-        source: names it in messages; the path without.
+        path: path or URI of the file.
+        overrides: texts of the form `a.b=c`; the right-hand sides are YAML.
+        source: name of the file in error messages; the default is `path`.
 
     Raises:
-        ConfigError: unreadable file, bad YAML, unknown key or illegal value; the message names the first one.
+        ConfigError: the file cannot be read, is not YAML, or has an unknown key or an illegal value. The message names
+            the first such error.
     """
     source = source or str(path)
     return parse(read_text(path, source), overrides, source=source)
 
 
 def parse(text: str, overrides: Iterable[str] = (), *, source: str = "search space") -> SweepConfig:
-    """`load` for text already read; `source` names it in messages."""
+    """Return the validated configuration of a search-space text, as `load` does; error messages call it `source`."""
     try:
         raw = read_yaml(text)
     except ConfigError as error:

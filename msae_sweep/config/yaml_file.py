@@ -1,7 +1,7 @@
-"""Text of a search-space file and of `--set`, read into plain mappings; and pydantic's complaints as one line.
+"""Read search-space files and `--set` overrides into plain mappings, and turn pydantic's errors into one line.
 
-A search space is a few kilobytes of YAML, so its size and nesting are limited before anything is built from it: a few
-lines of aliases can stand for more than any memory holds. Nothing here knows the keys.
+A search space is a few kilobytes of YAML. Its size and nesting are checked before any values are built from it, because
+a few lines of aliases can stand for more values than fit into memory. This module does not know which keys exist.
 """
 
 import re
@@ -18,22 +18,22 @@ from msae_sweep.errors import ConfigError, first_line
 from msae_sweep.paths import StoragePath
 
 MAX_BYTES = 1 << 18
-"""Size of a file; reading YAML of this size takes about two seconds."""
+"""Maximum size of a file in bytes. Reading YAML of this size takes about two seconds."""
 MAX_VALUES = 20_000
-"""Values in a file, those that an alias repeats counted each time."""
+"""Maximum number of values in a file. Values that an alias repeats are counted each time."""
 MAX_DEPTH = 20
-"""Levels of nesting; a search space has five."""
+"""Maximum number of nesting levels. A search space has five."""
 
 
 def read_text(path: str | Path, source: str) -> str:
-    """A search-space file as text.
+    """Return the text of a search-space file.
 
     Args:
-        path: a path or a URI.
-        source: names it in messages.
+        path: path or URI of the file.
+        source: name of the file in error messages.
 
     Raises:
-        ConfigError: no such file, or one that is no text of at most `MAX_BYTES`.
+        ConfigError: the file does not exist, is larger than `MAX_BYTES`, or is not text.
     """
     place = StoragePath(path)
     try:
@@ -55,10 +55,11 @@ def read_text(path: str | Path, source: str) -> str:
 
 
 def read_yaml(text: str) -> Any:
-    """The one document of a YAML text, as mappings, lists and plain values.
+    """Return the single document of a YAML text as mappings, lists and plain values; None if the text is empty.
 
     Raises:
-        ConfigError: not YAML, a key that stands twice or is no word, or too much of it; the message names no file.
+        ConfigError: the text is not YAML, exceeds a limit, or has a key that occurs twice or is a list or mapping. The
+            message does not name the file.
     """
     try:
         _check_size(text)
@@ -73,18 +74,18 @@ def read_yaml(text: str) -> Any:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, LookupError) as error:  # of a tag such as !!int in front of what is none
+    except (ValueError, LookupError) as error:  # raised for a tag such as !!int before a text that is no int
         raise ConfigError(f"not YAML: {first_line(error)}") from None
 
 
 def apply_override(raw: dict[str, Any], override: str) -> tuple[str, Any]:
-    """Set one key of `raw` as `a.b=c` says, sections in between included; the right-hand side is YAML.
+    """Apply an override `a.b=c` to `raw`, creating missing sections. The right-hand side is YAML.
 
     Returns:
         The dotted key and its new value.
 
     Raises:
-        ConfigError: not of that form, or the way to the key leads through something that is no section.
+        ConfigError: the override is not of that form, or a part of the dotted key names a value, not a section.
     """
     dotted, separator, text = override.partition("=")
     named = f"--set {override if len(override) <= 100 else override[:100] + '…'}"
@@ -109,14 +110,14 @@ def apply_override(raw: dict[str, Any], override: str) -> tuple[str, Any]:
 
 
 def check_varied(overridden: Mapping[str, Any], varied: Collection[str]) -> None:
-    """Refuse a `--set` of a training key that the space varies: no trial would take its value.
+    """Reject a `--set` of a training key that the space varies, because no trial would use its value.
 
     Args:
         overridden: dotted keys and values, as `apply_override` returns them.
         varied: keys of the space.
 
     Raises:
-        ConfigError: with what to write instead.
+        ConfigError: there is such a key. The message says what to write instead.
     """
     settings = {key: value for key, value in overridden.items() if key.startswith("training.")}
     settings |= {f"training.{key}": value for key, value in section(overridden, "training").items()}
@@ -131,10 +132,10 @@ def check_varied(overridden: Mapping[str, Any], varied: Collection[str]) -> None
 
 
 def complaint(error: ValidationError, model: type[BaseModel] | None = None) -> str:
-    """The first complaint of pydantic as one line.
+    """Return the first error of a pydantic `ValidationError` as one line.
 
     Args:
-        model: what was validated, to name the place and similar keys; without it the place is left out.
+        model: the validated model, used to name the key and to suggest similar ones; without it the key is left out.
     """
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("["))
@@ -152,7 +153,7 @@ def complaint(error: ValidationError, model: type[BaseModel] | None = None) -> s
 
 
 def suggest(key: str, known: Iterable[str]) -> str:
-    """A hint at the known key that an unknown one was probably meant to be."""
+    """Return a hint for an unknown key: the most similar known key, or all known keys if none is similar."""
     import difflib
 
     known = list(known)
@@ -161,7 +162,7 @@ def suggest(key: str, known: Iterable[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as text and 2026-11-27 as a date; here the one is a number, the other text."""
+    """Loader that reads `1e-4` as a number and 2026-11-27 as text, where YAML 1.1 has text and a date."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -174,7 +175,7 @@ _Loader.add_implicit_resolver(
 
 
 def _check_size(text: str) -> None:
-    """Count what a text holds without building it: parsing gives a flat stream of events."""
+    """Check nesting and number of values on the parser's flat stream of events, before any value is built."""
     n_values, depth = 0, 0
     sizes: dict[str, int] = {}
     open_anchors: list[tuple[str | None, int]] = []
@@ -200,7 +201,7 @@ def _check_size(text: str) -> None:
 
 
 def _check_keys(node: yaml.Node, seen: set[int]) -> None:
-    """Refuse keys that are no words and keys that stand twice, before merge keys (`<<`) bring more of them."""
+    """Reject keys that are lists or mappings and keys that occur twice, before merge keys (`<<`) add more keys."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -227,6 +228,6 @@ def _fields_at(model: Any, location: tuple[int | str, ...]) -> Iterable[str]:
 
 
 def section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section of a file that was read, empty where it is none."""
+    """Return section `name` of `raw`; an empty mapping if it is missing or not a mapping."""
     found = raw.get(name)
     return found if isinstance(found, Mapping) else {}

@@ -1,1 +1,1 @@
-"""Activations to batches: sources, prepared shards, loaders."""
+"""Everything between activations on disk and training batches: sources, prepared shards and loaders."""

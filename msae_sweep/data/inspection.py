@@ -1,4 +1,4 @@
-"""What lies in a folder of activations: a row per block, streamed in one pass."""
+"""Summary of stored activations: one table row per block, computed in one streaming pass."""
 
 from typing import NamedTuple
 
@@ -11,41 +11,44 @@ from msae_sweep.data.sources.base import BlockInfo, Source
 from msae_sweep.data.sources.catalog import open_source, select
 
 COMPONENTS = (16, 32, 64, 128)
-"""Numbers of principal components whose share of the variance is shown: the notebook's k levels."""
+"""Numbers of principal components whose share of the variance is shown; they are the notebook's k levels."""
 
 _SMALLEST_EXPONENT = -1074
-"""Every positive float64 is at least two to this power."""
+"""Exponent of the smallest positive float64: every positive float64 is at least two to this power."""
 
 
 class BlockReport(NamedTuple):
-    """What one pass over a block found."""
+    """Findings of one pass over a block."""
 
     info: BlockInfo
     n_groups: int | None
+    """Number of distinct games, or None if the block has no game_id."""
     mean_range: tuple[float, float]
     """Smallest and largest channel mean over the finite rows."""
     std_range: tuple[float, float]
+    """Smallest and largest channel standard deviation over the finite rows."""
     n_constant: int
+    """Number of channels that are constant over the finite rows."""
     n_nonfinite: int
-    """Rows with NaN or Inf; they count in nothing else here."""
+    """Number of rows with NaN or Inf. Except for `info` and `n_groups`, all other fields leave these rows out."""
     zeros: float
-    """Share of values that are exactly 0."""
+    """Share of the finite rows' values that are exactly 0."""
     explained: dict[int, float]
     """Share of the standardised rows' variance that the first n principal components explain, by n ≤ input_dim."""
 
 
 def inspect(config: DataConfig) -> list[BlockReport]:
-    """Read every wanted block once, a few megabytes at a time.
+    """Read every wanted block once, a few megabytes at a time, and return a report per block.
 
     Raises:
-        DataError: as for a sweep, but non-finite rows are counted.
+        DataError: the data cannot be opened or read. Non-finite rows raise no error here; they are counted.
     """
     source = open_source(config)
     return [_inspect_block(source, info) for info in select(source.infos(), config)]
 
 
 def render(reports: list[BlockReport]) -> Group:
-    """Two tables with a row per block: the shape of the data, and how much its principal components explain."""
+    """Return two tables with a row per block: the data's shape, and the variance that principal components explain."""
     shape, spectrum = Table(title="Activations", title_justify="left"), Table(title_justify="left")
     spectrum.title = "Variance of standardised rows that principal components explain"
     columns = ("block", "rows", "dim", "dtype", "groups", "mean", "std", "constant", "non-finite", "zeros")
@@ -75,11 +78,12 @@ def render(reports: list[BlockReport]) -> Group:
 def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:
     dim = info.input_dim
     n_finite = n_zeros = 0
-    # Sums are taken about the first finite row: a mean far from 0 costs no digits, a constant channel gives exactly 0.
+    # Sums are taken relative to the first finite row, so that a mean far from 0 costs no precision and a constant
+    # channel gives exactly 0.
     origin: np.ndarray | None = None
     total, products = np.zeros(dim), np.zeros((dim, dim))
     # Each channel is divided by a power of two above its largest value, so that squares of values near float64's limits
-    # neither overflow nor vanish. Such a division is exact: no sum changes in any digit.
+    # neither overflow nor underflow. Division by a power of two is exact, so it changes no digit of any sum.
     exponent = np.full(dim, _SMALLEST_EXPONENT)
     groups: set[int] = set()
     for row_range in source.row_ranges(info.block, max(1, (16 << 20) // (8 * dim))):

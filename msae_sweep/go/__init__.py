@@ -1,1 +1,1 @@
-"""Games and a network's weights to activations: records, replay, planes, the network, the pipeline."""
+"""Extraction of activations from Go games and network weights: records, replay, planes, network, pipeline."""

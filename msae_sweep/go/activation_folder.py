@@ -1,11 +1,12 @@
-"""The activation folder of an extraction: chunks that appear whole or not at all, and what is made of them at the end.
+"""Activation folder of an extraction: atomic writing of chunks, and conversion to the output formats at the end.
 
-While it grows, `parts/` holds per chunk the rows of every block and, written last, an index file with everything else
-about the chunk. A chunk counts as done when its index file is there; so a run that is stopped anywhere goes on without
-repeating a chunk and without a row twice. At the end the formats that were asked for are made, and `parts/` goes.
+During an extraction, `parts/` holds for each chunk the rows of every block and an index file with everything else about
+the chunk. The index file is written last, and a chunk counts as done when its index file exists. A run that was stopped
+at any point can therefore be resumed without repeating a chunk and without writing a row twice. At the end the
+requested formats are written and `parts/` is deleted.
 
-One extraction at a time writes into a folder: its driver locks it, and shows other machines, whose locks may not reach
-this far, that it lives.
+Only one extraction at a time may write into a folder. Its driver locks the folder with `flock`, and also writes a
+heartbeat file for other machines, because `flock` may not be visible to them.
 """
 
 import contextlib
@@ -31,26 +32,26 @@ from msae_sweep.sweep_folder import driver_lock
 
 FORMATS = ("npy", "h5", "parquet")
 INDEX = ("game_id", "position_id", "ply", "point")
-"""Per row, beside the activations: int64, int64, int32, int16 (−1: the mean over the board)."""
+"""Columns stored per row beside the activations: int64, int64, int32, int16 (`point` −1: the mean over the board)."""
 
 _INPUTS = {"weights_sha256": "--weights", "games_sha256": "--games"}
-"""Hashes that a manifest has, and the option whose content each tells."""
+"""Keys of the hashes in a manifest, each with the command-line option whose content was hashed."""
 _DRIVER = "driver.json"
-"""Says who writes the folder, while somebody does."""
+"""Name of the heartbeat file, which exists while a process writes the folder and names that process."""
 
 
 class OutputFolder:
-    """One extraction's folder; the driver begins and ends it, workers write chunks into it."""
+    """Output folder of one extraction. The driver creates and finishes it; the workers write chunks into it."""
 
     def __init__(self, path: Path, blocks: Sequence[int], formats: Sequence[str]) -> None:
         self.path, self.blocks, self.formats = path, tuple(blocks), tuple(formats)
         self.parts, self.manifest = path / "parts", path / "manifest.json"
 
     def found(self) -> dict[str, Any]:
-        """The manifest of the extraction that the folder holds, whole or not; empty where there is none.
+        """Return the manifest of the folder's extraction, complete or not; empty if the folder is empty or missing.
 
         Raises:
-            ConfigError: it holds something else.
+            ConfigError: the manifest cannot be read, or the folder contains something other than an extraction.
         """
         try:
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
@@ -67,10 +68,10 @@ class OutputFolder:
         return {}
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Find out whether the folder can be begun or gone on with, as far as `identity` tells; leaves no trace.
+        """Check that an extraction with this `identity` can be started or resumed in the folder; change nothing.
 
         Raises:
-            ConfigError: it holds something else or another extraction, or cannot be written.
+            ConfigError: the folder contains another extraction or something else, or it cannot be written.
         """
         found = self.found()
         if found:
@@ -80,10 +81,10 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other extractions out of the folder while this is open.
+        """Lock the folder against other extractions for the duration of the `with` block.
 
         Raises:
-            ConfigError: another one is writing it, or it cannot be made.
+            ConfigError: another extraction is writing the folder, or the folder cannot be created.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -103,28 +104,28 @@ class OutputFolder:
             yield
 
     def begin(self, identity: Mapping[str, Any]) -> bool:
-        """Create the folder or go on in it; False where it is complete already. It must be `held`.
+        """Start or resume the extraction; return False if it is complete. The caller must hold the lock (`held`).
 
         Raises:
-            ConfigError: it holds something else, or another extraction.
+            ConfigError: the folder contains another extraction or something else.
         """
         if found := self.found():
             self._compare(found, identity)
             if found["complete"]:
                 return False
-            for left_over in self.path.rglob(".*.part"):  # by a process that was killed while it wrote
+            for left_over in self.path.rglob(".*.part"):  # written by a process that was killed meanwhile
                 if not left_over.name.startswith(f".{_DRIVER}."):
                     left_over.unlink(missing_ok=True)
             self.parts.mkdir(exist_ok=True)
             return True
-        # The manifest comes first: what is in a folder without one is somebody else's.
+        # The manifest is written first, because files in a folder without a manifest are assumed to be foreign.
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_manifest({**identity, "complete": False})
         self.parts.mkdir()
         return True
 
     def done(self) -> set[int]:
-        """Numbers of the chunks that are whole."""
+        """Return the numbers of the chunks that are completely written."""
         return {int(file.stem.removeprefix("index_")) for file in self.parts.glob("index_*.npz")}
 
     def write_chunk(
@@ -134,9 +135,14 @@ class OutputFolder:
         sums: Mapping[int, Float64[np.ndarray, "2 filters"]],
         index: Mapping[str, np.ndarray],
     ) -> None:
-        """Write a chunk: every block's rows, their sum and the sum of their squares; a value a row for all of `INDEX`.
+        """Write one chunk atomically; its index file is written last.
 
-        The sums come from where the rows were computed: here they took ten times as long as the writing.
+        Args:
+            number: the chunk's number.
+            rows: the rows of each block.
+            sums: the sum of each block's rows and the sum of their squares. The device that computes the rows also
+                computes the sums; computing them here took ten times as long as the writing.
+            index: one value per row for every name in `INDEX`.
         """
         for block, values in rows.items():
             with atomic(self.rows_file(block, number)) as part:
@@ -146,13 +152,14 @@ class OutputFolder:
             np.savez(file, allow_pickle=False, **{**index, **named})
 
     def rows_file(self, block: int, number: int) -> Path:
-        """Where a chunk's rows of a block lie while the extraction runs."""
+        """Return the path of one block's rows of a chunk during the extraction."""
         return self.parts / f"block{block}_{number:06d}.npy"
 
     def finish(self, totals: Mapping[str, Any]) -> None:
-        """Make the formats, the statistics and the index of all chunks; then the manifest says `complete`."""
+        """Write the output formats, the statistics and the index of all chunks, then mark the manifest `complete`."""
         numbers = sorted(self.done())
-        # What an earlier attempt to finish has moved is not there any more: the npy format comes last.
+        # The npy format comes last: it moves the rows out of parts/, where the other formats read them. An interrupted
+        # earlier call of this method may already have moved some.
         if "h5" in self.formats:
             self._write_h5(numbers)
         if "parquet" in self.formats:
@@ -185,7 +192,7 @@ class OutputFolder:
         shutil.rmtree(self.parts)
 
     def _write_index(self, name: str, numbers: Sequence[int]) -> int:
-        """One file of a value a row, over all chunks, which need not fit into memory together; says how many rows."""
+        """Write one index column of all chunks, one chunk in memory at a time, and return the number of rows."""
         n_rows, dtype = 0, np.dtype(np.int64)
         for number in numbers:
             values = self._index(number, name)
@@ -199,7 +206,7 @@ class OutputFolder:
         if target.exists():
             return
         with atomic(target) as part, h5py.File(part, "w") as file:
-            # HDF5 names a full disk in many words, and once more when it closes the file.
+            # The space is checked first, because HDF5 reports a full disk with a long message, and again on closing.
             if shutil.disk_usage(self.path).free < sum(file.stat().st_size for file in self.parts.iterdir()):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             n_rows = sum(len(self._index(number, "point")) for number in numbers)
@@ -229,7 +236,7 @@ class OutputFolder:
                 columns[f"block{block}"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
             columns |= {name: pa.array(self._index(number, name)) for name in INDEX}
             with atomic(target) as part:
-                # Uncompressed: activations of floating point hardly shrink, and reading them is faster.
+                # No compression: floating-point activations hardly shrink, and uncompressed files are faster to read.
                 pq.write_table(pa.table(columns), part, row_group_size=8192, compression="none")
 
     def _rows(self, block: int, number: int) -> np.ndarray:
@@ -270,23 +277,23 @@ class OutputFolder:
 
 
 def _lock(folder: int) -> None:
-    """Lock an open folder, rather than a file, which would be left in it.
+    """Lock an open folder; locking a file instead would leave that file in the folder.
 
     Raises:
-        BlockingIOError: another process has locked it.
+        BlockingIOError: another process has locked the folder.
     """
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError:
-        pass  # a file system without such locks, as NFS: there the lease alone has to do
+        pass  # Some file systems, such as NFS, have no such locks; there only `driver_lock` protects the folder.
 
 
 def _save(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
-    """One .npy file of parts that need not be in memory together.
+    """Write the concatenated `parts` as a .npy file, one part in memory at a time.
 
-    What `np.save` says of a full disk is `480 requested and 200 written`; here it is an OSError with its number.
+    On a full disk `np.save` only reports `480 requested and 200 written`. Here the OSError keeps its errno.
     """
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
@@ -297,7 +304,7 @@ def _save(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Itera
 
 @contextlib.contextmanager
 def atomic(target: Path) -> Iterator[Path]:
-    """A file beside `target` that takes its name when all went well, and is gone when not."""
+    """Yield a temporary path beside `target`, renamed to `target` on success and deleted on an exception."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part

@@ -1,4 +1,4 @@
-"""Latents drawn as Go boards: one page that needs no network, where every board is a small vector drawing."""
+"""HTML page that shows latents as Go boards. Every board is an inline SVG, so the page works offline."""
 
 import math
 from collections.abc import Sequence
@@ -15,33 +15,33 @@ _LINES = "".join(f"M{i} 0V{SIZE - 1}M0 {i}H{SIZE - 1}" for i in range(SIZE))
 
 
 class Diagram(NamedTuple):
-    """A position, and how strongly a latent fires at each of its points. Points run row by row from the top."""
+    """Position with a latent's value at each of its points. Points are ordered row by row from the top."""
 
     stones: Int8[np.ndarray, "361"]
-    """1 black, −1 white, 0 empty."""
+    """Stone on each point: 1 black, −1 white, 0 empty."""
     acts: Float[np.ndarray, "361"]
-    """The latent's value at each point, 0 where it is not active."""
+    """Value of the latent at each point, 0 where it is inactive."""
     black_to_move: bool
     last_move: int | None
-    """The point just played; None for a pass, and before the first move."""
+    """Point of the last move; None after a pass and before the first move."""
     ply: int
     game: str
 
 
 class LatentDiagrams(NamedTuple):
-    """A latent with the positions at which it is strongest."""
+    """Latent with diagrams of the positions where its value is largest."""
 
     latent: int
     points: float
-    """Share of all points at which it fires."""
+    """Share of all points at which the latent fires."""
     energy: float
-    """Its share of Σ z² over all latents."""
+    """Share of Σ z² over all latents that belongs to this latent."""
     diagrams: list[Diagram]
-    """Strongest first."""
+    """Diagrams in descending order of the latent's largest value."""
 
 
 def page(title: str, intro: Sequence[str], latents: Sequence[LatentDiagrams]) -> str:
-    """The HTML page; `intro` is a paragraph an entry."""
+    """Return the HTML page; every entry of `intro` becomes a paragraph."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("msae_sweep.go", "."), autoescape=True)
@@ -86,14 +86,18 @@ def _at(point: int) -> tuple[int, int]:
 
 
 def _name(point: int) -> str:
-    """A point as Go players name it: columns are letters without I, rows are counted from the bottom."""
+    """Return the point's name in Go notation: the column is a letter without I, rows are counted from the bottom."""
     assert point < PASS
     column, row = _at(point)
     return f"{'ABCDEFGHJKLMNOPQRST'[column]}{SIZE - row}"
 
 
 def _radius(share: float) -> float:
-    """Areas compare; the weakest can still be seen, and of a stone beneath the strongest its colour."""
+    """Return the radius of the disc for a value that is `share` of the latent's largest.
+
+    The disc's area is proportional to `share`. The minimum radius 0.08 keeps weak values visible; the maximum 0.32
+    leaves the colour of a stone underneath visible.
+    """
     return round(max(0.08, 0.32 * math.sqrt(share)), 3)
 
 

@@ -1,8 +1,9 @@
-"""The pipeline from game records to an activation folder, with Ray Data.
+"""Extraction of an activation folder from game records, with Ray Data.
 
-records → games (CPU tasks) → plan on the driver → boards (CPU tasks) → activations and files (one actor a GPU, or one
-on the CPUs). What travels is small: a game 1 KB, a position 3 KB; activations go from the actor that computed them
-straight to the disk. The plan depends on games and settings alone: the same seed gives the same rows on any cluster.
+records → games (CPU tasks) → plan on the driver → boards (CPU tasks) → activations and files (one actor per GPU, or one
+on the CPUs). Little data is sent between processes: a game has 1 KB, a position 3 KB, and the actor that computes the
+activations writes them directly to disk. The plan depends only on games and settings, so the same seed gives the same
+rows on any cluster.
 """
 
 import collections
@@ -28,7 +29,7 @@ from msae_sweep.go.weights import Weights, read_weights, weights_sha256
 
 
 class ExtractionSettings(NamedTuple):
-    """What an extraction is asked for."""
+    """Settings of an extraction."""
 
     weights: Path
     games: Path
@@ -39,28 +40,28 @@ class ExtractionSettings(NamedTuple):
     formats: tuple[str, ...] = ("npy",)
     precision: Precision = "auto"
     first_row: Literal["top", "bottom"] = "top"
-    """Which row of the board the network's row 0 is. Networks that Leela Zero's own program trained count from the
-    bottom; all were trained under all eight symmetries, so either way they play nearly the same. `point` in the output
-    always counts from the top left."""
+    """Board row that is the network's row 0. Networks trained with Leela Zero's own program count rows from the
+    bottom. All networks were trained under all eight symmetries, so they play nearly the same with either setting.
+    `point` in the output always counts from the top left."""
 
 
 class ExtractionSummary(NamedTuple):
-    """What an extraction came to."""
+    """Result of an extraction."""
 
     complete_before: bool
-    """Nothing was left to do."""
+    """True if the folder was complete already and nothing was left to do."""
     games: int
     refused: dict[str, int]
-    """Games that gave nothing, by kind: broken, size, duplicate."""
+    """Number of refused games by kind: broken, size, duplicate."""
     examples: list[str]
-    """Some of the broken ones, with the reason."""
+    """Names of some broken games, each with the reason."""
     positions: int
     rows: int
     seconds: float
     spent: StageSeconds
 
     def text(self, settings: ExtractionSettings) -> str:
-        """What a user wants to know of it, in a few lines."""
+        """Return a summary of a few lines for the user."""
         counts = Games([], collections.Counter(self.refused), []).counted()
         lines = [f"{self.games:,} games ({counts}), {self.positions:,} positions, {self.rows:,} rows a block"]
         lines += [f"  broken: {example}" for example in self.examples]
@@ -74,7 +75,7 @@ class ExtractionSummary(NamedTuple):
 
 
 def check_settings(settings: ExtractionSettings) -> None:
-    """What can be said before any work: raises ConfigError or DataError."""
+    """Raise ConfigError if the settings are invalid; read no file."""
     if not settings.blocks or len(set(settings.blocks)) != len(settings.blocks):
         raise ConfigError(f"--blocks: {list(settings.blocks)} must name at least one block, each once")
     unknown = [name for name in settings.formats if name not in FORMATS]
@@ -90,13 +91,13 @@ def extract(
     report: Callable[[GamesProgress], None] = lambda _: None,
     connect: Callable[[], None] = lambda: None,
 ) -> ExtractionSummary:
-    """Run an extraction to its end, or go on with one.
+    """Run an extraction to completion, resuming it if the output folder contains an unfinished one.
 
-    `connect` is called when all that needs no Ray has been checked; after it, Ray must be initialised.
+    `connect` is called after all checks that do not need Ray, and must leave Ray initialised.
 
     Raises:
-        ConfigError: settings that cannot be, a block beyond the tower, or an output folder of something else.
-        DataError: no games, none that can be read, a weights file that is none, or no room on the disk.
+        ConfigError: the settings are invalid, the network lacks a block, or the output folder contains something else.
+        DataError: there are no usable games, the weights file is invalid, or the disk is full.
     """
     started = time.monotonic()
     check_settings(settings)
@@ -121,7 +122,7 @@ def _extract(
     report: Callable[[GamesProgress], None],
     started: float,
 ) -> ExtractionSummary:
-    """Everything that needs Ray; the folder is held."""
+    """Run the part of the extraction that needs Ray; the caller holds the folder's lock."""
     precision = _precision_of_the_cluster(settings, folder)
     spent = dict.fromkeys(StageSeconds._fields, 0.0)
     with _timed(spent, "reading"):
@@ -163,12 +164,12 @@ def _extract(
 
 
 def _as_begun(settings: ExtractionSettings, folder: OutputFolder) -> ExtractionSettings:
-    """Settings with the precision of the rows that are there already, where `auto` leaves it open.
+    """Return the settings with `auto` replaced by the precision of the rows that the folder already contains.
 
-    On another device `auto` may stand for another one, and rows of both would lie in one folder.
+    On another device `auto` may resolve to a different precision, and the folder would then mix rows of both.
 
     Raises:
-        ConfigError: the folder does not tell it.
+        ConfigError: the manifest does not record the precision.
     """
     found = folder.found()
     if not found or settings.precision != "auto":
@@ -182,12 +183,12 @@ def _as_begun(settings: ExtractionSettings, folder: OutputFolder) -> ExtractionS
 
 
 def _precision_of_the_cluster(settings: ExtractionSettings, folder: OutputFolder) -> Callable[[], Precision]:
-    """A function that waits for the precision of all rows: what `auto` stands for where the network will run."""
+    """Return a function that waits for the precision of all rows, with `auto` resolved on the network's device."""
     if settings.precision != "auto" or folder.found():
         return lambda: settings.precision
     if not ray.cluster_resources().get("GPU"):
         return lambda: "fp32"
-    # Asked for as the actors are that hold the network. A worker takes seconds to start: games are read meanwhile.
+    # The task requests a GPU as the network's actors do. Its worker takes seconds to start; games are read meanwhile.
     asked = ray.remote(_precision_here).options(num_gpus=1).remote()
     return lambda: ray.get(asked)
 
@@ -204,7 +205,7 @@ def _timed(spent: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _identity(settings: ExtractionSettings) -> dict[str, Any]:
-    """Settings that two extractions share if they are the same one; `games_sha256` is compared besides."""
+    """Return the settings that must be equal to resume an extraction; `games_sha256` is compared in addition."""
     return {
         "weights_sha256": weights_sha256(settings.weights),
         "blocks": list(settings.blocks),

@@ -1,4 +1,4 @@
-"""The actor of an extraction: boards of a chunk → activations of the tapped blocks → files."""
+"""Ray actor of an extraction: boards of a chunk → activations of the tapped blocks → files."""
 
 import os
 import threading
@@ -22,39 +22,40 @@ if TYPE_CHECKING:
 
 
 class StageSeconds(NamedTuple):
-    """Where an extraction's time went, summed over everything that worked at a time."""
+    """Seconds that an extraction spent in each stage, summed over all parallel tasks, devices and threads."""
 
     reading: float = 0.0
-    """Until all games were read, on the clock."""
+    """Wall-clock seconds until all games were read."""
     boards: float = 0.0
-    """CPU tasks replaying games."""
+    """Seconds in which CPU tasks replayed games."""
     waiting: float = 0.0
-    """Devices that had no chunk to compute, from when their network was ready."""
+    """Seconds in which devices had no chunk to compute, counted from when their network was ready."""
     network: float = 0.0
-    """Devices computing: planes, tower, points."""
+    """Seconds in which devices computed planes, tower and points."""
     copying: float = 0.0
-    """Devices sending rows to the host."""
+    """Seconds in which devices copied rows to the host."""
     writing: float = 0.0
-    """Threads writing chunks, which on a GPU is beside the computing."""
+    """Seconds in which threads wrote chunks; with a GPU, in parallel with the computing."""
     finishing: float = 0.0
-    """Making the formats and the index of all chunks, on the clock."""
+    """Wall-clock seconds for writing the formats and the index of all chunks."""
 
     @property
     def busy(self) -> float:
-        """The share of the devices' time in which they computed; 0 if they never did."""
+        """Share of the devices' time in which they computed; 0 if they never did."""
         return self.network / ((self.network + self.waiting + self.copying) or 1.0)
 
 
 def device_here() -> torch.device:
-    """The device that a network takes in this process."""
+    """Return the device that a network uses in this process: CUDA if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class ExtractionActor:
-    """Boards of a chunk → activations → files; keeps the network on its device.
+    """Actor that computes and writes the activations of chunks; it keeps the network on its device.
 
-    On a GPU several threads call it at a time. Each queues its chunk's work behind that of the last one, and waits and
-    writes outside of the lock: so the GPU always has a chunk to go on with while others are copied and written.
+    With a GPU, several threads call the actor concurrently. Each thread queues its chunk's work behind the previous
+    chunk's, then waits and writes outside the lock. The GPU therefore always has a chunk to compute while others are
+    copied and written.
     """
 
     def __init__(self, weights: list[Any], settings: "ExtractionSettings", folder: OutputFolder) -> None:
@@ -67,7 +68,7 @@ class ExtractionActor:
         self.ended = self._mark()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Compute and write one chunk; what it returns is said when the files are there."""
+        """Compute and write one chunk; return its position count, device and stage seconds once it is written."""
         chunk = unpacked(batch)
         points = chunk.points
         with self.turn:
@@ -100,7 +101,10 @@ class ExtractionActor:
         }
 
     def _activations(self, chunk: Boards) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Every block's rows [positions · points, filters] in the type of the files; their sum and that of squares."""
+        """Return each block's rows, and the sum of its rows with the sum of their squares.
+
+        Rows have shape [positions · points, filters] and the dtype of the files; the sums are float64 [2, filters].
+        """
         blocks, dtype = self.settings.blocks, getattr(torch, self.settings.dtype)
         parts: dict[int, list[Tensor]] = {block: [] for block in blocks}
         for start in range(0, len(chunk.boards), BATCH[self.device.type]):
@@ -124,12 +128,15 @@ class ExtractionActor:
         return rows, {block: torch.stack([found.sum(0), found.square().sum(0)]) for block, found in exact}
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        """A copy there. From pinned memory: from any other, it would wait for all the work that is queued before it."""
+        """Return a copy of `array` on the device.
+
+        The copy starts from pinned memory, because a copy from pageable memory waits for all work queued before it.
+        """
         tensor = torch.tensor(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _on_host(self, tensors: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Pinned copies, there once `ended` is."""
+        """Return copies in pinned memory, which are complete once the device has passed the event `ended`."""
         if self.device.type != "cuda":
             return tensors
         hosts = {block: torch.empty_like(tensor, device="cpu", pin_memory=True) for block, tensor in tensors.items()}
@@ -138,7 +145,7 @@ class ExtractionActor:
         return hosts
 
     def _mark(self) -> "_Mark":
-        """Now, as the device's queue of work sees it."""
+        """Return a time stamp: on a GPU a CUDA event recorded in the current stream, on a CPU the clock."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -150,7 +157,7 @@ _Mark = float | torch.cuda.Event
 
 
 def _seconds(start: _Mark, end: _Mark) -> float:
-    """Between two marks that the device has passed."""
+    """Return the seconds between two time stamps that the device has passed."""
     if isinstance(start, torch.cuda.Event):
         return float(start.elapsed_time(end)) / 1e3  # type: ignore[arg-type]
     assert not isinstance(end, torch.cuda.Event)

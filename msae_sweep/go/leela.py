@@ -1,11 +1,12 @@
-"""A Leela Zero network as a torch module whose residual blocks can be tapped, for inference only.
+"""Leela Zero network as a torch module for inference only, whose residual blocks can be tapped.
 
-Batch normalisation is folded into the convolutions. Blocks are numbered from 1; a tap is what leaves a block, after the
-add and the ReLU. Without heads, nothing behind the last tapped block is computed. Planes, points and the moves of the
-policy run row by row; which rank row 0 is, the maker of the planes decides.
+Batch normalisation is folded into the convolutions. Blocks are numbered from 1. A tap returns the output of a block
+after the add and the ReLU. Without heads, nothing after the last tapped block is computed. Planes, points and the moves
+of the policy are ordered row by row; the caller that makes the planes decides which rank is row 0.
 
-The forward pass is not compiled: `torch.compile` (17,900 positions a second on one H200, 40 × 256, bf16) comes behind
-cuDNN's fused convolutions (20,100), and would compile before the first batch and again for a last one of another size.
+The forward pass is not compiled, because `torch.compile` (17,900 positions/s on one H200, 40 × 256, bf16) is slower
+than cuDNN's fused convolutions (20,100 positions/s). It would also compile before the first batch, and again for a last
+batch of another size.
 """
 
 from collections.abc import Callable, Collection
@@ -27,37 +28,38 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class PrecisionChoice(NamedTuple):
-    """In which type a tower computes and with which operations, its name, and why."""
+    """Dtype and operations with which a tower computes, with a name and the reason for the choice."""
 
     dtype: torch.dtype
     conv_relu: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """The ReLU of a convolution: of x, weight, bias."""
+    """Operation (x, weight, bias) → ReLU(convolution of x)."""
     conv_add_relu: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """The ReLU of a convolution plus z: of x, weight, bias, z."""
+    """Operation (x, weight, bias, z) → ReLU(convolution of x, plus z)."""
     name: str
     reason: str
 
 
 class Outputs(NamedTuple):
-    """What a forward pass gives; without heads there is neither policy nor value."""
+    """Outputs of a forward pass; policy and value are None if the heads were not computed."""
 
     activations: dict[int, Float[Tensor, "batch filters 19 19"]]
-    """By block, in the tower's type and with channels last in memory."""
+    """Activations by block number, in the tower's dtype and in channels-last memory format."""
     policy_logits: Float[Tensor, "batch 362"] | None
-    """float32; 361 is the pass."""
+    """Logits of the moves in float32; index 361 is the pass."""
     value: Float[Tensor, " batch"] | None
-    """float32 in −1 … 1, for the side to move."""
+    """Value for the side to move, float32 in −1 … 1."""
 
 
 class Network(nn.Module):
-    """The tower and both heads on one device."""
+    """Tower and both heads of a network on one device."""
 
     def __init__(
         self, weights: Weights, device: torch.device | str = "cpu", precision: Precision = "auto", fused: bool = True
     ) -> None:
-        """Fold and place the weights; `choice` then says how they are used, and why.
+        """Fold the batch normalisation into the weights and copy them to the device.
 
-        Without `fused` the plain operations are taken everywhere, to compare with.
+        `choice` then holds the dtype and the operations of the tower, with the reason. With `fused=False` the plain
+        operations are used everywhere, for comparisons.
 
         Raises:
             ConfigError: the device cannot compute in `precision`.
@@ -80,7 +82,7 @@ class Network(nn.Module):
         self.value_layer = Layer(weights.value.weight, weights.value.bias, self.device)
 
     def check_taps(self, taps: Collection[int]) -> None:
-        """Raise ConfigError where a block is not in this network."""
+        """Raise ConfigError if one of `taps` is not a block of this network."""
         for block in taps:
             if not 1 <= block <= self.n_blocks:
                 raise ConfigError(f"block {block}: this network has blocks 1 to {self.n_blocks}")
@@ -89,10 +91,11 @@ class Network(nn.Module):
     def forward(
         self, planes: Shaped[Tensor, "batch 18 19 19"], taps: Collection[int] = (), heads: bool = True
     ) -> Outputs:
-        """Activations after the blocks in `taps`; policy and value where `heads` are wanted.
+        """Return the activations after the blocks in `taps`, and policy and value if `heads` is true.
 
-        `planes` may be of any type (bytes travel best) and on any device. In fp16 what exceeds 65,504 becomes infinite:
-        whoever keeps activations should see that they are finite (the largest of a 40-block network were below 30).
+        `planes` may have any dtype (bytes are the cheapest to transfer) and be on any device. In fp16, values above
+        65,504 become infinite, so callers that store activations should check that they are finite (the largest of a
+        40-block network were below 30).
 
         Raises:
             ConfigError: a tap is not a block of this network.
@@ -103,7 +106,7 @@ class Network(nn.Module):
         planes = planes.to(self.choice.dtype, memory_format=torch.channels_last)
         activations = {}
         with self._exact_products():
-            # 18 channels fit no tensor core: cuDNN's fused convolutions want a multiple of eight.
+            # Plain, because 18 channels do not suit tensor cores: cuDNN's fused convolutions need a multiple of eight.
             x = conv_relu(planes, self.input.weight, self.input.bias)
             for number, block in enumerate(islice(self.blocks, self.n_blocks if heads else max(taps, default=0)), 1):
                 x = block(x)
@@ -114,12 +117,12 @@ class Network(nn.Module):
             policy_logits = self.policy_layer(conv_relu(x, self.policy.weight, self.policy.bias))
             hidden = self.value_hidden(conv_relu(x, self.value.weight, self.value.bias)).relu_()
             value = self.value_layer(hidden).squeeze(1).tanh_()
-        if self.version == 2:  # black's value, and plane 16 says that black is to move
+        if self.version == 2:  # the value is black's; plane 16 is 1 where black is to move
             value = torch.where(planes[:, 16, 0, 0] > 0, value, -value)
         return Outputs(activations, policy_logits, value)
 
     def _exact_products(self) -> AbstractContextManager[None]:
-        """What keeps cuDNN from taking TF32 where fp32 was asked for."""
+        """Return a context in which cuDNN does not use TF32 if the tower computes in fp32."""
         if self.device.type != "cuda" or self.choice.dtype != torch.float32:
             return nullcontext()
         cudnn = torch.backends.cudnn
@@ -127,7 +130,7 @@ class Network(nn.Module):
 
 
 class FoldedConvolution(nn.Module):
-    """A convolution's weight and bias with its batch normalisation folded in, channels last."""
+    """Weight and bias of a convolution with its batch normalisation folded in, in channels-last memory format."""
 
     weight: Float[Tensor, "out in height width"]
     bias: Float[Tensor, " out"]
@@ -141,20 +144,20 @@ class FoldedConvolution(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block: ReLU(x + second(ReLU(first(x))))."""
+    """Residual block: ReLU(x + second(ReLU(first(x))))."""
 
     def __init__(self, first: FoldedConvolution, second: FoldedConvolution, choice: PrecisionChoice) -> None:
         super().__init__()
         self.first, self.second, self.choice = first, second, choice
 
     def forward(self, x: Float[Tensor, "batch filters 19 19"]) -> Float[Tensor, "batch filters 19 19"]:
-        """The block's activations; `x` is left as it is."""
+        """Return the block's activations; `x` is not modified."""
         y = self.choice.conv_relu(x, self.first.weight, self.first.bias)
         return self.choice.conv_add_relu(y, self.second.weight, self.second.bias, x)
 
 
 class Layer(nn.Module):
-    """A fully connected layer of a head, in float32: small beside the tower."""
+    """Fully connected layer of a head, in float32 because its cost is small compared with the tower's."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"]
@@ -165,15 +168,15 @@ class Layer(nn.Module):
         self.register_buffer("bias", torch.tensor(bias, device=device))
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch out"]:
-        """All of `x` but its first dimension, channel by channel, through the layer."""
+        """Flatten all dimensions of `x` but the first, channel by channel, and apply the layer."""
         return F.linear(x.flatten(1).float(), self.weight, self.bias)
 
 
 def load_network(path: Path, device: torch.device | str = "cpu", precision: Precision = "auto") -> Network:
-    """The network in a file of Leela Zero's text weights.
+    """Return the network stored in a file of Leela Zero's text weights.
 
     Raises:
-        DataError: the file is no such file, or damaged.
+        DataError: the file is not in this format, or it is damaged.
         ConfigError: the device cannot compute in `precision`.
     """
     return Network(read_weights(path), device, precision)
@@ -182,52 +185,54 @@ def load_network(path: Path, device: torch.device | str = "cpu", precision: Prec
 def random_network(
     blocks: int, filters: int, seed: int, device: torch.device | str = "cpu", precision: Precision = "auto"
 ) -> Network:
-    """A network of a given size with random weights."""
+    """Return a network of the given size with random weights."""
     return Network(random_weights(blocks, filters, seed), device, precision)
 
 
 def gather_points(
     activations: Float[Tensor, "batch filters 19 19"], points: Int[Tensor, "batch n"]
 ) -> Float[Tensor, "batch n filters"]:
-    """The activations at some points (0 – 360, row by row) of every position; copies nothing else."""
+    """Return the activations at the given points (0 – 360, row by row) of every position; copy only these."""
     points = points.to(activations.device, torch.int64)
     position = torch.arange(len(points), device=points.device)[:, None]
     return activations.permute(0, 2, 3, 1)[position, points // BOARD, points % BOARD]
 
 
 def spatial_mean(activations: Float[Tensor, "batch filters 19 19"]) -> Float[Tensor, "batch filters"]:
-    """The mean over the board, summed in float32."""
+    """Return the mean over the board, summed in float32."""
     return activations.mean(dim=(2, 3), dtype=torch.float32)
 
 
 def conv_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The plain way; its output is as large as its input."""
+    """Return the ReLU of a convolution, in plain PyTorch; the padding keeps height and width."""
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2).relu_()
 
 
 def conv_add_relu(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor) -> Tensor:
-    """The plain way of a residual block's end."""
+    """Return the ReLU of a convolution plus `z`, the end of a residual block, in plain PyTorch."""
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2).add_(z).relu_()
 
 
 def cudnn_conv_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`conv_relu` in one kernel of cuDNN; sums in float32, rounded once."""
+    """Compute `conv_relu` in one cuDNN kernel, which sums in float32 and rounds once."""
     padding = weight.shape[-1] // 2
     return torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (padding, padding), (1, 1), 1)
 
 
 def cudnn_conv_add_relu(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor) -> Tensor:
-    """`conv_add_relu` in one kernel of cuDNN; sums in float32, rounded once."""
+    """Compute `conv_add_relu` in one cuDNN kernel, which sums in float32 and rounds once."""
     padding = weight.shape[-1] // 2
     return torch.cudnn_convolution_add_relu(x, weight, z, 1.0, bias, (1, 1), (padding, padding), (1, 1), 1)
 
 
 def choose(device: torch.device, precision: Precision, filters: int, fused: bool = True) -> PrecisionChoice:
-    """The fastest way that is right on `device`; its reason is said at start-up.
+    """Return the fastest correct dtype and operations on `device`, with the reason, which is shown at start-up.
 
-    On CUDA `auto` is fp16: tensor cores take it at the rate of bf16, it is eight times as exact (relative error after
-    block 35 of a 40 × 256 network 0.10% against 0.79%, by rounding every weight and every block's halves as a GPU
-    would), and rows are stored in it. On a CPU it is fp32.
+    On a GPU with tensor cores `auto` is fp16. Tensor cores compute it at the rate of bf16, it is eight times as exact,
+    and rows are stored in it. The relative error after block 35 of a 40 × 256 network is 0.10% against 0.79%, measured
+    by rounding every weight and the output of every convolution as a GPU would. Elsewhere `auto` is fp32.
+
+    With `fused=False` the plain operations are returned.
 
     Raises:
         ConfigError: the device cannot compute in `precision`.
@@ -255,7 +260,7 @@ def choose(device: torch.device, precision: Precision, filters: int, fused: bool
 
 
 def resolve(device: torch.device, precision: Precision) -> Precision:
-    """The arithmetic that `auto` stands for on `device`; any other is itself."""
+    """Return the precision that `auto` stands for on `device`; return any other precision unchanged."""
     if precision != "auto":
         return precision
     has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
@@ -263,10 +268,10 @@ def resolve(device: torch.device, precision: Precision) -> Precision:
 
 
 def fused_hindrance(device: torch.device, dtype: torch.dtype, filters: int) -> str | None:
-    """Why cuDNN's fused convolutions cannot be taken, or None: they are tried on two boards and compared.
+    """Return the reason why cuDNN's fused convolutions cannot be used, or None if they can.
 
-    Which of them a cuDNN has depends on its version, the GPU, the type and the number of filters; it says so only when
-    asked to run one.
+    They are run on two boards and compared with the plain operations. Their availability depends on the cuDNN version,
+    the GPU, the dtype and the number of filters, and cuDNN reports it only when it is asked to run one.
     """
     if torch.version.hip is not None:
         return "the fused convolutions are not written for ROCm"
@@ -287,6 +292,6 @@ def fused_hindrance(device: torch.device, dtype: torch.dtype, filters: int) -> s
         return f"cuDNN refuses {filters} filters in {dtype}: {first_line(error)}"
     for got, expected in pairs:
         difference = float((got.float() - expected.float()).norm() / expected.float().norm())
-        if not difference < 0.02:  # roundings of bf16 are 0.004
+        if not difference < 0.02:  # the rounding error of bf16 is 0.004
             return f"cuDNN's fused convolutions differ from plain ones by {difference:.1%} here"
     return None

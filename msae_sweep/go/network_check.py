@@ -1,4 +1,4 @@
-"""Which network a sweep's model was trained on, as far as the extraction of its activations tells."""
+"""Comparison of a network with the one whose activations a model was trained on, by the extraction's manifest."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,15 @@ from msae_sweep.paths import StoragePath
 
 
 def notes(model: str, weights: Path, first_row: str) -> tuple[str, ...]:
-    """Known differences between a network and the one that a model was trained on.
+    """Return notes on known differences between a network and the one that a model was trained on.
 
-    Differences are said and not refused: a network that was packed or written anew has another hash.
+    A difference is reported but is no error, because a network file that was compressed or written again has another
+    hash.
 
     Args:
         model: file or URI that the model was loaded from.
         weights: file of the network.
-        first_row: `top` or `bottom`, as the network is to be fed.
+        first_row: `top` or `bottom`, the board row that is the network's row 0.
     """
     manifest = _extraction(model)
     found = []
@@ -33,11 +34,11 @@ def notes(model: str, weights: Path, first_row: str) -> tuple[str, ...]:
 
 
 def _extraction(model: str) -> dict[str, Any]:
-    """The manifest of the activations that the sweep of a model file was about; empty where there is none."""
+    """Return the manifest of the activations used by the sweep that wrote a model file; empty if none is found."""
     if model.startswith(("models:/", "runs:/")):
         return {}
     try:
-        # {sweep}/models/msae_block5.pt or {sweep}/trials/block5-003/model.pt
+        # The model is at {sweep}/models/msae_block5.pt or {sweep}/trials/block5-003/model.pt.
         folders = (folder := StoragePath(model).parent.parent), folder.parent
         sweep = next((folder for folder in folders if (folder / "sweep.yaml").is_file()), None)
         if sweep is None:

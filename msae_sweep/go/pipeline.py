@@ -1,7 +1,7 @@
-"""What reads games and feeds networks with their positions, over a cluster, with Ray Data.
+"""Ray Data pipeline that reads games and runs networks on their positions, over a cluster.
 
-records → games (CPU tasks) → boards of chunks (CPU tasks) → whatever an actor with a network makes of them. What
-travels is small: a game 1 KB, a position 3 KB.
+records → games (CPU tasks) → boards of chunks (CPU tasks) → results of an actor that holds a network. Little data is
+sent between processes: a game has 1 KB, a position 3 KB.
 """
 
 import collections
@@ -25,14 +25,14 @@ from msae_sweep.go.sampling import Chunk, Sampling, points_of
 from msae_sweep.go.sgf import Game, distinct, read_games
 
 BATCH = {"cuda": 2048, "cpu": 32}
-"""Positions the network sees at a time. On one H200 2048 was the fastest of those measured, 20,290 positions/s."""
+"""Positions per forward pass. On one H200, 2048 was the fastest of the measured sizes, at 20,290 positions/s."""
 
 _GAMES_A_TASK = 128
-"""So one tar of some thousand games already gives work to many CPUs; a task then takes a tenth of a second."""
+"""Records per parsing task. One tar of some thousand games then occupies many CPUs; a task takes about 0.1 s."""
 
 
 class ChosenPositions(NamedTuple):
-    """Positions picked by hand, to be fed like a chunk."""
+    """Explicitly chosen positions of games, which the pipeline accepts in place of a `Chunk`."""
 
     number: int
     first_position: int
@@ -40,46 +40,46 @@ class ChosenPositions(NamedTuple):
     picks: list[tuple[Game, Int64[np.ndarray, " plies"]]]
 
     def plies(self, _: Sampling) -> Iterator[tuple[Game, Int64[np.ndarray, " plies"]]]:
-        """The positions, game by game."""
+        """Yield each game with the plies of its chosen positions."""
         yield from self.picks
 
 
 class Boards(NamedTuple):
-    """A chunk's positions, as the network's planes are made of them."""
+    """Boards of a chunk's positions, from which the network's planes are made, with the positions' index columns."""
 
     number: int
-    """The chunk's."""
+    """Number of the chunk."""
     seconds: float
-    """Of CPU that they took."""
+    """Seconds that the CPU task needed to make the boards."""
     boards: Int8[np.ndarray, "positions 8 361"]
     black_to_move: Bool[np.ndarray, " positions"]
     points: Int16[np.ndarray, "positions points"]
-    """Of the board, that are asked for."""
+    """Requested points of the board for each position; −1 stands for the mean over the board."""
     ply: Int64[np.ndarray, " positions"]
     game_id: Int64[np.ndarray, " positions"]
     position_id: Int64[np.ndarray, " positions"]
 
 
 class Games(NamedTuple):
-    """What the records hold."""
+    """Games read from the records, and counts of the refused ones."""
 
     games: list[Game]
-    """Each once, in the order of their records."""
+    """Games without duplicates, sorted by name."""
     refused: collections.Counter[str]
-    """How many gave nothing, by kind: broken, size, duplicate."""
+    """Number of refused records and games by kind: broken, size, duplicate."""
     examples: list[str]
-    """Some of the broken ones, with the reason."""
+    """Names of at most five broken ones, each with the reason."""
 
     def counted(self) -> str:
-        """How many were refused, in words."""
+        """Return the counts of refused games as text."""
         return ", ".join(f"{count} {kind}" for kind, count in sorted(self.refused.items())) or "none refused"
 
 
 def read_all(units: list[Unit], where: Path) -> Games:
-    """All games of all records.
+    """Return the games of all records, and counts of the refused ones.
 
     Raises:
-        DataError: there is none that can be used.
+        DataError: no game is usable.
     """
     outcomes = [_unpacked(row) for row in parsed(units).iter_rows()]
     outcomes.sort(key=lambda outcome: outcome.name)
@@ -101,20 +101,21 @@ def read_all(units: list[Unit], where: Path) -> Games:
 
 
 def parsed(units: list[Unit]) -> ray.data.Dataset:
-    """Columns of `_parse`, of all units."""
+    """Return a dataset of the parsed games of all units, with the columns of `_parse`."""
     _be_quiet()
     records = ray.data.from_items(
         [{"unit": json.dumps(unit)} for unit in units], override_num_blocks=max(1, min(len(units), 200))
     ).map_batches(_read, batch_size=1, batch_format="pyarrow", num_cpus=0.5)
-    # With the same resources Ray would fuse both into one task a unit, and one CPU would parse a whole tar.
+    # `_read` and `_parse` request different resources, because with equal ones Ray would fuse them into one task per
+    # unit, and one CPU would parse a whole tar.
     games = records.map_batches(_parse, batch_size=None, batch_format="pyarrow")
-    # Records leave a tar in small blocks, so that many tasks can parse them.
+    # Small blocks split the records of a tar among many parsing tasks.
     games.context.target_max_block_size = 1 << 17
     return games
 
 
 def _be_quiet() -> None:
-    """Ray Data's settings, its bars and logs off: this pipeline has a display of its own."""
+    """Turn off Ray Data's progress bars and logs, because this pipeline has its own display; raise original errors."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
@@ -123,7 +124,7 @@ def _be_quiet() -> None:
 
 
 def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
-    """Records of a unit, some at a time, so that an archive of any size passes through."""
+    """Yield the records of a unit in groups, so that an archive of any size can be read."""
     (unit,) = batch["unit"].to_pylist()
     columns: dict[str, list[Any]] = collections.defaultdict(list)
     for record in read_unit(Unit(*json.loads(unit))):
@@ -140,7 +141,10 @@ def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
 
 
 def _parse(batch: Any) -> dict[str, list[Any]]:
-    """Columns of games, and of what is none: each has a name, a key or a kind, and its arrays as bytes."""
+    """Parse records into columns with one row per game or refused record.
+
+    Every row has a name. A game also has a key and its arrays as bytes; a refused record has a kind and a reason.
+    """
     columns: dict[str, list[Any]] = {name: [] for name in ("name", "key", "kind", "reason", "setup", "moves", "black")}
 
     def add(name: str, key: str, kind: str, reason: str, *arrays: np.ndarray) -> None:
@@ -175,19 +179,20 @@ def _unpacked(row: dict[str, Any]) -> Game | RefusedRecord:
 def run(
     chunks: Sequence[Chunk | ChosenPositions], sampling: Sampling, actor: type, arguments: Sequence[Any]
 ) -> Iterator[dict[str, Any]]:
-    """What `actor` returns for the boards of each chunk, as they get done.
+    """Yield the result of `actor` for the boards of each chunk, as the chunks are completed.
 
-    An actor holds a GPU, and is called by several threads at a time, or where there is none all CPUs but a share for
-    the boards. Of its arguments, lists hold references: what is large travels once.
+    If the cluster has GPUs, each actor holds one GPU and is called by several threads concurrently. Otherwise a single
+    actor uses all CPUs except a share for making boards. A list among `arguments` contains object references, so that a
+    large object is transferred only once.
 
     Raises:
-        MsaeSweepError, OSError: as it was raised in an actor.
+        MsaeSweepError, OSError: as raised in a worker.
     """
     if not chunks:
         return
     n_gpus = int(ray.cluster_resources().get("GPU", 0))
     n_cpus = int(ray.cluster_resources()["CPU"])
-    # Of three chunks in a GPU's actor one is computed, one queued behind it, and one written.
+    # A GPU's actor holds three chunks: one is computed, one is queued behind it, and one is written.
     threads = 3 if n_gpus else 1
     resources = {"num_gpus": 1, "num_cpus": 1} if n_gpus else {"num_cpus": max(0.5, n_cpus - 0.5)}
     pool = ray.data.ActorPoolStrategy(
@@ -201,22 +206,22 @@ def run(
         results = positions.map_batches(
             actor,
             fn_constructor_args=arguments,
-            batch_size=1,  # a chunk: Ray wants a number where there are GPUs
+            batch_size=1,  # one chunk; Ray requires a batch size for actors with GPUs
             compute=pool,
             **resources,
         )
         yield from results.iter_rows()
     except ray.exceptions.RayTaskError as error:
-        # Ours are raised as they were in the worker, whose trace would only hide them.
+        # Our own errors are raised unwrapped, because Ray's traceback of the worker would hide the message.
         if isinstance(error.cause, MsaeSweepError | OSError):
             raise error.cause from None
         raise
 
 
 def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, list[bytes]]:
-    """A chunk → a row with the boards of all its positions, and what stands in the index beside them; see `unpacked`.
+    """Make the boards and index columns of a chunk, pickled as `Boards` into one row; `unpacked` reverses the packing.
 
-    2048 positions are 6 MB.
+    2048 positions take 6 MB.
     """
     started = time.perf_counter()
     chunk: Chunk | ChosenPositions = pickle.loads(batch["chunk"][0])
@@ -237,7 +242,7 @@ def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, list[b
 
 
 def unpacked(batch: dict[str, np.ndarray]) -> Boards:
-    """What `boards` packed into a row."""
+    """Return the `Boards` that the function `boards` packed into a row."""
     (packed,) = batch["boards"]
     boards = pickle.loads(packed)
     assert isinstance(boards, Boards)

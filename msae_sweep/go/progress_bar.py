@@ -1,4 +1,4 @@
-"""How far games have gone through a network: a live bar, or plain lines where nobody watches a terminal."""
+"""Progress display for running games through a network: a live bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import time
@@ -10,28 +10,28 @@ from rich.console import Console
 
 
 class GamesProgress(NamedTuple):
-    """How far games have gone through a network."""
+    """Progress of running the positions of games through a network."""
 
     positions: int
-    """Positions that are done, those of earlier attempts included."""
+    """Number of completed positions, including those of earlier attempts."""
     n_positions: int
     rows: int
     device: str
-    """On what the network runs, and how; empty before the first chunk."""
+    """Device on which the network runs, with its operations and the reason; empty before the first chunk."""
 
 
 LINE_SECONDS = 5.0
-"""Between two plain lines, at the least."""
+"""Minimum interval between two plain lines."""
 
 
 def _rate(per_second: float) -> str:
-    """Empty before the first positions are done."""
+    """Return the rate as text; empty before the first positions are completed."""
     return f"{per_second:,.0f}/s" if per_second else ""
 
 
 @contextlib.contextmanager
 def showing(console: Console) -> Iterator[Callable[[GamesProgress], None]]:
-    """A function that takes an extraction's progress and shows it while this is open."""
+    """Yield a function that displays the progress passed to it, for the duration of the `with` block."""
     started: list[tuple[float, int]] = []
     said_device, said_at = "", 0.0
 

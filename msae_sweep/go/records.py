@@ -1,13 +1,13 @@
-"""Where game records lie, and their bytes, one at a time.
+"""Search for game records in files, folders and archives, and reading of their bytes one record at a time.
 
-A path is an .sgf file, an archive of them (.tar, .tar.gz, .tgz, .zip), or a folder of both, however deep. `find_units`
-lists what workers open; `read_unit` opens one of them and yields its records.
+A path is an .sgf file, an archive of them (.tar, .tar.gz, .tgz, .zip), or a folder of both at any depth. `find_units`
+lists the units that workers open; `read_unit` opens one unit and yields its records.
 
-A loose file is a unit. A zip has a directory, so it is cut into ranges of members that workers read side by side. A tar
-is one unit: gzip can only be read from its start, so k workers on one .tar.gz would each unpack what lies before their
-part, (k + 1) / 2 times the work for no shorter wait. Reading is also the cheap part: 2,082 games came out of a .tar.gz
-at 22,000 a second and were parsed at 1,400 on the same core (2026-11-23). So a pipeline reads a tar in one task and
-hands the bytes on; it should cut the work of parsing after `read_unit`, not before.
+A loose file is one unit. A zip has a directory, so it is split into ranges of members that workers read in parallel. A
+tar is one unit: gzip can only be read from its start, so k workers on one .tar.gz would each have to unpack everything
+before their part, which is (k + 1) / 2 times the work without finishing earlier. Reading is also the cheap part: 2,082
+games were read from a .tar.gz at 22,000 games/s and parsed at 1,400 games/s on the same core (2026-11-23). A pipeline
+should therefore read a tar in one task, pass the bytes on, and split the parsing after `read_unit`, not before.
 """
 
 import os
@@ -22,30 +22,30 @@ from msae_sweep.errors import DataError, first_line
 
 TARS = (".tar", ".tar.gz", ".tgz")
 MAX_RECORD_BYTES = 64 * 2**20
-"""A longer record is refused, so that one bad member cannot fill a worker's memory; 64 MiB hold some 40,000 games."""
+"""Size limit of a record, so that one bad archive member cannot fill a worker's memory; 64 MiB is some 40,000 games."""
 
 
 class Unit(NamedTuple):
-    """What one worker opens: a loose record, a whole tar, or some records of a zip."""
+    """Part of the input that one worker opens: a loose record, a whole tar, or some records of a zip."""
 
     file: str
     name: str
-    """The file as records' names begin: relative to the path that was searched."""
+    """Path of the file relative to the searched path; the names of its records begin with it."""
     start: int = 0
-    """First record of a zip, counted over its .sgf members."""
+    """Index of the first record to read from a zip, counted over its .sgf members."""
     stop: int | None = None
-    """First record of a zip that is not read any more; None reads to its end."""
+    """Index after the last record to read from a zip; None reads to the end."""
 
 
 class Record(NamedTuple):
-    """One file's bytes; usually, but not necessarily, one game."""
+    """Bytes of one SGF file, which usually, but not necessarily, contains one game."""
 
     name: str
     data: bytes
 
 
 class RefusedRecord(NamedTuple):
-    """A record, game or archive that gives no positions, and why; a run counts these and goes on."""
+    """Record, game or archive that gives no positions, with the reason; a run counts these and continues."""
 
     name: str
     kind: Literal["broken", "size", "duplicate"]
@@ -53,10 +53,10 @@ class RefusedRecord(NamedTuple):
 
 
 def find_units(path: Path, records_per_unit: int = 4096) -> list[Unit]:
-    """Units of a file or folder, sorted by name; no record is read yet.
+    """Return the units of a file or folder, sorted by name, without reading any record.
 
     Raises:
-        DataError: nothing there, or nothing that can hold a record.
+        DataError: the path does not exist, or it contains no file that can hold a record.
     """
     if path.is_file():
         files = [(path.name, path)]
@@ -75,7 +75,7 @@ def find_units(path: Path, records_per_unit: int = 4096) -> list[Unit]:
 
 
 def read_unit(unit: Unit) -> Iterator[Record | RefusedRecord]:
-    """Records of a unit in the order in which they lie there, one in memory at a time."""
+    """Yield the records of a unit in their stored order, with one record in memory at a time."""
     if _is_record(unit.file):
         yield from _loose(unit)
     elif unit.file.lower().endswith(TARS):
@@ -85,17 +85,17 @@ def read_unit(unit: Unit) -> Iterator[Record | RefusedRecord]:
 
 
 def read_records(path: Path) -> Iterator[Record | RefusedRecord]:
-    """Records of a file or folder, sorted by file and then as they lie in it.
+    """Yield the records of a file or folder, sorted by file name and then in their stored order.
 
     Raises:
-        DataError: as `find_units`.
+        DataError: in the same cases as `find_units`.
     """
     for unit in find_units(path):
         yield from read_unit(unit)
 
 
 def _is_record(file: str) -> bool:
-    # macOS puts a "._" beside each file that it archives: attributes, not a record.
+    # For each file that macOS archives it adds a file named "._…", which holds attributes and is not a record.
     return file.lower().endswith(".sgf") and not os.path.basename(file).startswith("._")
 
 
@@ -107,7 +107,7 @@ def _units_of(file: Path, name: str, records_per_unit: int) -> Iterator[Unit]:
             with zipfile.ZipFile(file) as archive:
                 n_records = len(_records_in(archive))
         except (OSError, zipfile.BadZipFile):
-            # Reading it names the fault, where all faults are named.
+            # The file is listed as a unit, so that `read_unit` reports this error like all other read errors.
             yield Unit(str(file), name)
             return
         for start in range(0, n_records, records_per_unit):
@@ -129,7 +129,7 @@ def _members_of_tar(unit: Unit) -> Iterator[Record | RefusedRecord]:
     try:
         with tarfile.open(unit.file, "r|*") as archive:
             while (member := archive.next()) is not None:
-                # tarfile keeps what it has seen, about 1 KB a member; over a stream it never needs that again.
+                # tarfile keeps about 1 KB for each member that it has read, which it never needs again when streaming.
                 archive.members.clear()  # type: ignore[attr-defined]
                 if not member.isfile() or not _is_record(member.name):
                     continue
@@ -137,7 +137,7 @@ def _members_of_tar(unit: Unit) -> Iterator[Record | RefusedRecord]:
                 assert file is not None
                 yield _record(_printable(f"{unit.name}/{member.name}"), file.read(MAX_RECORD_BYTES + 1))
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        # What came before it stands: a stream that breaks is lost from there on only.
+        # Records before a damaged place in the stream have been yielded; only the rest is lost.
         yield _unreadable(_printable(unit.name), error)
 
 
@@ -154,7 +154,7 @@ def _members_of_zip(unit: Unit) -> Iterator[Record | RefusedRecord]:
                 with archive.open(member) as file:
                     data = file.read(MAX_RECORD_BYTES + 1)
             except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-                # RuntimeError is what zipfile says of a password or an unknown compression.
+                # zipfile raises RuntimeError for a password or an unknown compression method.
                 yield _unreadable(name, error)
                 continue
             yield _record(name, data)
@@ -176,5 +176,5 @@ def _unreadable(name: str, error: Exception) -> RefusedRecord:
 
 
 def _printable(name: str) -> str:
-    """The name as valid UTF-8: what a file system or an archive holds may not be, and Arrow refuses it then."""
+    """Return the name as valid UTF-8. Names in file systems and archives may be invalid, and Arrow refuses those."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")

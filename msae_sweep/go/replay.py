@@ -1,6 +1,8 @@
-"""Games → boards of their positions, in numpy alone: the many processes that do this are 180 MB smaller without torch.
+"""Replay of games into the boards of their positions.
 
-Eight boards a position as int8 are 2.9 KB; `planes` spreads them into the network's 18 planes, 26 KB in float32.
+This module uses only numpy, because each of the many processes that replay games needs 180 MB less memory without
+torch. The eight int8 boards of a position take 2.9 KB; `planes` converts them to the network's 18 planes, which take
+26 KB in float32.
 """
 
 from typing import NamedTuple
@@ -15,18 +17,18 @@ HISTORY = 8
 
 
 class Positions(NamedTuple):
-    """Positions of a game, each seen by the side to move."""
+    """Positions of a game, each from the perspective of the side to move."""
 
     boards: Int8[np.ndarray, "positions 8 361"]
-    """The position itself, then 1 to 7 moves before it: 1 own stone, −1 opponent's, 0 empty. Rows from the top."""
+    """Boards at the position and 1 to 7 moves before it: 1 own stone, −1 opponent's, 0 empty; rows from the top."""
     black_to_move: Bool[np.ndarray, " positions"]
 
 
 def replay(game: Game, plies: Int[np.ndarray, " positions"]) -> Positions:
-    """The positions after `plies` moves, 0 to n_moves, in any order.
+    """Return the positions after `plies` moves. Plies are 0 to n_moves, in any order.
 
-    A pass repeats the board. Before ply 0 all is empty, also where ply 0 has setup stones: as in Leela Zero, whose
-    history begins anew after handicap stones. Source: leela-zero, `GameState::anchor_game_history`.
+    A pass repeats the board. The history before ply 0 is empty, even if ply 0 has setup stones, because Leela Zero
+    restarts its history after handicap stones. Source: leela-zero, `GameState::anchor_game_history`.
     """
     plies = np.asarray(plies, dtype=np.int64)
     assert ((plies >= 0) & (plies <= game.n_moves)).all(), f"plies of {game.name} must be 0 to {game.n_moves}"
@@ -38,7 +40,7 @@ def replay(game: Game, plies: Int[np.ndarray, " positions"]) -> Positions:
 
 
 def _boards(game: Game) -> Int8[np.ndarray, "n_moves+1 361"]:
-    """The board after each move: 1 black, −1 white, 0 empty."""
+    """Return the board before the first move and after each move: 1 black, −1 white, 0 empty."""
     board = Board(game.setup.tobytes())
     taken = [bytes(board.stones)]
     for point, black in zip(game.moves.tolist(), game.black_to_move.tolist(), strict=False):

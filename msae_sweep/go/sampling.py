@@ -1,4 +1,4 @@
-"""Which positions and points an extraction takes, cut into chunks that depend on games and settings alone."""
+"""Selection of an extraction's positions and points, and division into chunks, by games and settings alone."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -12,45 +12,45 @@ from msae_sweep.go.board import N_POINTS
 from msae_sweep.go.sgf import Game, sample_plies
 
 CHUNK_POSITIONS = 2048
-"""Positions of a chunk: 6 MB of boards on their way to the network, a tenth of a second of a fast GPU."""
+"""Maximum number of positions in a chunk; their boards take 6 MB, and a fast GPU needs about 0.1 s for them."""
 CHUNK_ROWS = 65_536
-"""Rows of a chunk at the most, where every position gives many: 34 MB a block as float16 at 256 channels."""
+"""Maximum number of rows in a chunk if positions have many: 34 MB per block as float16 with 256 channels."""
 
 
 Points = Literal["mean", "all"] | int
 
 
 class Sampling(NamedTuple):
-    """Which rows are taken from the games."""
+    """Settings that determine which rows are taken from the games."""
 
     positions_per_game: int | None
-    """None takes all."""
+    """Maximum number of positions taken from a game; None takes all."""
     skip_first: int
-    """Moves at a game's beginning whose positions are left out."""
+    """Number of moves at the beginning of a game whose positions are left out."""
     points: Points
-    """Rows of a position: the mean over the board, all 361 points, or so many random ones."""
+    """Rows taken from a position: the mean over the board, all 361 points, or the given number of random points."""
     seed: int
 
     @property
     def rows_per_position(self) -> int:
-        """Rows that a position gives."""
+        """Number of rows per position."""
         return {"mean": 1, "all": N_POINTS}.get(str(self.points)) or int(self.points)
 
 
 class Chunk(NamedTuple):
-    """Positions whose rows are written together, whole or not at all."""
+    """Group of positions whose rows are written together, atomically."""
 
     number: int
     first_position: int
-    """Positions in the chunks before it; `position_id` counts on from here."""
+    """Number of positions in all earlier chunks, which is the `position_id` of this chunk's first position."""
     n_positions: int
     games: list[Game]
-    """Games in their order; of the last, the chunk has as many positions as are left for it."""
+    """Games of the chunk in order. The chunk takes only as many positions of the last game as `n_positions` allows."""
     skip: int
-    """Positions of the first game that the chunk before has."""
+    """Number of positions of the first game that belong to the previous chunk."""
 
     def plies(self, sampling: Sampling) -> Iterator[tuple[Game, Int64[np.ndarray, " plies"]]]:
-        """The chunk's positions, game by game."""
+        """Yield each game with the plies of its positions in this chunk."""
         skip, left = self.skip, self.n_positions
         for game in self.games:
             plies = plies_of(game, sampling)[skip : skip + left]
@@ -59,10 +59,11 @@ class Chunk(NamedTuple):
 
 
 def cut(games: Sequence[Game], sampling: Sampling) -> list[Chunk]:
-    """Chunks of positions, of games in the order of their keys, which is as good as random.
+    """Divide the sampled positions into chunks, with games sorted by key, which is as good as a random order.
 
-    So the same games and settings give the same chunks, however the records lie and whoever works on them. All chunks
-    but the last have the same size, whatever games they cut in two: cuDNN plans its convolutions for every size anew.
+    The same games and settings therefore give the same chunks, independent of how the records are stored and of the
+    workers. All chunks but the last have the same size, even where this splits a game, because cuDNN plans its
+    convolutions again for every new size.
     """
     most = max(1, min(CHUNK_POSITIONS, CHUNK_ROWS // sampling.rows_per_position))
     chunks: list[Chunk] = []
@@ -92,10 +93,10 @@ def cut(games: Sequence[Game], sampling: Sampling) -> list[Chunk]:
 
 
 def points_asked_for(text: str) -> Points:
-    """The points that `text` names.
+    """Parse the value of `--points`.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: `text` is not mean, all, or a number from 1 to 361.
     """
     if text == "mean":
         return "mean"
@@ -107,25 +108,25 @@ def points_asked_for(text: str) -> Points:
 
 
 def games_sha256(games: Sequence[Game]) -> str:
-    """Hash of what the games are, not of how they are stored."""
+    """Return a hash of the set of games, independent of how they are stored."""
     return hashlib.sha256("\n".join(sorted(game.key for game in games)).encode()).hexdigest()
 
 
 def plies_of(game: Game, sampling: Sampling) -> Int64[np.ndarray, " plies"]:
-    """The positions that are taken from a game."""
+    """Return the plies of the positions that are taken from a game."""
     return sample_plies(game, sampling.positions_per_game, sampling.skip_first, sampling.seed)
 
 
 def points_of(game: Game, plies: Int64[np.ndarray, " plies"], sampling: Sampling) -> Int16[np.ndarray, "plies rows"]:
-    """The points that are taken from each position, ascending; −1 stands for the mean over the board.
+    """Return the points taken from each position, ascending; −1 stands for the mean over the board.
 
-    Random points follow from (seed, game, ply) alone.
+    Random points depend only on (seed, game, ply).
     """
     if sampling.points == "mean":
         return np.full((len(plies), 1), -1, dtype=np.int16)
     if sampling.points == "all":
         return np.broadcast_to(np.arange(N_POINTS, dtype=np.int16), (len(plies), N_POINTS)).copy()
-    # Four bytes a point: two equal draws are told apart by the stable sort.
+    # Each point draws four bytes; the stable sort breaks ties between equal draws.
     draws = np.stack(
         [
             np.frombuffer(hashlib.shake_128(f"{sampling.seed} {game.key} {ply}".encode()).digest(4 * N_POINTS), "<u4")

@@ -1,17 +1,20 @@
-"""Game records in SGF to legal games, and which of their positions to take.
+"""Parsing of SGF records into legal games, and sampling of their positions.
 
-What counts as a game, where records differ:
+Records differ; these rules define a game:
 
-- Main line only: of variations, the first. 19 × 19 only; other sizes are refused by kind, not as broken.
-- AB, AW and AE before the first move are the setup, wherever they stand. After a move they end the main line: what
-  follows was edited, not played, and the moves before it are kept.
-- Who moves is written on every move, so HA and PL decide nothing, and two moves in a row of one colour are two moves.
-- `[]` and `[tt]` are passes. Captures and suicides are played out; ko is not checked.
-- Broken: text that ends or breaks off inside a game, a stone on a stone or off the board, a setup that leaves a group
-  without liberties, a handicap whose stones the record does not hold (every later board would lack them), no moves.
+- Only the main line is read, which is the first of all variations. Only 19 × 19 is read; other sizes are refused with
+  the kind `size`, not as broken.
+- AB, AW and AE before the first move are the setup, in whichever node they stand. After a move they end the main line,
+  because the rest was edited, not played; the moves before are kept.
+- Every move states its colour, so HA and PL do not decide who moves, and two moves in a row of one colour are accepted.
+- `[]` and `[tt]` are passes. Captures and suicides are carried out; ko is not checked.
+- These are broken: text that ends or becomes unreadable inside a game, a stone on a stone or off the board, a setup
+  that leaves a group without liberties, a handicap without its stones in the record (every later board would lack
+  them), and a game without moves.
 
-sgfmill cuts the text into tokens; up to the first closing bracket they are the main line. Its trees are not built: they
-took twice as long as the tokens, and read a whole file at once, in which one broken game then lost all others.
+sgfmill splits the text into tokens; the tokens up to the first closing bracket are the main line. Its game trees are
+not used: building them took twice as long as tokenising. They also parse a whole file at once, so that one broken game
+lost all others in its file.
 """
 
 import codecs
@@ -35,8 +38,9 @@ _MOVES |= {b"": PASS, b"tt": PASS}
 _PRESENTER = Presenter(SIZE, "UTF-8")
 
 _CHARSET = re.compile(rb"CA\s*\[\s*([\w.:-]+)\s*\]")
-# In these a character's second byte can be the "\" or "]" that SGF takes for its own; each is read as the largest set
-# that holds it. All others are left as they are: moves are ASCII, and names and comments are not looked at.
+# In these character sets the second byte of a character can be "\" or "]", which SGF would take for syntax. Each is
+# decoded as the largest set that contains it. Text in other sets is not decoded: moves are ASCII, and names and
+# comments are not used.
 _UNSAFE_CHARSETS = {
     "shift_jis": "cp932",
     "cp932": "cp932",
@@ -48,52 +52,52 @@ _UNSAFE_CHARSETS = {
     "big5hkscs": "big5hkscs",
 }
 
-# The head of a game, not of a variation: properties that stand in a root only.
+# Beginning of a game. These properties occur only in a root node, so the beginning of a variation does not match.
 _HEAD = re.compile(rb"\(\s*;\s*(?:FF|GM|SZ|CA|AP)\s*\[")
 
 _Node = dict[str, list[bytes]]
 
 
 class Game(NamedTuple):
-    """A legal game in plain arrays, cheap to send between processes: 1.3 KB pickled, on average over real games."""
+    """Legal game in plain arrays, cheap to send between processes: 1.3 KB pickled, on average over real games."""
 
     name: str
-    """The record's name; from the second game of a file on, `#2`, `#3` … behind it."""
+    """Name of the record, with the suffix `#2`, `#3` … from the second game of a file on."""
     key: str
-    """32 hex digits over size, setup and moves: equal for one game under two names, on every machine. Symmetric images,
-    and a game and its beginning, are different games."""
+    """Hash of board size, setup, colours and moves, 32 hex digits. It is the same on every machine and does not depend
+    on the name. Symmetric images of a game and beginnings of a game have other keys."""
     setup: Int8[np.ndarray, "361"]
-    """Stones before the first move: 1 black, −1 white, 0 empty."""
+    """Stones on the board before the first move: 1 black, −1 white, 0 empty."""
     moves: Int16[np.ndarray, " n_moves"]
-    """Points 0 to 360, row by row from the top; 361 is a pass."""
+    """Point of each move, 0 to 360 row by row from the top; 361 is a pass."""
     black_to_move: Bool[np.ndarray, " n_moves+1"]
-    """Per ply, whether black is to move; so of each move, whether black played it. At the last, where nobody moved:
-    whether white moved before."""
+    """True at each ply where black is to move, and therefore for each move that black played. At the last ply, after
+    which there is no move, it is true if white made the last move."""
 
     @property
     def n_moves(self) -> int:
-        """Moves, passes among them."""
+        """Number of moves, including passes."""
         return len(self.moves)
 
     @property
     def game_id(self) -> int:
-        """63 bits of the key: fits int64, and depends neither on order, nor on workers, nor on the record's name.
+        """Integer of the key's first 63 bits. It fits int64 and does not depend on order, workers or the record's name.
 
-        Among a million games, two share one with probability 5e-8.
+        The probability that two of a million games have the same id is 5e-8.
         """
         return int(self.key[:16], 16) >> 1
 
 
 class _BrokenError(Exception):
-    """Why a game is refused; its kind is `broken`."""
+    """Error in a game, which is then refused with the kind `broken`."""
 
 
 class _OtherSizeError(Exception):
-    """Why a game is refused; its kind is `size`."""
+    """Board size other than 19 × 19; the game is then refused with the kind `size`."""
 
 
 def read_games(record: Record) -> Iterator[Game | RefusedRecord]:
-    """Games of one record in their order; each is legal from its first move to its last, or refused with the reason."""
+    """Yield the games of one record in order; each is completely legal, or is refused with the reason."""
     number = 0
     for number, tokens in enumerate(_token_lists(_readable(record.data)), start=1):
         name = record.name if number == 1 else f"{record.name}#{number}"
@@ -108,7 +112,7 @@ def read_games(record: Record) -> Iterator[Game | RefusedRecord]:
 
 
 def distinct(games: Iterable[Game | RefusedRecord]) -> Iterator[Game | RefusedRecord]:
-    """The first game of each key, later ones refused as duplicates; holds a key and a name a game."""
+    """Yield the first game of each key, refuse later ones as duplicates; keep one key and name per game in memory."""
     first: dict[str, str] = {}
     for game in games:
         if isinstance(game, Game):
@@ -122,25 +126,26 @@ def distinct(games: Iterable[Game | RefusedRecord]) -> Iterator[Game | RefusedRe
 def sample_plies(
     game: Game, positions_per_game: int | None, skip_first: int = 0, seed: int = 0
 ) -> Int64[np.ndarray, " plies"]:
-    """Which positions of a game to take: plies in ascending order; ply p is the position after p moves.
+    """Return the sampled positions of a game as ascending plies; ply p is the position after p moves.
 
-    Candidates are `skip_first` to `n_moves` − 1. The last position is never one: no move follows it, so who is to move
-    there is a guess, and mostly it is a board on which both have passed.
+    Candidates are `skip_first` to `n_moves` − 1. The last position is excluded: no move follows it, so the side to move
+    would be a guess, and usually both players have passed there.
 
-    Each ply draws a number from (seed, key, ply) alone, and the smallest `positions_per_game` are taken (None takes all
-    candidates). So neither order nor workers matter, and a larger `positions_per_game` keeps those of a smaller one.
+    Each ply draws a number that depends only on (seed, key, ply), and the `positions_per_game` smallest are taken (None
+    takes all candidates). The sample therefore does not depend on order or workers, and a larger `positions_per_game`
+    includes the positions of a smaller one.
     """
     plies = np.arange(skip_first, game.n_moves)
     if positions_per_game is None or positions_per_game >= len(plies):
         return plies
-    # One stream a game, eight bytes a ply; numpy does not promise its generators' draws from version to version.
+    # A hash gives eight bytes per ply. NumPy's generators are not used: their draws may change between versions.
     stream = hashlib.shake_256(f"{seed} {game.key}".encode()).digest(8 * game.n_moves)
     draws = np.frombuffer(stream, dtype="<u8")[skip_first:]
     return np.sort(plies[np.argsort(draws, kind="stable")[:positions_per_game]])
 
 
 def _readable(data: bytes) -> bytes:
-    """The text in an encoding whose brackets and backslashes are SGF's own."""
+    """Return the text in an encoding in which bracket and backslash bytes never belong to another character."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", "replace").encode()
     declared = _CHARSET.search(data[:4096])
@@ -148,9 +153,9 @@ def _readable(data: bytes) -> bytes:
         return data
     try:
         charset = _UNSAFE_CHARSETS[codecs.lookup(declared[1].decode("ascii")).name]
-    except LookupError:  # unknown to Python, or a safe one
+    except LookupError:  # a character set that is unknown to Python, or safe
         return data
-    # UTF-8 under another name is common, and read by that name its characters swallow the bracket behind them.
+    # UTF-8 is often declared as another set; decoded as that set, its characters would swallow the following bracket.
     return data if _is_utf8(data) else data.decode(charset, "replace").encode()
 
 
@@ -163,7 +168,7 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def _token_lists(data: bytes) -> Iterator[list[tuple[str, bytes]]]:
-    """Tokens of one game after another."""
+    """Yield the list of tokens of each game in turn."""
     end = 0
     while True:
         start = end
@@ -173,8 +178,8 @@ def _token_lists(data: bytes) -> Iterator[list[tuple[str, bytes]]]:
         if not _is_closed(tokens):
             break
         yield tokens
-    # That game has no end, so the next one starts at the next head. Cut at all of them at once: looking for each game's
-    # end to the end of the file would be quadratic in a file where none has one.
+    # This game has no end, so the next one begins at the next match of `_HEAD`. The text is split at all matches at
+    # once, because searching for each game's end up to the end of the file is quadratic if no game has an end.
     heads = [start, *(head.start() for head in _HEAD.finditer(data, start + 1)), len(data)]
     for begin, stop in itertools.pairwise(heads):
         tokens, _ = tokenise(data[begin:stop])
@@ -187,7 +192,7 @@ def _is_closed(tokens: list[tuple[str, bytes]]) -> bool:
 
 
 def _main_line(tokens: list[tuple[str, bytes]]) -> list[_Node]:
-    """Nodes from the root to the first leaf, which comes right before the first closing bracket."""
+    """Return the nodes from the root to the first leaf, which ends at the first closing bracket."""
     if not _is_closed(tokens):
         raise _BrokenError("the text breaks off inside the game")
     nodes: list[_Node] = []
@@ -279,7 +284,7 @@ def _set_up(board: Board, node: _Node) -> None:
 
 
 def _moves_of(node: _Node) -> Iterator[tuple[int | None, bool, str]]:
-    """A node's move, if it has one: its point (None where it is none), whether it is black's, and as it is written."""
+    """Yield a node's move, if any: its point (None if invalid), whether it is black's, and its text in the record."""
     found = [(color, value) for color in ("B", "W") for value in node.get(color, ())]
     empty = [color for color in ("B", "W") if node.get(color) == []]
     if len(found) > 1 or empty:
@@ -294,5 +299,5 @@ def _number(node: _Node, name: str, default: int = 0) -> int:
 
 
 def _text(values: list[bytes]) -> str:
-    """The first value, short enough for a message."""
+    """Return the first value, shortened for an error message; empty if there is no value."""
     return values[0].strip()[:20].decode("utf-8", "replace") if values else ""

@@ -1,4 +1,4 @@
-"""The actors of both passes over boards: a chunk → activations of a block → a model's codes of every point."""
+"""Ray actors of both passes over boards: a chunk → activations of a block → a model's codes of every point."""
 
 import os
 import pickle
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from msae_sweep.go.top_activations import TopActivationSettings
 
 _PRE_ACTS = 1 << 28
-"""Pre_acts that are held at a time: 1 GiB."""
+"""Maximum number of `pre_acts` values held at a time; they take 1 GiB."""
 
 
 class _Codes:
-    """Boards → codes of every point; keeps network and model on their device."""
+    """Base of the actors that encode every point of boards; it keeps the network and the model on one device."""
 
     def __init__(self, references: list[Any], settings: "TopActivationSettings") -> None:
         self.settings = settings
@@ -38,7 +38,7 @@ class _Codes:
         self.batch = max(1, min(BATCH[self.device.type], _PRE_ACTS // pre_acts))
 
     def activations(self, chunk: Boards, part: slice) -> Float[Tensor, "rows filters"]:
-        """The block's activations, float32, 361 rows a position from the top left."""
+        """Return the block's activations in float32, with 361 rows per position, ordered from the top left."""
         block, bottom = self.settings.block, self.settings.first_row == "bottom"
         boards = torch.tensor(chunk.boards[part]).to(self.device)
         black_to_move = torch.tensor(chunk.black_to_move[part]).to(self.device)
@@ -48,21 +48,21 @@ class _Codes:
         return tapped.permute(0, 2, 3, 1).reshape(-1, self.network.filters).float()
 
     def parts(self, n: int) -> list[slice]:
-        """So many positions, cut into what the device holds at a time."""
+        """Return slices that split `n` positions into batches small enough for the device."""
         return [slice(start, start + self.batch) for start in range(0, n, self.batch)]
 
     def answer(self, n: int, found: object) -> dict[str, list[Any]]:
-        """The row that says what came of a chunk."""
+        """Return the result row of a chunk: its number of positions, the device, and `found` pickled."""
         device = f"{self.device.type}: {self.network.choice.name} ({self.network.choice.reason})"
         return {"n_positions": [n], "device": [device], "found": [pickle.dumps(found)]}
 
 
 class TopActivationActor(_Codes):
-    """A chunk's `TopPositions` and `FiringStatistics`."""
+    """Actor of the first pass, which computes the `TopPositions` and `FiringStatistics` of chunks."""
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """One chunk."""
+        """Return the result row of one chunk, with its `TopPositions` and `FiringStatistics`."""
         chunk = unpacked(batch)
         n, hidden_dim = len(chunk.ply), self.model.sae.hidden_dim
         found: list[TopPositions] = []
@@ -80,7 +80,7 @@ class TopActivationActor(_Codes):
 
 
 class LatentMapActor(_Codes):
-    """Where on the board the wanted latents fire."""
+    """Actor of the second pass, which computes the wanted latents' values at every point of chosen positions."""
 
     def __init__(
         self, references: list[Any], settings: "TopActivationSettings", wanted: dict[tuple[int, int], list[int]]
@@ -90,7 +90,7 @@ class LatentMapActor(_Codes):
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """One chunk."""
+        """Return the result row of one chunk, with 361 values for each (latent, game id, ply) that is wanted."""
         found, chunk = {}, unpacked(batch)
         for part in self.parts(len(chunk.ply)):
             values, indices = self.model.encode_sparse(self.activations(chunk, part), self.settings.k)

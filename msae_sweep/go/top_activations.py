@@ -1,8 +1,8 @@
-"""What latents of an MSAE stand for: the positions of real games at which each is strongest, drawn as boards.
+"""Top activations of an MSAE: positions of real games at which each latent is strongest, drawn as boards.
 
-Two passes over the pipeline. The first sees every position and keeps, of each latent, the strongest of different games:
-a few numbers a latent, however many games stream by. The second sees the chosen positions again, for where on the board
-the latents fire.
+They show what the latents stand for. The pipeline runs twice. The first pass processes every position and keeps for
+each latent its strongest positions from different games, which takes a few numbers per latent however many games there
+are. The second pass processes the chosen positions again, to find where on the board the latents fire.
 """
 
 import collections
@@ -35,42 +35,42 @@ from msae_sweep.sae.model_file import ModelFile
 
 
 class TopActivationSettings(NamedTuple):
-    """What is asked for."""
+    """Settings of a page of top activations."""
 
     model: ModelFile
     name: str
-    """What the model is called on the page."""
+    """Name of the model on the page."""
     weights: Path
     games: Path
     block: int
     out: Path
-    """The page; what it shows, and the same of every other latent, stands beside it as JSON."""
+    """Path of the HTML page. A .json file beside it lists every latent that fired, with its strongest positions."""
     latents: tuple[int, ...] | int
-    """Which to draw; or how many of those that are strongest where they fire."""
+    """Latents to draw, as their numbers, or as a count of the latents that are strongest where they fire."""
     top: int
-    """Boards of a latent."""
+    """Maximum number of boards per latent."""
     k: int
-    """How many latents may be active at a point."""
+    """Maximum number of active latents at a point."""
     sampling: Sampling
     precision: Precision = "auto"
     first_row: Literal["top", "bottom"] = "top"
     notes: tuple[str, ...] = ()
-    """Notes on model and network for readers of the page."""
+    """Notes on the model and the network that are printed on the page."""
 
 
 class TopActivationSummary(NamedTuple):
-    """What it came to."""
+    """Result of writing a page of top activations."""
 
     games: int
     refused: str
     positions: int
     alive: int
-    """Latents that fired at all."""
+    """Number of latents that fired at least once."""
     drawn: int
     seconds: float
 
     def text(self, settings: TopActivationSettings) -> str:
-        """What a user wants to know of it, in two lines."""
+        """Return a summary of two lines for the user."""
         hidden_dim = settings.model.model.hidden_dim
         return (
             f"{self.games:,} games ({self.refused}), {self.positions:,} positions, {self.seconds:.1f} s; "
@@ -80,10 +80,10 @@ class TopActivationSummary(NamedTuple):
 
 
 def latents_asked_for(text: str) -> tuple[int, ...] | int:
-    """The latents that `text` names, or how many it asks for.
+    """Parse the value of `--latents`: a number without a comma is a count; with commas, the numbers name latents.
 
     Raises:
-        ConfigError: it does neither, or names one twice.
+        ConfigError: `text` is neither, or it names a latent twice.
     """
     parts = [part.strip() for part in text.split(",")]
     named = [part for part in parts if part]
@@ -104,13 +104,14 @@ def show(
     report: Callable[[GamesProgress], None] = lambda _: None,
     connect: Callable[[], None] = lambda: None,
 ) -> TopActivationSummary:
-    """Find the strongest positions, write the page and the JSON file.
+    """Find the strongest positions, then write the page and the JSON file.
 
-    `connect` is called when all that needs no Ray has been checked; after it, Ray must be initialised.
+    `connect` is called after all checks that do not need Ray, and must leave Ray initialised.
 
     Raises:
-        ConfigError: a block, latent or k that is not there.
-        DataError: no games, a weights file that is none, a network of other width than the model, no room on the disk.
+        ConfigError: the block or a latent does not exist, k is out of range, or the output path is invalid.
+        DataError: there are no usable games, the weights file is invalid, the network's width differs from the model's,
+            or the disk is full.
     """
     started = time.monotonic()
     units = find_units(settings.games)
@@ -183,9 +184,10 @@ def _check(settings: TopActivationSettings, n_blocks: int, filters: int) -> None
 
 
 def _chosen(settings: TopActivationSettings, best: TopPositions, firing: FiringStatistics) -> list[int]:
-    """The latents to draw.
+    """Return the latents to draw: those named, or those with the largest mean z² that fire in enough games.
 
-    By energy alone it would be those that fire nearly everywhere and say little; by rarity alone, those of one game.
+    Ranking by energy alone would select latents that fire nearly everywhere and tell little; ranking by rarity alone
+    would select latents of a single game.
     """
     if not isinstance(settings.latents, int):
         return list(settings.latents)
@@ -204,7 +206,7 @@ def _drawn(
     games: dict[int, Game],
     arguments: tuple[list[Any], TopActivationSettings],
 ) -> list[LatentDiagrams]:
-    """Diagrams of `latents`; runs the second pass."""
+    """Run the second pass and return the diagrams of `latents`."""
     wanted: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
     for latent in latents:
         for value, game_id, ply in _places(best, latent):
@@ -270,7 +272,10 @@ def _record(
     n_positions: int,
     games: dict[int, Game],
 ) -> dict[str, Any]:
-    """What `….json` says: of every latent that fired, how much, and its strongest positions."""
+    """Return the content of the JSON file.
+
+    For every latent that fired it has the share of points, the share of energy and the strongest positions.
+    """
     energy = firing.energy.sum().item()
     return {
         "model": settings.name,

@@ -1,4 +1,4 @@
-"""For every latent the positions at which it is strongest, at most one of a game: kept while any number stream by."""
+"""Streaming computation of each latent's strongest positions, at most one per game, over any number of positions."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ from msae_sweep.go.board import N_POINTS
 
 
 class TopPositions(NamedTuple):
-    """Of every latent the `n` positions of largest value, descending, each of another game; value 0 is an empty place.
+    """Positions of each latent's `n` largest values, descending, each of a different game; value 0 is an empty entry.
 
-    Two of them merge into what one over both would have been, in any order: a position that falls out of a part is
-    beaten there by `n` of other games, and so it is in the whole.
+    `merge` is order-independent, and merging two parts gives the result over both. A position is dropped from a part
+    only if a better position of its game, or `n` better ones of other games, are in the part; the whole has them too.
     """
 
     value: Float[Tensor, "hidden_dim n"]
@@ -21,10 +21,10 @@ class TopPositions(NamedTuple):
     ply: Int[Tensor, "hidden_dim n"]
 
     def merge(self, other: "TopPositions") -> "TopPositions":
-        """The strongest of both."""
+        """Return the strongest positions of both."""
         n = self.value.shape[1]
         both = TopPositions(*(torch.cat(pair, dim=1) for pair in zip(self, other, strict=True)))
-        # Equal values by game and ply, so that the order in which parts arrive changes nothing.
+        # Equal values are sorted by game and ply, so that the result does not depend on the order of the parts.
         both = both._reordered(both.ply.argsort(dim=1, stable=True))
         both = both._reordered(both.game_id.argsort(dim=1, stable=True))
         both = both._reordered(both.value.argsort(dim=1, stable=True, descending=True))
@@ -41,17 +41,17 @@ def top_positions(
     ply: Int[Tensor, " positions"],
     n: int,
 ) -> TopPositions:
-    """The strongest of some positions; those of a game must follow one another."""
+    """Return the strongest of the given positions; all positions of one game must be consecutive."""
     games, inverse = torch.unique_consecutive(game_id, return_inverse=True)
     hidden_dim = value.shape[1]
     best = value.new_zeros(len(games), hidden_dim)
     best.scatter_reduce_(0, inverse[:, None].expand_as(value), value, "amax")
-    # The first position of a game that reaches its best: a later one is written over by it.
+    # For each game, take the first position that reaches the game's largest value; "amin" discards later ones.
     at = torch.full((len(games), hidden_dim), len(value), device=value.device)
     number = torch.arange(len(value), device=value.device)[:, None].expand_as(value)
     reaches = value == best[inverse]
     at.scatter_reduce_(0, inverse[:, None].expand_as(value), number.masked_fill(~reaches, len(value)), "amin")
-    # Equal values by game, as in `merge`.
+    # Equal values are sorted by game, as in `merge`.
     by_game = games.argsort()
     best, at = best[by_game].T, at[by_game].T
     which = best.argsort(dim=1, stable=True, descending=True)[:, :n]
@@ -62,22 +62,25 @@ def top_positions(
 
 
 class FiringStatistics(NamedTuple):
-    """How much every latent does over all points seen; sums of parts add up."""
+    """Number of activations and energy of each latent over all processed points; the statistics of parts add up."""
 
     points: Int[Tensor, " hidden_dim"]
-    """Points at which it is active."""
+    """Number of points at which the latent is active."""
     energy: Float[Tensor, " hidden_dim"]
-    """Σ z², float64: with decoder rows of unit norm, what it adds to reconstructions, squared."""
+    """Σ z² in float64: as decoder rows have unit norm, the squared norm of what the latent adds to reconstructions."""
 
     def add(self, other: "FiringStatistics") -> "FiringStatistics":
-        """Over both parts."""
+        """Return the statistics over both parts."""
         return FiringStatistics(self.points + other.points, self.energy + other.energy)
 
 
 def board_maxima(
     values: Float[Tensor, "rows k"], indices: Int[Tensor, "rows k"], hidden_dim: int
 ) -> tuple[Float[Tensor, "positions hidden_dim"], FiringStatistics]:
-    """From the sorted codes of whole boards, 361 rows a position: each latent's largest value, and how much it does."""
+    """Return each latent's largest value on each board, and the firing statistics.
+
+    `values` and `indices` are the sorted codes of whole boards, 361 rows per position.
+    """
     positions = len(values) // N_POINTS
     largest = values.new_zeros(positions, hidden_dim)
     largest.scatter_reduce_(1, indices.view(positions, -1), values.view(positions, -1), "amax")
@@ -88,7 +91,7 @@ def board_maxima(
 
 
 def _repeats(sorted_game_id: Int[Tensor, "hidden_dim m"]) -> Bool[Tensor, "hidden_dim m"]:
-    """Whether a game stands further left already."""
+    """Return a mask that is true where the same game already occurs further left in the row."""
     order = sorted_game_id.argsort(dim=1, stable=True)
     games = sorted_game_id.gather(1, order)
     repeated = torch.zeros_like(games, dtype=torch.bool)

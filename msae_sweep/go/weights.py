@@ -1,18 +1,19 @@
-"""Leela Zero's text format of network weights, versions 1 and 2: read, written, made at random.
+"""Reading, writing and random generation of network weights in Leela Zero's text format, versions 1 and 2.
 
-A file, plain or gzipped, is one line of numbers for each of:
+A file, plain or gzipped, has these lines of numbers:
 
     1                 the version
     2 – 5             input convolution, 18 planes to `filters`, 3×3
-    8 a block         two convolutions, `filters` to `filters`, 3×3
+    8 per block       two convolutions, `filters` to `filters`, 3×3
     14 at the end     policy: 1×1 convolution to 2, layer of 722 to 362, its biases;
                       value: 1×1 convolution to 1, layer of 361 to 256, its biases, layer of 256 to 1, its bias
 
 A convolution is four lines: weights `[out, in, height, width]`, biases, and the means and variances of the batch
-normalisation behind it, which has neither scale nor shift of its own. Nothing says how many blocks and filters there
-are: filters follow from the second line, and a block has come where the next line fits one rather than the policy head.
+normalisation after it, which has no scale or shift of its own. The file does not state the numbers of blocks and
+filters. The number of filters follows from the length of the second line. After each block, the length of the next line
+decides whether another block or the policy head follows.
 
-Version 2 (ELF OpenGo) differs in one thing: its value is black's, not that of the side to move.
+Version 2 (ELF OpenGo) has one difference: the value is black's, not that of the side to move.
 
 Source: Leela Zero, `src/Network.cpp` and `training/tf/tfprocess.py`.
 """
@@ -36,22 +37,22 @@ BOARD = 19
 POINTS = BOARD * BOARD
 PLANES = 18
 MOVES = POINTS + 1
-"""Every point, then the pass."""
+"""Number of moves: every point and the pass, which is last."""
 POLICY_FILTERS, VALUE_FILTERS, VALUE_HIDDEN = 2, 1, 256
 EPSILON = 1e-5
-"""What Leela Zero adds to a variance before its root."""
+"""Constant that Leela Zero adds to a variance before taking the square root."""
 
 _MAX_FILTERS = 4096
-"""Sixteen times Leela Zero's largest network; bounds what is read of a line before filters are known."""
+"""Maximum number of filters, 16 times that of Leela Zero's largest network; limits the length of the first lines."""
 _MAX_CHARACTERS = 32
-"""Of a number; float64 in full needs 25 with sign, exponent and the space behind it."""
-_GZIP = b"\x1f\x8b"  # how such data begin
+"""Maximum length of a number; a full float64 needs 25 with sign, exponent and the following space."""
+_GZIP = b"\x1f\x8b"  # the first two bytes of gzipped data
 
 Numbers = Float32[np.ndarray, " n"]
 
 
 class Convolution(NamedTuple):
-    """A convolution, and the batch normalisation behind it, as stored."""
+    """Convolution and the batch normalisation after it, as stored."""
 
     weight: Float32[np.ndarray, "out in height width"]
     bias: Float32[np.ndarray, " out"]
@@ -59,10 +60,10 @@ class Convolution(NamedTuple):
     variance: Float32[np.ndarray, " out"]
 
     def folded(self) -> tuple[Float32[np.ndarray, "out in height width"], Float32[np.ndarray, " out"]]:
-        """Weight and bias of the one convolution that does both.
+        """Return weight and bias of a single convolution that includes the batch normalisation.
 
-        With s = 1 / √(variance + ε):  weight · s  and  (bias − mean) · s, in float64 because weights may be integers of
-        which the variance takes the scale away again.
+        With s = 1 / √(variance + ε), they are weight · s and (bias − mean) · s. This is computed in float64, because
+        weights may be integers whose scale is removed only by the variance.
         """
         scale = 1 / np.sqrt(self.variance.astype(np.float64) + EPSILON)
         weight = (self.weight * scale[:, None, None, None]).astype(np.float32)
@@ -70,7 +71,7 @@ class Convolution(NamedTuple):
 
 
 class PolicyHead(NamedTuple):
-    """From the last block's activations to a logit a move."""
+    """Policy head, which maps the last block's activations to one logit per move."""
 
     convolution: Convolution
     weight: Float32[np.ndarray, "moves inputs"]
@@ -78,7 +79,7 @@ class PolicyHead(NamedTuple):
 
 
 class ValueHead(NamedTuple):
-    """From the last block's activations, over one hidden layer, to a number whose tanh is the value."""
+    """Value head, which maps the last block's activations via a hidden layer to a number whose tanh is the value."""
 
     convolution: Convolution
     hidden_weight: Float32[np.ndarray, "hidden points"]
@@ -88,7 +89,7 @@ class ValueHead(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A network as its file has it: plain arrays, which Ray shares between processes without a copy."""
+    """Weights of a network as stored in its file, in plain arrays, which Ray shares between processes uncopied."""
 
     version: int
     input: Convolution
@@ -98,17 +99,18 @@ class Weights(NamedTuple):
 
     @property
     def filters(self) -> int:
-        """Channels of every block."""
+        """Number of channels of every block."""
         return len(self.input.bias)
 
 
 def read_weights(path: Path) -> Weights:
-    """The network in a file, which is gzipped or not by its content, whatever its name.
+    """Return the network stored in a file. Gzip is recognised by the file's content, not by its name.
 
-    Lines are read one at a time, so that memory holds the weights and one line's text.
+    Lines are read one at a time, so that memory holds only the weights and the text of one line.
 
     Raises:
-        DataError: not such a file, cut short, of another board, or its lines do not fit together; says which line.
+        DataError: the file has another format, is truncated, is for another board size, or has lines that do not fit
+            together; the message names the line.
     """
     with _opened(path) as file:
         lines = _Lines(path, file)
@@ -130,7 +132,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def _block_or_head(filters: int) -> dict[int, str]:
-    """What may stand where a block has ended, by how many numbers it has; the two cannot be equal."""
+    """Return the two kinds of line that can follow a block, keyed by their length; the lengths are never equal."""
     return {
         9 * filters**2: f"a 3x3 convolution of {filters} to {filters} filters",
         POLICY_FILTERS * filters: f"the policy head's convolution of {filters} to {POLICY_FILTERS} filters",
@@ -146,7 +148,7 @@ def _input_convolution(lines: "_Lines") -> Convolution:
 
 
 def _convolution(lines: "_Lines", weight: Numbers, n_out: int, size: int, what: str) -> Convolution:
-    """The convolution whose weights were just read, with the three lines behind them."""
+    """Read the next three lines and return the convolution that they form with the weights just read."""
     bias, mean, variance = (lines.numbers({n_out: f"{name} of {what}"}) for name in ("biases", "means", "variances"))
     if (variance < 0).any():
         raise lines.fault(f"{variance.min():g} among the variances of {what}; none can be negative")
@@ -154,7 +156,7 @@ def _convolution(lines: "_Lines", weight: Numbers, n_out: int, size: int, what: 
 
 
 def _policy_head(lines: "_Lines", weight: Numbers) -> PolicyHead:
-    """The policy head whose convolution's weights were just read."""
+    """Read the rest of the policy head; `weight` is the line of its convolution's weights, just read."""
     convolution = _convolution(lines, weight, POLICY_FILTERS, 1, "the policy head's convolution")
     layer = lines.layer("the policy head's layer", POLICY_FILTERS * POINTS, MOVES)
     return PolicyHead(convolution, layer, lines.numbers({MOVES: "the policy head's biases of 361 points and the pass"}))
@@ -170,18 +172,18 @@ def _value_head(lines: "_Lines", filters: int) -> ValueHead:
 
 
 class _Lines:
-    """The lines of a file in turn, each held to a number of numbers."""
+    """Reader of a file's lines in turn, which checks how many numbers each line has."""
 
     def __init__(self, path: Path, file: io.BufferedIOBase) -> None:
         self.path, self.file, self.number = path, file, 0
         self.limit = _MAX_CHARACTERS * 9 * PLANES * _MAX_FILTERS
 
     def expect_filters(self, filters: int) -> None:
-        """Bound lines by the longest of a network with so many filters."""
+        """Limit the length of lines to the longest line of a network with this number of filters."""
         self.limit = _MAX_CHARACTERS * max(9 * filters**2, POLICY_FILTERS * POINTS * MOVES)
 
     def fault(self, text: str) -> DataError:
-        """An error at the line last read."""
+        """Return an error that names the line last read."""
         return DataError(f"{self.path}: line {self.number}: {text}")
 
     def version(self) -> int:
@@ -192,11 +194,15 @@ class _Lines:
         return int(line)
 
     def numbers(self, expected: dict[int, str]) -> Numbers:
-        """The next line, with as many numbers as a key of `expected`, whose values say what they are; empty: any."""
+        """Return the numbers of the next line.
+
+        Args:
+            expected: the allowed lengths of the line, each with a description; if empty, any length is allowed.
+        """
         line = self._next(what := " or ".join(expected.values()) or "the input convolution")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", DeprecationWarning)  # how numpy before 2.3 says what is a ValueError now
+                warnings.simplefilter("error", DeprecationWarning)  # before 2.3 NumPy only warned
                 numbers = np.fromstring(line, dtype=np.float32, sep=" ")
         except (ValueError, DeprecationWarning):
             raise self.fault(f"{_first_fault(line)} is not a number; expected {what}") from None
@@ -208,12 +214,12 @@ class _Lines:
         return numbers
 
     def layer(self, what: str, n_in: int, n_out: int) -> Float32[np.ndarray, "out in"]:
-        """The next line as the weights of a fully connected layer."""
+        """Return the next line as the weights of a fully connected layer."""
         what = f"{what} of {n_in} to {n_out}, for {BOARD} x {BOARD} boards"
         return self.numbers({n_in * n_out: what}).reshape(n_out, n_in)
 
     def end(self, what: str) -> None:
-        """Hold that only blank lines are left."""
+        """Raise an error unless only blank lines are left."""
         n_lines = self.number
         while line := self.file.readline(4096):
             self.number += 1
@@ -231,7 +237,7 @@ class _Lines:
 
 
 def _first_fault(line: bytes) -> str:
-    """The first word of a line that is not a number, short enough for a message."""
+    """Return the first word of a line that is not a number, shortened for an error message."""
     for word in line.split():
         try:
             float(word)
@@ -242,7 +248,7 @@ def _first_fault(line: bytes) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The file's text, unpacked if it is gzipped; what goes wrong while it is read becomes one line."""
+    """Yield the file's text, decompressed if it is gzipped; convert errors while reading to a DataError of one line."""
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == _GZIP
@@ -254,7 +260,7 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
                 try:
                     yield file
                 except DataError:
-                    while file.read(1 << 20):  # damaged data unpack to other text: their checksum has the last word
+                    while file.read(1 << 20):  # damaged data may yield wrong text; reading on verifies the checksum
                         pass
                     raise
     except EOFError:
@@ -266,7 +272,7 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
 
 
 def weights_sha256(path: Path) -> str:
-    """Hash of a file's bytes, as it lies there, gzipped or not."""
+    """Return the SHA-256 of the file's bytes as stored, without decompressing a gzipped file."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -275,7 +281,7 @@ def weights_sha256(path: Path) -> str:
 
 
 def write_weights(weights: Weights, path: Path) -> None:
-    """Write the text format, gzipped if the name ends in .gz; nine digits, so that what is read back is equal."""
+    """Write the text format, gzipped if the name ends in .gz; nine digits are enough to read back equal values."""
     convolutions = [weights.input, *(convolution for block in weights.blocks for convolution in block)]
     arrays = [array for convolution in convolutions for array in convolution]
     for head in (weights.policy, weights.value):
@@ -287,10 +293,10 @@ def write_weights(weights: Weights, path: Path) -> None:
 
 
 def random_weights(blocks: int, filters: int, seed: int, version: int = 1) -> Weights:
-    """A network of a given size for tests and for measuring speed; every part of the format has something in it.
+    """Return a network of the given size with random weights, for tests and speed measurements.
 
-    Scales are He's, the second convolution of a block smaller by √blocks, so that activations keep their size however
-    deep the network is.
+    Every part of the format has random values. Weights have He scaling. The second convolution of a block is smaller by
+    √blocks, so that activations keep their size at any depth.
     """
     generator = np.random.default_rng(seed)
 

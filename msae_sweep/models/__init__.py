@@ -1,1 +1,1 @@
-"""One model: find it, evaluate it, export it, encode with it."""
+"""Find, evaluate and export a model, and encode activations with it."""

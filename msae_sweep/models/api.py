@@ -1,4 +1,4 @@
-"""Models in Python, as `msae_sweep.load`: load one from anywhere, encode and decode raw activations."""
+"""Python interface to trained models (`msae_sweep.load`): load a model, encode and decode raw activations."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from msae_sweep.sae.model_file import ModelFile
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 CHUNK_ELEMENTS = 2**24
-"""Numbers in the codes that `reconstruct` holds at a time."""
+"""Maximum number of elements in the codes that `reconstruct` holds at a time."""
 
 
 def load(
@@ -27,37 +27,37 @@ def load(
     device: str | torch.device = "cpu",
     tracking_uri: str | None = None,
 ) -> "SAE":
-    """The model that `what` names, ready for raw activations.
+    """Return the model that `what` names, ready for raw activations.
 
     Args:
         what: `models:/msae-block20@champion`, `models:/NAME/VERSION`, `runs:/RUN_ID`, `champion:20` or
             `champion:quickstart:20` (of another `tracking.model_name` than msae); a model file, `.pt` or
             `.safetensors`; or a sweep folder, e.g. `sweeps/quickstart`.
-        block: which of a sweep's models.
-        device: where to keep the weights.
-        tracking_uri: where MLflow is; by default MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder.
+        block: block of the model to take, if `what` is a sweep folder.
+        device: device that holds the weights.
+        tracking_uri: MLflow tracking URI; by default MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder.
 
     Raises:
-        MsaeSweepError: there is no such model.
+        MsaeSweepError: the model does not exist or cannot be read.
     """
     found = find(what, block, tracking_uri)
     return SAE(found.file, block=found.block, where=found.where).to(device)
 
 
 class SAE:
-    """A trained MSAE on raw activations, rows of `input_dim` numbers with any dimensions before.
+    """Trained MSAE for raw activations of shape [..., input_dim].
 
-    What goes in as an array comes out as one, what goes in as a tensor comes out on its device; weights follow tensors
-    to their device. Everything is float32, without gradients.
+    `encode`, `decode` and `reconstruct` return an array for an array, and for a tensor a tensor on the same device. The
+    weights are moved to the device of a tensor that is passed in. All results are float32 and without gradients.
     """
 
     def __init__(self, file: ModelFile, *, block: int | None = None, where: str = "") -> None:
         self.file = file
-        """The model file: `model`, `mean`, `std`, `history`."""
+        """Content of the model file: `model`, `mean`, `std`, `history`."""
         self.block = block
-        """Block that it was trained on, where its name tells."""
+        """Block on which the model was trained; None if its name does not contain it."""
         self.where = where
-        """What it was loaded from."""
+        """File or URI from which the model was loaded."""
         self._module = file.standardised().eval().requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -78,74 +78,76 @@ class SAE:
 
     @property
     def k_levels(self) -> tuple[int, ...]:
-        """Numbers of active latents that it was trained at; any other k may be asked for."""
+        """Levels (numbers of active latents) at which the model was trained. Methods accept any other k, too."""
         return self.file.model.k_levels
 
     @property
     def weighting(self) -> str:
-        """`uniform` or `reverse`: how its training weighed the levels."""
+        """Weighting of the levels in training: `uniform` or `reverse`."""
         return self.file.model.weighting
 
     @property
     def mean(self) -> Float[Tensor, " input_dim"]:
-        """Mean of the training rows, raw units."""
+        """Mean of the training rows, in raw units."""
         return self._module.mean
 
     @property
     def std(self) -> Float[Tensor, " input_dim"]:
-        """Standard deviation of the training rows, raw units; 1 for constant channels."""
+        """Standard deviation of the training rows, in raw units; 1 for constant channels."""
         return self._module.std
 
     @property
     def W_enc(self) -> Float[Tensor, "hidden_dim input_dim"]:
-        """Encoder, for standardised rows."""
+        """Encoder weights, for standardised rows."""
         return self._module.sae.W_enc
 
     @property
     def W_dec(self) -> Float[Tensor, "hidden_dim input_dim"]:
-        """Dictionary: a direction of unit norm for each latent, in standardised space; times `std` it is raw."""
+        """Dictionary: one unit-norm direction per latent, in standardised space. Multiply by `std` for raw units."""
         return self._module.sae.W_dec
 
     @property
     def pre_bias(self) -> Float[Tensor, " input_dim"]:
-        """What is subtracted before encoding and added after decoding, in standardised space."""
+        """Vector that is subtracted before encoding and added after decoding, in standardised space."""
         return self._module.sae.pre_bias
 
     @property
     def history(self) -> dict[str, Any]:
-        """Losses, R² and dead latents by epoch, as the notebook has them."""
+        """Losses, R² and share of dead latents per epoch, in the notebook's format."""
         return self.file.history
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.W_enc.device
 
     def to(self, device: str | torch.device) -> "SAE":
-        """Move the weights; returns itself."""
+        """Move the weights to `device` and return this object."""
         self._module.to(device)
         return self
 
     def encode(self, x: Array, k: int | None = None) -> Array:
-        """Codes [..., hidden_dim] of raw activations, all but the `k` largest latents zero; by default the largest k.
+        """Return codes [..., hidden_dim] of raw activations, with all but the `k` largest latents set to zero.
+
+        By default `k` is the largest level.
 
         Raises:
-            DataError: `x` has another width.
+            DataError: the last dimension of `x` is not input_dim.
             ConfigError: `k` is below 1 or above hidden_dim.
         """
         k = self._checked(k)
         return self._each(x, self.input_dim, lambda rows: self._module.encode(rows, k))
 
     def decode(self, codes: Array) -> Array:
-        """Raw activations [..., input_dim] from codes.
+        """Return raw activations [..., input_dim] from codes.
 
         Raises:
-            DataError: `codes` have another width than hidden_dim.
+            DataError: the last dimension of `codes` is not hidden_dim.
         """
         return self._each(codes, self.hidden_dim, self._module.decode)
 
     def reconstruct(self, x: Array, k: int | None = None) -> Array:
-        """`decode(encode(x, k))`, without holding the codes of all rows.
+        """Return `decode(encode(x, k))` without holding the codes of all rows in memory.
 
         Raises:
             DataError, ConfigError: as in `encode`.
@@ -160,7 +162,9 @@ class SAE:
         return self._each(x, self.input_dim, in_chunks)
 
     def evaluate(self, x: np.ndarray | Tensor, max_k: int | None = None) -> Evaluation:
-        """R² and L0 at every k up to `max_k`, by default the largest level, and which latents fire, on raw rows.
+        """Evaluate the model on raw rows: R² and L0 at every k up to `max_k`, and how often each latent fires.
+
+        By default `max_k` is the largest level.
 
         Raises:
             DataError, ConfigError: as in `encode`.
@@ -181,7 +185,7 @@ class SAE:
         return k
 
     def _rows(self, x: np.ndarray | Tensor, width: int) -> Tensor:
-        """As float32 rows [n, width] where the weights are, after these have followed a tensor."""
+        """Return `x` as float32 rows [n, width] on the weights' device, which follows the device of a tensor."""
         if isinstance(x, Tensor):
             self.to(x.device)
         if x.ndim == 0 or x.shape[-1] != width:
@@ -191,7 +195,7 @@ class SAE:
 
     @torch.no_grad()
     def _each(self, x: Array, width: int, function: Callable[[Tensor], Tensor]) -> Array:
-        """Apply a function of rows, keeping the dimensions before them and the kind of `x`."""
+        """Apply `function` to the rows of `x`. The result has the type and the leading dimensions of `x`."""
         result = function(self._rows(x, width))
         result = result.reshape(*x.shape[:-1], result.shape[-1])
         return result if isinstance(x, Tensor) else result.cpu().numpy()

@@ -1,4 +1,7 @@
-"""`msae-sweep eval`: one model on any activations, streamed; a table, and everything as JSON."""
+"""Evaluate one model on any activations, for `msae-sweep eval`.
+
+Rows are streamed by row range. The results are shown as a table and written in full as JSON.
+"""
 
 import json
 import math
@@ -35,22 +38,22 @@ from msae_sweep.sae.model import MSAE
 Side = Literal["all", "training", "validation"]
 
 RANGE_BYTES = 16 << 20
-"""Of a row range as float64, which bounds what is read at a time."""
+"""Size in bytes of a row range as float64. It bounds how much is read at a time."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
-"""Of firing frequencies, in the table."""
+"""Quantiles of the firing frequencies that `render` shows."""
 
 
 class Part(NamedTuple):
-    """One row range's share."""
+    """Rows of one row range on which the model is evaluated."""
 
     x: Float32[np.ndarray, "rows input_dim"]
-    """Standardised."""
+    """Rows, standardised with the model's own mean and std."""
     n_dropped: int
-    """Rows with NaN or Inf."""
+    """Number of rows that were dropped because they contain NaN or Inf."""
 
 
 class EvaluationPlan(NamedTuple):
-    """What a model is evaluated on, by row ranges; picklable, nothing is read yet."""
+    """Rows on which a model is evaluated, as row ranges. A plan is picklable, and making it reads no rows."""
 
     job: Job
     info: BlockInfo
@@ -61,14 +64,14 @@ class EvaluationPlan(NamedTuple):
 
     @property
     def n_ranges(self) -> int:
-        """How many parts there are."""
+        """Number of row ranges; `read` returns one part for each."""
         return len(self.job.ranges)
 
     def read(self, i: int) -> Part:
-        """Part i, standardised with the model's own statistics.
+        """Read part `i`, standardised with the model's own statistics.
 
         Raises:
-            DataError: NaN or Inf, and `drop_nonfinite` is not set.
+            DataError: a row contains NaN or Inf, and `drop_nonfinite` is not set.
         """
         x, held_out, finite = self.job.read(i)
         wanted = {"all": np.ones_like(held_out), "validation": held_out, "training": ~held_out}[self.side]
@@ -80,7 +83,7 @@ class EvaluationPlan(NamedTuple):
 
 
 class EvaluationReport(NamedTuple):
-    """Everything that is found of one model."""
+    """Results of the evaluation of one model."""
 
     found: FoundModel
     plan: EvaluationPlan
@@ -88,10 +91,10 @@ class EvaluationReport(NamedTuple):
     n_dropped: int
     coherence: Coherence
     stability: dict[str, list[float]]
-    """Of each other model: matched cosine at every level of the evaluation."""
+    """Mean matched cosine with each other model at every level of the evaluation, by the other model's `where`."""
 
     def to_json(self) -> dict[str, Any]:
-        """For `--out`: R² and L0 at k = 1, 2, … in order, and every latent's firing frequency."""
+        """Return all results for `--out`, such as R² and L0 at k = 1, 2, … and the firing frequency of every latent."""
         model, evaluation = self.found.file.model, self.evaluation
         levels = [str(k) for k in evaluation.levels]
         frequencies = evaluation.level_firing.double() / evaluation.n_rows
@@ -118,7 +121,10 @@ class EvaluationReport(NamedTuple):
         }
 
     def metrics(self) -> dict[str, float]:
-        """What a trial reports of its validation rows, under the same names; without R² where rows do not vary."""
+        """Return the metrics that a trial reports for its validation rows, under the same names.
+
+        R² and the metrics that follow from it are left out if the rows do not vary.
+        """
         evaluation, levels = self.evaluation, self.found.file.model.k_levels
         named = {f"r2_k{k}": evaluation.r2[k - 1] for k in levels}
         named["r2_mean"] = sum(named.values()) / len(levels)
@@ -129,13 +135,13 @@ class EvaluationReport(NamedTuple):
 
 
 def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig:
-    """Where the rows are and how they are split: `data`, or what the sweep in folder `what` was about.
+    """Return the location and split of the rows: those of `data`, or without it those of the sweep in folder `what`.
 
     Args:
-        overrides: `data.KEY=VALUE`, as for a sweep.
+        overrides: texts `data.KEY=VALUE`, as for a sweep.
 
     Raises:
-        ConfigError: neither tells it, or an override says something that cannot be.
+        ConfigError: `data` is None and `what` is not a sweep, or an override is invalid.
     """
     for override in overrides:
         if not override.startswith("data."):
@@ -151,17 +157,18 @@ def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig
 
 
 def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> EvaluationPlan:
-    """Which rows a model is evaluated on; headers are read.
+    """Choose the rows on which a model is evaluated. Only headers are read.
 
     Args:
-        block: of the data; else the model's own, else the only one there is.
+        block: block of the data; by default the model's own block, or else the only block of the data.
 
     Raises:
-        DataError: no such block, or rows of another width than the model's.
-        ConfigError: it is not clear which block is meant.
+        DataError: the block does not exist, its rows have another width than the model's, or the data cannot be split
+            as `data.split_by` says.
+        ConfigError: the data has several blocks, and neither `block` nor the model selects one.
     """
     block = found.block if block is None else block
-    # Planted data has whichever block is asked for; of any other, every block is there to be named.
+    # Planted data can generate any block. Of other data all blocks are opened, so that messages can list them.
     blocks = (data.blocks if block is None else (block,)) if data.path == "planted" else None
     source = open_source(data.model_copy(update={"blocks": blocks}))
     infos = source.infos()
@@ -182,10 +189,15 @@ def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> 
 
 
 def check_unchanged(sweep: str, plan: EvaluationPlan, say: Callable[[str], None] = lambda line: None) -> None:
-    """Whether a sweep's data still is what its models were trained on; nothing is known of what older sweeps read.
+    """Check that a sweep's data is still the data on which its models were trained.
+
+    Sweeps of earlier versions are not checked if they have recorded no manifest of their data.
+
+    Args:
+        say: called with a line for the user before rows are read and compared.
 
     Raises:
-        DataError: it has changed since; the message names what.
+        DataError: the data has changed since; the message names the change.
     """
     manifests, origins = (_json_of(StoragePath(sweep) / name) for name in ("data.json", "origins.json"))
     block = str(plan.info.block)
@@ -206,10 +218,10 @@ def _json_of(place: StoragePath) -> dict[str, Any]:
 
 
 def choose_evaluation_device(name: str) -> torch.device:
-    """The device of an evaluation; `auto` is a GPU where there is one.
+    """Return the device for an evaluation; `auto` means CUDA if available, else the CPU.
 
     Raises:
-        DeviceError: no such device.
+        DeviceError: the device is not available.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -222,7 +234,7 @@ def choose_evaluation_device(name: str) -> torch.device:
 def sums_here(
     plan: EvaluationPlan, model: MSAE, max_k: int, device: torch.device
 ) -> Iterator[tuple[EvaluationSums, int]]:
-    """Sums and dropped rows of each part, computed in this process."""
+    """Yield the sums of each part and its number of dropped rows, computed in this process."""
     on_device = model.on(device)
     for i in range(plan.n_ranges):
         part = plan.read(i)
@@ -243,13 +255,14 @@ def evaluate(
     """Evaluate a model on the rows of a plan.
 
     Args:
-        parts: gives the sums of the plan's parts, e.g. `sums_here`.
-        against: models whose dictionaries it is compared with.
-        on_progress: told how many parts are done, and of how many.
+        parts: function that yields the sums and dropped rows of the plan's parts, e.g. `sums_here` for one device.
+        max_k: largest k to evaluate; by default the model's largest level.
+        against: models whose dictionaries are compared with this model's.
+        on_progress: called with the number of parts that are done and the number of all parts.
 
     Raises:
         ConfigError: `max_k` is above hidden_dim.
-        DataError: no rows, or another model has another width.
+        DataError: there are no rows, or a model in `against` has another input_dim.
     """
     model = found.file.model
     max_k = model.k_levels[-1] if max_k is None else max_k
@@ -274,16 +287,16 @@ def evaluate(
 
 
 def _in_units_of(found: FoundModel, other: FoundModel) -> torch.Tensor:
-    """Another model's dictionary in the standardised space of `found`: their statistics may differ."""
+    """Return the dictionary of `other` in the standardised space of `found`, because their statistics may differ."""
     scale = other.file.std.astype(np.float64) / found.file.std.astype(np.float64)
     return other.file.model.W_dec.detach() * torch.from_numpy(scale.astype(np.float32))
 
 
 def render(report: EvaluationReport) -> Group:
-    """A row per level, R² at a few more k, and how latents and dictionary are."""
+    """Return a table with a row per level, then lines on R² at more k, dead latents, firing and decoder coherence."""
     evaluation, model = report.evaluation, report.found.file.model
     rows = {"all": "rows", "validation": "validation rows", "training": "training rows"}[report.plan.side]
-    # Not the table's title, which would be broken at the table's width.
+    # The title is a text of its own, because rich would wrap a table's title at the table's width.
     title = Text(f"{report.found.where} on {evaluation.n_rows:,} {rows}", style="italic", overflow="fold")
     table = Table()
     names = [f"matched cosine {i}" for i in range(1, len(report.stability) + 1)]
@@ -320,5 +333,5 @@ def render(report: EvaluationReport) -> Group:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return None for a number that is not finite, because JSON has no NaN."""
     return value if math.isfinite(value) else None

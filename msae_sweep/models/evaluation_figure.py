@@ -1,4 +1,4 @@
-"""The figure of one model's evaluation: R² at every k, and how often latents fire."""
+"""Figure of one model's evaluation: R² at every k, and the latents' firing frequencies."""
 
 import math
 from pathlib import Path
@@ -8,21 +8,21 @@ from msae_sweep.sae.evaluation import Evaluation
 
 FORMATS = (".png", ".svg", ".pdf")
 BLUE, ORANGE = "#0072B2", "#D55E00"
-"""Okabe and Ito's colours, told apart by colour-blind readers too."""
+"""Colours from the palette of Okabe and Ito, which colour-blind readers can tell apart."""
 
 
 def check_suffix(path: Path) -> None:
-    """Whether a figure can be written under this name.
+    """Check that the suffix of a figure's file is a supported format.
 
     Raises:
-        ConfigError: its suffix is of no format.
+        ConfigError: the suffix is not in `FORMATS`.
     """
     if path.suffix not in FORMATS:
         raise ConfigError(f"--figure: {path} must end in {', '.join(FORMATS)}")
 
 
 def evaluation_figure(evaluation: Evaluation, path: Path, title: str) -> None:
-    """Draw R²(k) with the model's levels marked, and a histogram of firing frequencies, dead latents apart."""
+    """Draw R²(k) with the levels marked, and a histogram of firing frequencies with a separate bar for dead latents."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,18 +1,20 @@
-"""A model in the format that the next tool reads.
+"""Export a model to file formats that other tools read.
 
-`notebook` and `safetensors` keep everything: standardised weights, normalisation, all levels, history. SAELens and
-EleutherAI's sparsify know one k and raw activations; there the normalisation is folded into the weights, exactly:
+The formats `notebook` and `safetensors` keep everything: standardised weights, normalisation, all levels and history.
+SAELens and EleutherAI's sparsify support a single k and expect raw activations, so the normalisation is folded into the
+weights. This is exact. The model computes
 
     x = (a − mean) / std,  pre_acts = (x − pre_bias) W_encᵀ,  x̂ = z W_dec + pre_bias,  â = x̂ · std + mean
 
-is, with b_dec = pre_bias · std + mean, and columns scaled,
+With b_dec = pre_bias · std + mean and scaled columns, this equals
 
     pre_acts = (a − b_dec) (W_enc / std)ᵀ,  â = z (W_dec · std) + b_dec
 
-which is what both compute: each subtracts b_dec from its input. Codes stay the same number for number, and there is no
-encoder bias. Rows of the folded decoder have no unit norm, so both are told not to normalise them.
+Both tools compute the latter, because each subtracts b_dec from its input. Every number of the code stays the same, and
+there is no encoder bias. Rows of the folded decoder do not have unit norm, so both tools are configured not to
+normalise them.
 
-Checked with the packages themselves by `tests/models/check_exports.py`; versions stand there.
+`tests/models/check_exports.py` checks the exports with the packages themselves and lists their versions.
 """
 
 import json
@@ -43,12 +45,12 @@ LOADERS: dict[Format, str] = {
     "saelens": 'sae_lens.SAE.load_from_disk("{path}")',
     "sparsify": 'sparsify.SparseCoder.load_from_disk("{path}")',
 }
-"""How each format is read. The notebook's mean and std are numpy arrays, which torch reads without unpickling arbitrary
-code only where their types are named."""
+"""Call that reads each format. The notebook's mean and std are numpy arrays. torch reads these without unpickling
+arbitrary code (`weights_only`) only if their types are listed as safe."""
 
 
 class Folded(NamedTuple):
-    """An SAE on raw activations: pre_acts = (a − b_dec) W_encᵀ, â = TopK(ReLU(pre_acts)) W_dec + b_dec."""
+    """SAE for raw activations: pre_acts = (a − b_dec) W_encᵀ, â = TopK(ReLU(pre_acts)) W_dec + b_dec."""
 
     W_enc: Float32[np.ndarray, "hidden_dim input_dim"]
     W_dec: Float32[np.ndarray, "hidden_dim input_dim"]
@@ -56,7 +58,7 @@ class Folded(NamedTuple):
 
 
 def fold(file: ModelFile) -> Folded:
-    """A model with its normalisation in its weights; products are taken in float64 and rounded once."""
+    """Return a model with its normalisation folded into its weights, computed in float64 and rounded once."""
     W_enc, W_dec, pre_bias = (
         getattr(file.model, name).detach().cpu().double().numpy() for name in ("W_enc", "W_dec", "pre_bias")
     )
@@ -66,16 +68,20 @@ def fold(file: ModelFile) -> Folded:
 
 
 def export(found: FoundModel, format: str, out: str | Path, k: int | None = None) -> Path:
-    """Write a model to `out`, which must not exist: a file for `notebook` and `safetensors`, a folder for the others.
+    """Write a model to a new file (`notebook`, `safetensors`) or a new folder (the other formats).
 
     Args:
-        k: the one k that SAELens and sparsify use, by default the model's largest level; the other formats have all.
+        out: path that must not exist yet. For `notebook` and `safetensors` it can also be an existing folder, in which
+            a file is created.
+        k: the single k that SAELens and sparsify use, by default the model's largest level. The other formats keep
+            every k, so `k` must be None for them.
 
     Returns:
-        What was written: `out`, or the file in it where `out` is a folder that exists.
+        Path that was written: `out`, or the file in it if `out` is an existing folder.
 
     Raises:
-        ConfigError: no such format, a k that the format or the model cannot have, or something is there already.
+        ConfigError: the format does not exist, the format or the model does not allow `k`, or `out` exists already or
+            cannot be written.
     """
     file, out = found.file, Path(out).expanduser()
     if format not in get_args(Format):
@@ -105,14 +111,14 @@ def export(found: FoundModel, format: str, out: str | Path, k: int | None = None
                 _write_folder(out, lambda folder: _write_saelens(found, k, folder))
             case "sparsify":
                 _write_folder(out, lambda folder: _write_sparsify(found, k, folder))
-    except (OSError, RuntimeError) as error:  # of a full disk torch has an error of its own
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"--out: {out} cannot be written: {reason}") from None
     return out
 
 
 def _write_saelens(found: FoundModel, k: int, folder: Path) -> None:
-    """SAELens 6: architecture `topk`; W_enc is [d_in, d_sae] there."""
+    """Write the format of SAELens 6: architecture `topk`, with W_enc of shape [d_in, d_sae]."""
     from safetensors.numpy import save as serialise
 
     folded = fold(found.file)
@@ -135,14 +141,14 @@ def _write_saelens(found: FoundModel, k: int, folder: Path) -> None:
         "normalize_activations": "none",
         "reshape_activations": "none",
         "rescale_acts_by_decoder_norm": False,
-        # Without a version from 6 on, it is read as a file of SAELens 5.
+        # Without a version of 6 or above, SAELens reads the file as one of SAELens 5.
         "metadata": {"sae_lens_version": "6.0.0", **_origin(found)},
     }
     (folder / "cfg.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _write_sparsify(found: FoundModel, k: int, folder: Path) -> None:
-    """EleutherAI's sparsify: an `encoder` that is a torch Linear, W_dec and b_dec."""
+    """Write the format of EleutherAI's sparsify: `encoder`, which is a torch Linear, W_dec and b_dec."""
     from safetensors.numpy import save as serialise
 
     folded = fold(found.file)
@@ -158,7 +164,7 @@ def _write_sparsify(found: FoundModel, k: int, folder: Path) -> None:
         "activation": "topk",
         "d_in": input_dim,
         "num_latents": hidden_dim,
-        # A whole number there, and not looked at where num_latents is given.
+        # sparsify requires a whole number here, and ignores it because num_latents is given.
         "expansion_factor": max(1, round(hidden_dim / input_dim)),
         "k": k,
         "normalize_decoder": False,
@@ -180,7 +186,7 @@ def _origin(found: FoundModel) -> dict[str, Any]:
 
 
 def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """All of the folder or nothing."""
+    """Create folder `out` atomically: it appears only after `write` has written all of its files."""
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as part:
         folder = Path(part) / out.name
         folder.mkdir()

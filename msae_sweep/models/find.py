@@ -1,4 +1,4 @@
-"""A model by whatever names it: a file, a sweep with a block, or MLflow's registry."""
+"""Load a model by name: a file, a sweep folder with a block, or a URI of a run or registered model in MLflow."""
 
 import re
 import tempfile
@@ -13,17 +13,17 @@ from msae_sweep.sae.model_file import ModelFile
 
 
 class FoundModel(NamedTuple):
-    """A model, and what is known of where it is from."""
+    """Model with its block and its origin."""
 
     file: ModelFile
     block: int | None
-    """The block that its name tells."""
+    """Block number in the name of the model's file or trial; None if there is none."""
     where: str
     """File or URI, for messages."""
 
 
 def is_folder(what: str) -> bool:
-    """Whether `what` names a folder, of whose models one has to be chosen by its block."""
+    """Return whether `what` is a folder. A folder can hold models of several blocks, so a block must be chosen."""
     return not what.startswith(("champion:", "models:/", "runs:/")) and StoragePath(what).is_folder()
 
 
@@ -31,17 +31,19 @@ def find(what: str | Path, block: int | None = None, tracking_uri: str | None = 
     """Load the model that `what` names.
 
     Args:
-        what: a model file (`.pt` in the notebook's format, or `.safetensors` with its `.json`); a sweep folder, or any
-            folder of `msae_block{B}.pt`; on a disk or in an object store; `models:/NAME@ALIAS`, `models:/NAME/VERSION`,
-            `models:/m-ID`, `runs:/RUN_ID`; or `champion:BLOCK`, short for `models:/msae-block{BLOCK}@champion`, and
-            `champion:NAME:BLOCK` for a sweep with another `tracking.model_name`.
-        block: which model of a folder; of anything else, what its block must be where that is known.
-        tracking_uri: where MLflow is, as for a sweep.
+        what: a file or folder, on a disk or in an object store: a model file (`.pt` in the notebook's format, or
+            `.safetensors` with its `.json`), a sweep folder, or any folder of `msae_block{B}.pt`. Or a model in MLflow:
+            `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/m-ID` or `runs:/RUN_ID`. `champion:BLOCK` is short
+            for `models:/msae-block{BLOCK}@champion`; for a sweep with another `tracking.model_name` it is
+            `champion:NAME:BLOCK`.
+        block: block of the model to take from a folder. For anything else, the block that the model must have, which
+            is checked if the model's block is known.
+        tracking_uri: MLflow tracking URI, as for a sweep.
 
     Raises:
-        ConfigError: `what` or `block` names nothing that can be a model.
-        DataError: a file is missing or not an MSAE's.
-        TrackingError: MLflow has no such model, or does not answer.
+        ConfigError: `what` or `block` cannot name a model.
+        DataError: a file is missing or is not an MSAE model file.
+        TrackingError: MLflow has no such model, or does not respond.
     """
     text = str(what)
     if text.startswith("champion:"):
@@ -98,6 +100,6 @@ def _in_folder(folder: StoragePath, block: int | None) -> StoragePath:
 
 
 def _block_of(file: StoragePath) -> int | None:
-    """`msae_block5.pt` tells it, and so does a trial's folder, `block5-003/model.pt`."""
+    """Return the block in a file name such as `msae_block5.pt`, or in a trial's folder as in `block5-003/model.pt`."""
     match = re.fullmatch(r"msae_block(\d+)", file.stem) or re.fullmatch(r"block(\d+)-\d+", file.parent.name)
     return int(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""Models of a sweep's trials, read from its folder and checked."""
+"""Read the models of a sweep's trials from the sweep folder and check that they are undamaged."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from msae_sweep.sweep_folder.trial_record import TrialRecord, ranked
 
 
 def lost_models(folder: SweepFolder, records: Sequence[TrialRecord]) -> dict[str, str]:
-    """The blocks' best trials whose models cannot be read, by trial_id, and what is wrong with their files."""
+    """Return what is wrong with models that cannot be read, by trial_id. Only the best trial per block is checked."""
     lost = {}
     for block in {record.block for record in records}:
         best = next((r for r in ranked([r for r in records if r.block == block]) if r.has_model), None)
@@ -23,10 +23,10 @@ def lost_models(folder: SweepFolder, records: Sequence[TrialRecord]) -> dict[str
 
 
 def load_model(folder: SweepFolder, trial_id: str) -> model_file.ModelFile:
-    """A trial's best model.
+    """Return the best model of a trial.
 
     Raises:
-        DataError: its file is missing or damaged.
+        DataError: the model file is missing or damaged.
     """
     file = folder.model_file(trial_id)
     content = folder.read(file)

@@ -1,8 +1,9 @@
-"""The report of one or several sweeps: one HTML page that needs nothing else, a Markdown and CSV twin, figures.
+"""The report of one or several sweeps: a self-contained HTML page, the same in Markdown, a CSV table, and figures.
 
-`data` reads sweeps, `curves` measures R² at every k, `answer` says which MSAE to use, `response` and `next_space` what
-to run next; `figures` draws in `style`, and `page` puts it together. Nothing is imported before it is needed: torch and
-matplotlib take seconds.
+`sweep_data` reads sweeps, `curves` measures R² at every k, `recommendation` recommends an MSAE for each block, and
+`response_surface` and `next_space` propose what to run next. `figures`, `score_figures` and `style` draw the figures,
+`build` runs all of this, and `page` writes the result. Modules are imported only when they are needed, because torch
+and matplotlib take seconds to import.
 """
 
 from collections.abc import Sequence
@@ -15,36 +16,37 @@ if TYPE_CHECKING:
     from msae_sweep.sweep_folder.folder import SweepFolder
 
 FOLDER = "report"
-"""Of a sweep's own report, in the sweep folder."""
+"""Name of the folder of a sweep's own report, inside the sweep folder."""
 PAGE = "report.html"
-"""In it."""
+"""File name of the HTML page inside the report's folder."""
 
 
 class ReportFiles(NamedTuple):
-    """Where a report lies."""
+    """Location of a report's files, and notes on the report."""
 
     where: str
-    """Folder, in an object store too, of `report.html`, `report.md`, `trials.csv` and `figures/`."""
+    """Path or object store URI of the folder with `report.html`, `report.md`, `trials.csv` and `figures/`."""
     next_spaces: list[str]
-    """Files in it: the search space proposed after each sweep."""
+    """Names of the files inside `where` with the search space that is proposed after each sweep."""
     notes: list[str]
-    """What a reader should know of how it was made, e.g. rows that are gone."""
+    """Notes on limits of the report, e.g. that prepared rows are missing or that a sweep is unfinished."""
 
     @property
     def page(self) -> str:
-        """The page."""
+        """Path or URI of the HTML page."""
         return f"{self.where}/{PAGE}"
 
 
 def write(places: Sequence[str | Path], out: str | Path | None = None) -> ReportFiles:
-    """Write the report of sweeps, side by side if they are several.
+    """Write the report of one sweep, or a report that compares several sweeps.
 
     Args:
-        places: folders of sweeps, or URIs.
-        out: folder to write, or a URI; by default `report/` in the first sweep's folder.
+        places: paths or URIs of sweep folders.
+        out: path or URI of the folder to write. By default it is `report/` in the first sweep's folder; for several
+            sweeps, a folder inside `report/` that is named after the others.
 
     Raises:
-        SweepError: no sweep there, no trial that has ended, or `out` cannot be written.
+        SweepError: there is no sweep in a folder, no trial of it has ended, or `out` cannot be written.
     """
     from msae_sweep.report.sweep_data import read_all
 
@@ -52,10 +54,10 @@ def write(places: Sequence[str | Path], out: str | Path | None = None) -> Report
 
 
 def write_at_the_end(folder: "SweepFolder", draw: "Draw | None" = None) -> ReportFiles:
-    """The report of a sweep that just ended; leaves out what would keep the sweep waiting.
+    """Write the report of a sweep that just ended, without the parts that would delay the sweep's end.
 
     Args:
-        draw: who draws the figures; by default this process.
+        draw: function that draws the figures; by default this process draws them.
     """
     from msae_sweep.report.curves import MOST_PRODUCTS_AT_ONCE
     from msae_sweep.report.sweep_data import read
@@ -76,7 +78,7 @@ def _write(
     within = FOLDER if not others else f"{FOLDER}/{'-'.join(['with', *(sweep.name for sweep in others)])}"
     folder, where = first.folder, f"{first.folder}/{within}"
     elsewhere = None if out is None else StoragePath(out)
-    if elsewhere is not None:  # what is wrong with it is said before the work
+    if elsewhere is not None:  # checked first, so that an error is reported before the work
         where = str(elsewhere)
         elsewhere.check()
         try:
@@ -89,7 +91,7 @@ def _write(
     files |= {f"figures/{d.name}.png": d.png_file for d in report.drawings}
     texts = {"report.md": page.markdown(report), "trials.csv": page.trials_csv(report.sweeps)}
     texts |= {f"{advice.name}.yaml": advice.yaml for advice in report.advice.values()}
-    texts[PAGE] = page.html(report)  # the last, so that where it is, all is
+    texts[PAGE] = page.html(report)  # written last, so that all other files exist if the page exists
     try:
         for name, content in (files | {name: text.encode() for name, text in texts.items()}).items():
             if elsewhere is not None:

@@ -1,4 +1,4 @@
-"""From sweeps to everything that the page shows."""
+"""Builds a report from sweeps, with everything that the page shows."""
 
 import itertools
 from collections import defaultdict
@@ -18,23 +18,26 @@ from msae_sweep.report.sweep_data import Group, Sweep, Trial
 
 
 class _Plan(NamedTuple):
-    """A section whose figures are still to be drawn."""
+    """A section of the page whose figures are not drawn yet."""
 
     id: str
     heading: str
     lead: str
     jobs: list[Job]
     prefix: str = ""
-    """Before the figures' names."""
+    """Prefix of the figures' names."""
     note: str = ""
 
 
 def build(sweeps: Sequence[Sweep], most_products: float = float("inf"), draw: Draw = drawn_here) -> Report:
-    """Read nothing more than prepared rows and models, measure and fit, draw.
+    """Build the report: choose the recommended trials, fit the responses, measure R² at every k, and draw the figures.
+
+    Besides `sweeps`, only prepared rows, models and the cache of measured curves are read.
 
     Args:
-        most_products: what measuring R² at every k may cost; see `curves`.
-        draw: who draws; asked first for the figures that need no R² at every k, which is measured meanwhile.
+        most_products: largest number of multiplications for measuring R² at every k; see `curves`.
+        draw: function that starts to draw figures. It is called first for the figures that do not need R² at every k,
+            which is measured meanwhile.
     """
     found = recommendations(sweeps)
     advice = {sweep.label: advise(sweep) for sweep in sweeps if any(_is_matryoshka(group) for group in sweep.groups)}
@@ -61,7 +64,7 @@ def _joined(plans: dict[str, list[_Plan]]) -> Iterator[_Plan]:
 
 
 def _begin(plans: Sequence[_Plan], draw: Draw) -> Callable[[], dict[str, Section]]:
-    """Begin to draw; what it returns waits for the sections, by id."""
+    """Start to draw the figures. The returned function waits for them and returns the sections by ID."""
     drawings = draw([job for plan in plans for job in plan.jobs])
 
     def ended() -> dict[str, Section]:
@@ -86,7 +89,7 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Recommendation], measured: 
     many = len(sweeps) > 1
     for answer in found:
         offers = [(s, g) for s in sweeps for g in matryoshka(s, answer.block) if _is_matryoshka(g)]
-        # The recommended one first: the sentence is about it.
+        # The recommended trial comes first, because the figure's sentence describes the first line.
         offers.sort(key=lambda offer: offer[1].best is not answer.trial)
         lines = [
             Line(
@@ -115,7 +118,7 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Recommendation], measured: 
 
 
 def _uneven(sweeps: Sequence[Sweep], answer: Recommendation, alone: Sequence[Trial]) -> str:
-    """What was spent on the SAEs for one k and on the MSAE, where it is not the same; else empty."""
+    """Return how trials and epochs differ between the MSAE and the SAEs for one k; "" if they are the same."""
     groups = [group for sweep in sweeps for group in sweep.groups_of(answer.block)]
     spent = sorted({(len(g.trials), g.best.training.epochs) for g in groups if any(g.best is t for t in alone)})
     of_msae = len(answer.group.trials), answer.trial.training.epochs
@@ -129,7 +132,11 @@ def _uneven(sweeps: Sequence[Sweep], answer: Recommendation, alone: Sequence[Tri
 
 
 def _scores(sweep: Sweep, *, many: bool) -> list[_Plan]:
-    """Scores of the trials; of SAEs for one k alone only the table and the curves are shown, here and below."""
+    """Plan the sections with the trials' scores.
+
+    SAEs for one k alone are left out here and in the sections below. The page shows them only in its table and its
+    curves.
+    """
     score = (
         "Score means R² averaged over the trained levels, less any share of dead latents above 30%. The vertical axis "
         "is 1 − score and logarithmic, so that the best trials, at the bottom, can be told apart."
@@ -159,7 +166,7 @@ def _weightings(sweep: Sweep, measured: Curves, *, many: bool) -> list[_Plan]:
 
 
 def _course(sweep: Sweep, *, many: bool) -> list[_Plan]:
-    """How the trials went."""
+    """Plan the sections on the course of the trials: early stopping and training."""
     plans = _plans(
         sweep,
         many,
@@ -190,7 +197,10 @@ def _fits(sweep: Sweep, advice: Advice, *, many: bool) -> _Plan:
 
 
 def _plans(sweep: Sweep, many: bool, *sections: tuple[str, str, str, Callable[[Group], Drawing | None]]) -> list[_Plan]:
-    """Sections (id, heading, lead, figure) with a figure a group; none where there is no group."""
+    """Plan sections from tuples (id, heading, lead, figure), with one figure per group with several levels.
+
+    If there is no such group, there are no sections.
+    """
     groups = [group for group in sweep.groups if _is_matryoshka(group)]
     return [
         _plan(sweep, many, name, heading, lead, [partial(draw, group) for group in groups])
@@ -200,13 +210,13 @@ def _plans(sweep: Sweep, many: bool, *sections: tuple[str, str, str, Callable[[G
 
 
 def _plan(sweep: Sweep, many: bool, name: str, heading: str, lead: str, jobs: list[Job]) -> _Plan:
-    """A section about one sweep, told apart from the others' where there are `many`."""
+    """Plan a section about one sweep. If the page has many sweeps, heading and names contain the sweep's label."""
     suffix, prefix = (f" ({sweep.label})", f"{sweep.label}_") if many else ("", "")
     return _Plan(f"{prefix}{name}", heading + suffix, lead, jobs, prefix)
 
 
 def _renamed(drawing: Drawing, prefix: str) -> Drawing:
-    """With file name and ids of its own where several sweeps are on the page."""
+    """Return a drawing with `prefix` in its file name and its SVG IDs, so that they are unique on the page."""
     if not prefix:
         return drawing
     svg = drawing.svg.replace(f'"{drawing.name}-', f'"{prefix}{drawing.name}-').replace(

@@ -1,4 +1,4 @@
-"""R² at every k, not only at the trained levels: one sorted code gives the whole curve of a model."""
+"""Measurement of R² at every k, not only at the trained levels: one sorted code gives the whole curve of a model."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,31 +15,33 @@ from msae_sweep.report.sweep_data import Curve, Group, Sweep, Trial
 from msae_sweep.sae.evaluation import evaluate
 
 CACHE = "results/r2_by_k.json"
-"""In the sweep folder: trial_id → `epoch`, `data` (key), `n_rows`, `r2` at k = 1, 2, …"""
+"""Path of the cache inside the sweep folder: trial_id → `epoch`, `data` (the manifest's key), `n_rows`, and `r2` at
+k = 1, 2, …"""
 ROWS_TOGETHER = 16_384
-"""Rows that are measured at a time at the least: on a GPU a few thousand take as long to launch."""
+"""Smallest number of rows that are measured together. On a GPU, the launches for a few thousand rows take as long."""
 MOST_PRODUCTS_AT_ONCE = 2 * 10**12
-"""Multiplications that a report at a sweep's end may spend on curves, about a minute of two cores."""
+"""Largest number of multiplications for the curves of a report at a sweep's end, about a minute on two cores."""
 
 
 class Curves(NamedTuple):
-    """The curves of one sweep."""
+    """R² curves of one sweep's trials."""
 
     by_trial: dict[str, Curve]
     missing: dict[int, str]
-    """Block → why only trained levels are there."""
+    """Maps a block to the reason why its curves have the trained levels only."""
 
 
 def shown(group: Group) -> list[Trial]:
-    """The trials whose curves a report shows: the best of all, and the best of each weighting."""
+    """Return the trials whose curves a report shows: the best of all, and the best of each weighting."""
     candidates = [group.best, *(group.best_with(weighting=weighting) for weighting in ("uniform", "reverse"))]
     return list({trial.trial_id: trial for trial in candidates if trial}.values())
 
 
 def curves(sweep: Sweep, *, most_products: float = float("inf")) -> Curves:
-    """R² at every k of the trials that are shown, from the cache or from the sweep's prepared validation rows.
+    """Return R² at every k of the `shown` trials, from the cache or measured on the sweep's prepared validation rows.
 
-    Where these are gone, or it would take more than `most_products` multiplications, the trained levels must do.
+    A curve that cannot be measured has the trained levels only, e.g. because the prepared rows no longer exist, or
+    because measuring would take more than `most_products` multiplications in all. Newly measured curves are cached.
     """
     known: dict[str, Any] = sweep.folder.read_json(CACHE)
     by_trial, missing, spent, before = {}, {}, 0.0, dict(known)
@@ -68,7 +70,7 @@ def curves(sweep: Sweep, *, most_products: float = float("inf")) -> Curves:
 
 
 def _fits(entry: Mapping[str, Any] | None, trial: Trial, manifest: Mapping[str, Any] | None) -> bool:
-    """Whether a cached curve is of this model and this data."""
+    """Return whether a cached curve belongs to this model and this data."""
     return (
         entry is not None
         and entry["epoch"] == trial.best["epoch"]
@@ -77,15 +79,15 @@ def _fits(entry: Mapping[str, Any] | None, trial: Trial, manifest: Mapping[str, 
 
 
 def _shards(sweep: Sweep, manifest: Mapping[str, Any] | None) -> tuple[ShardFolder, dict[str, Any]]:
-    """The block's prepared shards.
+    """Return the block's prepared shards and their manifest.
 
     Raises:
-        DataError: they are not there any more.
+        DataError: the shards no longer exist, or the sweep did not record which data it prepared.
     """
     if manifest is None:
         raise DataError("the sweep has not written down which data it prepared")
     name = f"block{manifest['block']}-{manifest['key']}"
-    # Beside the sweep, wherever it was moved to or mounted; else where it was made.
+    # Look beside the sweep first, because it may have been moved or mounted elsewhere, and then where it was made.
     for storage in dict.fromkeys((sweep.folder.storage, sweep.config.storage)):
         shards = ShardFolder(StoragePath(storage) / "prepared" / name)
         if (found := shards.manifest()) is not None:
@@ -94,7 +96,7 @@ def _shards(sweep: Sweep, manifest: Mapping[str, Any] | None) -> tuple[ShardFold
 
 
 def _measure(sweep: Sweep, trial: Trial, shards: ShardFolder, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """One cache entry.
+    """Measure R² at every k of a trial's model, and return the entry for the cache.
 
     Raises:
         DataError: the trial's model cannot be read.
@@ -111,7 +113,7 @@ def _measure(sweep: Sweep, trial: Trial, shards: ShardFolder, manifest: Mapping[
 
 
 def _validation_rows(shards: ShardFolder, manifest: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The block's validation rows, those of several shards together where a shard has few."""
+    """Yield the block's validation rows. Shards with few rows are combined to at least `ROWS_TOGETHER` rows."""
     together: list[Tensor] = []
     for number, n_train, n_val in manifest["shards"]:
         if n_val:

@@ -1,4 +1,4 @@
-"""The figures of a report, one panel each, with a sentence of what to read from it."""
+"""Figures of a report. Each figure has one panel and a sentence that says what to read from it."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from msae_sweep.report.style import COLOURS, GREY, MARKERS, STYLES, Drawing, fin
 from msae_sweep.report.sweep_data import Curve, Group, Trial
 
 MOST_ROWS = 40
-"""Trials that the figure of early stopping has room for."""
+"""Largest number of trials in the figure of early stopping."""
 
 
 class Line(NamedTuple):
@@ -24,10 +24,12 @@ class Line(NamedTuple):
 def r2_by_k(
     block: int, lines: Sequence[Line], baselines: Mapping[int, float], stopped: Mapping[int, int] | None = None
 ) -> Drawing:
-    """R² at every k of the best trials, and of the SAEs that were trained for one k alone.
+    """Draw R² at every k of the best trials, and R² of the SAEs that were trained for one k alone.
 
     Args:
-        stopped: k of those that early stopping ended, with their last epoch.
+        lines: curves of the best trials. The figure's sentence describes the first one.
+        baselines: R² of the SAEs for one k alone, by k.
+        stopped: last epoch of the SAEs for one k alone that early stopping ended, by k.
     """
     figure, axes = panel()
     for i, (label, curve, levels) in enumerate(lines):
@@ -70,7 +72,10 @@ def r2_by_k(
 
 
 def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
-    """The best uniform trial beside the best reverse one; None where only one was tried."""
+    """Draw the best uniform trial beside the best reverse trial.
+
+    Return None if only one of the weightings was tried, or if the group has a single level.
+    """
     pair = {name: group.best_with(weighting=name) for name in ("uniform", "reverse")}
     uniform, reverse = pair["uniform"], pair["reverse"]
     if uniform is None or reverse is None or len(group.levels) == 1:
@@ -103,7 +108,7 @@ def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
 
 
 def early_stopping(group: Group) -> Drawing | None:
-    """How far each trial came and what the stopped ones lacked; None where nothing is stopped by rule."""
+    """Draw the epochs of each trial and the shortfall of the stopped ones. Return None if there are no rungs."""
     ladder = group.ladder
     if not ladder.rungs:
         return None
@@ -153,11 +158,11 @@ TRAINING = {
     "dead_ratio": ("Dead latents", "dead latents (%)"),
     "r2_mean": ("Mean R² over levels", "mean R² over levels"),
 }
-"""Title and axis of what `training` draws."""
+"""Title and axis label of the figure that `training` draws, by metric."""
 
 
 def training(groups: Sequence[Group], key: str) -> Drawing:
-    """Losses, dead latents or mean R² by epoch of each block's best trial, as in the notebook."""
+    """Draw losses, dead latents or mean R² by epoch of each block's best trial, as in the notebook."""
     title, ylabel = TRAINING[key]
     figure, axes = panel()
     factor = 100 if key == "dead_ratio" else 1
@@ -189,12 +194,12 @@ def training(groups: Sequence[Group], key: str) -> Drawing:
 
 
 def _small(value: float) -> str:
-    """Three decimals; what they cannot show is not zero."""
+    """Return a number with three decimals, or `less than 0.001` if they would show zero."""
     return f"{value:.3f}" if value >= 0.0005 else "less than 0.001"
 
 
 def but(a: Trial, b: Trial, compared: str) -> str:
-    """What makes a comparison of two trials uneven besides the setting `compared`; empty where nothing does."""
+    """Return a remark on the differences of two trials besides the setting `compared`; "" if there are none."""
     early = [t for t in (a, b) if t.record.status == "stopped_early"]
     if early and a.record.epochs != b.record.epochs:
         return f" (but {early[0].trial_id} was stopped at epoch {early[0].record.epochs})"
@@ -218,7 +223,7 @@ def _training_reading(key: str, groups: Sequence[Group]) -> str:
 
 
 def _late_gains(groups: Sequence[Group]) -> str:
-    """A sentence on the gain of the last epochs, without a claim on epochs that nobody trained."""
+    """Return a sentence on the gain of the last epochs, without a claim about epochs that were not trained."""
     gains = {group.block: group.best.late_gain for group in groups}
     known = [f"{gain} (block {block})" for block, gain in gains.items() if gain is not None]
     short = [f"block {group.block} has {_epochs(group.best)}" for group in groups if gains[group.block] is None]
@@ -234,21 +239,21 @@ def _epochs(trial: Trial) -> str:
 
 
 def _ended_early(trial: Trial) -> str:
-    """`stopped after 1 epoch`; empty for a trial that early stopping let go on."""
+    """Return e.g. `stopped after 1 epoch`, or "" for a trial that early stopping did not stop."""
     return f"stopped after {_epochs(trial)}" if trial.record.status == "stopped_early" else ""
 
 
 def _spans_a_decade(losses: Sequence[float]) -> bool:
-    """Whether a logarithmic axis has enough of its 1, 2 and 5 to be read by."""
+    """Return whether losses span a decade. Only then does a logarithmic axis have enough labels at 1, 2 and 5."""
     return bool(losses) and min(losses) > 0 and max(losses) >= 10 * min(losses)
 
 
 def _every_other(value: float, position: int | None = None) -> str:
-    """Labels of a logarithmic axis' minor ticks: 2 and 5 of every decade."""
+    """Return the label of a minor tick of a logarithmic axis. Only 2 and 5 of every decade have a label."""
     digit = round(value / 10 ** np.floor(np.log10(value) + 1e-9)) if value > 0 else 0
     return f"{value:g}" if digit in (2, 5) else ""
 
 
 def name(kind: str, group: Group) -> str:
-    """Stem of the figure's file names, e.g. `size_block5`."""
+    """Return the stem of a figure's file names, e.g. `size_block5`."""
     return f"{kind}_block{group.block}" + (f"_k{group.levels[0]}" if len(group.levels) == 1 else "")

@@ -1,4 +1,4 @@
-"""The search space to try next, as a file that `run` takes, with the reason for every change."""
+"""Proposal of the next search space, as a file for `msae-sweep run`, with the reason for every change."""
 
 import math
 import re
@@ -10,34 +10,34 @@ from msae_sweep.report.response_surface import NoFit, Response, fit_response
 from msae_sweep.report.sweep_data import Group, Sweep
 
 BEYOND = 3.0
-"""Factor by which a range is moved past an edge at which the best lies."""
+"""Factor by which a range is extended past an edge at which the best value lies."""
 WIDEN = 2.0
-"""Factor by which both ends of a range are moved where nothing can be told."""
+"""Factor by which both ends of a range are moved outwards if the fit allows no conclusion."""
 MARGIN = 1.3
-"""Factor left on both sides of where the best learning rate is taken to be."""
+"""Factor of margin on both sides of the range in which the best learning rate is expected."""
 
 
 class Advice(NamedTuple):
-    """What to make of a sweep, and what to run next."""
+    """Conclusions from a sweep, and a proposal of the next one."""
 
     responses: list[Response | NoFit]
-    """By block."""
+    """Fit of every block, or the reason why there is none."""
     groups: list[Group]
-    """The groups that they are fitted to."""
+    """Groups of trials that the responses are fitted to, in the same order."""
     reasons: list[str]
-    """A sentence for each thing that changes, or stays although one might think."""
+    """Sentences with the reason why each setting changes or stays."""
     yaml: str
-    """The next search-space file."""
+    """Content of the next search-space file."""
     name: str
-    """Of the next sweep."""
+    """Name of the next sweep."""
 
 
 def advise(sweep: Sweep) -> Advice:
-    """Fit every block's largest group of trials with the same levels, and propose what to run next."""
+    """Fit every block's largest group of trials with the same levels, and return advice on what to run next."""
     groups = [max(sweep.groups_of(block), key=lambda group: len(group.trials)) for block in sweep.blocks]
     responses = [fit_response(group) for group in groups]
     raw = sweep.config.model_dump(mode="json")
-    # `model_dump` gives a distribution as its fields; the file has it as {kind: values}.
+    # `model_dump` returns the fields of a distribution, but the file needs {kind: values}.
     raw["space"] = {key: {d.kind: _plain(d.values)} for key, d in sweep.config.space.items()}
     reasons: list[str] = []
     _learning_rate(raw, sweep, groups, responses, reasons)
@@ -45,13 +45,13 @@ def advise(sweep: Sweep) -> Advice:
     _weighting(raw, responses, reasons)
     _epochs(raw, groups, reasons)
     raw["name"] = _next_name(sweep.name)
-    raw["search"]["seed"] += 1  # new proposals
+    raw["search"]["seed"] += 1  # a new seed gives new proposals
     if raw["search"]["algorithm"] == "grid" and any(
         k not in ("grid", "choice") for d in raw["space"].values() for k in d
     ):
         raw["search"] |= {"algorithm": "random", "trials_per_block": max(8, sweep.config.n_trials_per_block())}
     if "***" in (raw["tracking"]["uri"] or ""):
-        raw["tracking"]["uri"] = None  # its password was not kept
+        raw["tracking"]["uri"] = None  # the sweep did not store the URI's password
     config = SweepConfig.model_validate(raw)
     head = [f"Proposed after sweep {sweep.name}; what changed, and why:", *reasons]
     comments = "".join(f"# {line}\n" for line in head)
@@ -65,7 +65,10 @@ def _learning_rate(
     responses: Sequence[Response | NoFit],
     reasons: list[str],
 ) -> None:
-    """One range for all blocks: from the lowest low to the highest high. A rate that the space fixes stays."""
+    """Set one range of learning rates for all blocks, which spans the ranges of all blocks.
+
+    If the search space has a fixed learning rate, keep it.
+    """
     values = sweep.config.corners("learning_rate")
     if min(values) == max(values):
         reasons.append(
@@ -80,7 +83,7 @@ def _learning_rate(
 
 
 def _range(group: Group, response: Response | NoFit) -> tuple[float, float, str]:
-    """Where to look for a block's best learning rate, and why there."""
+    """Return the range in which to search for a block's best learning rate (low, high), and the reason."""
     rates = [trial.training.learning_rate for trial in group.ended]
     low, high, best = min(rates), max(rates), group.best.training.learning_rate
     if isinstance(response, NoFit) or not response.is_trusted:
@@ -106,7 +109,10 @@ def _expansion_factor(
     responses: Sequence[Response | NoFit],
     reasons: list[str],
 ) -> None:
-    """A larger one where the largest is best by more than the fit's error, a smaller one where the smallest is."""
+    """Add a larger factor if the largest is clearly best in some block, and a smaller one if the smallest is.
+
+    A value is clearly best if the best trial has it and the effect's 80% interval, in a trusted fit, excludes 0.
+    """
     distribution = raw["space"].get("expansion_factor", {})
     kind = next((k for k in ("choice", "grid") if k in distribution), None)
     if kind is None:
@@ -131,7 +137,10 @@ def _expansion_factor(
 
 
 def _weighting(raw: dict[str, Any], responses: Sequence[Response | NoFit], reasons: list[str]) -> None:
-    """Only the better weighting where it is clearly better in every block at the end; what leads early need not be."""
+    """Keep only the better weighting if it is clearly better in every block at the end of training.
+
+    Fits to scores of an earlier epoch do not count, because the weighting that leads early may not be best at the end.
+    """
     if "weighting" not in raw["space"]:
         return
     late = [r for r in responses if isinstance(r, Response) and r.is_trusted and r.epoch is None]
@@ -150,7 +159,7 @@ def _weighting(raw: dict[str, Any], responses: Sequence[Response | NoFit], reaso
 
 
 def _epochs(raw: dict[str, Any], groups: Sequence[Group], reasons: list[str]) -> None:
-    """Twice as many where the best trials were still rising at their last."""
+    """Double the number of epochs if the best trial of some block was still rising at its last epoch."""
     if "epochs" in raw["space"]:
         return
     before = raw["training"]["epochs"]
@@ -174,13 +183,13 @@ def _blocks(blocks: Sequence[int]) -> str:
 
 
 def _two_digits(value: float, *, down: bool) -> float:
-    """Rounded outwards to two significant digits."""
+    """Return a value rounded to two significant digits, down for a lower bound and up for an upper bound."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return float(f"{(math.floor if down else math.ceil)(value / unit - (-1e-9 if down else 1e-9)) * unit:.2g}")
 
 
 def _next_name(name: str) -> str:
-    """`study` → `study-2` → `study-3`."""
+    """Return the name of the sweep after `name`: `study` → `study-2` → `study-3`."""
     numbered = re.fullmatch(r"(.+)-(\d+)", name)
     return f"{numbered[1]}-{int(numbered[2]) + 1}" if numbered else f"{name[:97]}-2"
 

@@ -1,4 +1,4 @@
-"""The page, its Markdown twin, and the table as CSV."""
+"""Rendering of a report as an HTML page, as Markdown, and as a CSV table of trials."""
 
 import csv
 import io
@@ -20,15 +20,15 @@ from msae_sweep.report.sweep_data import Sweep
 
 @dataclass(frozen=True)
 class Section:
-    """Figures under one heading."""
+    """Section of the page: figures under one heading."""
 
     id: str
     heading: str
     lead: str
-    """One sentence on what is drawn."""
+    """Introduction that says what the figures show."""
     drawings: list[Drawing]
     note: str = ""
-    """What is missing, and why."""
+    """Note on what is missing or not comparable, and the reason; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,31 @@ class Report:
     answers: list[Recommendation]
     sections: list[Section]
     curves: dict[str, Curves]
-    """By a sweep's label."""
+    """R² curves by the sweep's label."""
     advice: dict[str, Advice]
-    """The same."""
+    """Advice on the next sweep, by the sweep's label."""
 
     @property
     def drawings(self) -> list[Drawing]:
-        """Every figure."""
+        """All figures of all sections."""
         return [drawing for section in self.sections for drawing in section.drawings]
 
 
 def html(report: Report) -> str:
-    """One page that needs nothing else."""
+    """Return the report as one self-contained HTML page."""
     return _environment(autoescape=True).get_template("report.html.j2").render(_context(report))
 
 
 def markdown(report: Report) -> str:
-    """The same in Markdown; figures are links to `figures/`."""
+    """Return the report as Markdown, with its figures as links to `figures/`."""
     return _environment(autoescape=False).get_template("report.md.j2").render(_context(report))
 
 
 def trials_csv(sweeps: Sequence[Sweep]) -> str:
-    """A row for every trial of every sweep, ranked within its block: settings, then metrics of its best epoch."""
+    """Return a CSV table with a row for every trial of every sweep, ranked within its block and set of k_levels.
+
+    The columns are the trial's settings, then the metrics of its best epoch.
+    """
     rows = []
     for sweep in sweeps:
         for trials in (*(group.trials for group in sweep.groups), sweep.unranked):
@@ -125,7 +128,7 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def states(report: Report) -> list[str]:
-    """How far each sweep has come, in a sentence or two."""
+    """Return the progress of each sweep, in a sentence or two."""
     return [_state(sweep) for sweep in report.sweeps]
 
 
@@ -149,7 +152,7 @@ def _state(sweep: Sweep) -> str:
 
 
 def _comparison(report: Report) -> list[dict[str, Any]]:
-    """A row for every block and group of every sweep, where there is more than one sweep."""
+    """Return a row for every block and group of every sweep; no rows if there is only one sweep."""
     if len(report.sweeps) < 2:
         return []
     rows = []
@@ -162,7 +165,7 @@ def _comparison(report: Report) -> list[dict[str, Any]]:
 
 
 def duration(seconds: float | None) -> str:
-    """`3 h 05 min`, `2 min 10 s`, `8.4 s`."""
+    """Return a duration as text, e.g. `3 h 05 min`, `2 min 10 s` or `8.4 s`."""
     if seconds is None:
         return "not written down"
     if seconds < 60:

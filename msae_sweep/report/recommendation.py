@@ -1,4 +1,4 @@
-"""Which MSAE to use for a block, and why, in plain words."""
+"""Recommendation of an MSAE for each block, with the reasons in plain words."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,58 +7,61 @@ from msae_sweep.report.sweep_data import Group, Sweep, Trial
 from msae_sweep.sweep_folder.summary import Criterion
 
 CLOSE = 0.01
-"""Score that a smaller one may lack and still be named as the cheaper choice; chosen by eye."""
+"""Largest gap in score at which a smaller MSAE is still named as the cheaper choice; chosen by eye."""
 
 
 class Recommendation(NamedTuple):
-    """The recommendation for one block."""
+    """Recommendation for one block."""
 
     block: int
     sweep: Sweep
     group: Group
     claim: str
-    """One sentence with the numbers that count."""
+    """Sentence with the most important numbers, without its subject."""
     reasons: list[str]
-    """Why this one, and what speaks against it."""
+    """Sentences with the reasons for this trial, and with points against it."""
 
     @property
     def trial(self) -> Trial:
-        """The one to use."""
+        """Recommended trial."""
         return self.group.best
 
     @property
     def failed(self) -> list[Criterion]:
-        """Success criteria that it fails."""
+        """Success criteria that the recommended trial fails."""
         return [criterion for criterion in self.group.criteria if not criterion.passed]
 
     @property
     def verdict(self) -> str:
-        """`passes all 3 criteria` or `fails 1 of 3 criteria`."""
+        """Verdict on the success criteria, e.g. `passes all 3 criteria` or `fails 1 of 3 criteria`."""
         n = len(self.group.criteria)
         return f"fails {len(self.failed)} of {n} criteria" if self.failed else f"passes all {n} criteria"
 
     @property
     def model(self) -> str:
-        """Path or URI of the model file: under `models/` where the sweep has put it there, else the trial's own."""
+        """Path or URI of the model file: under `models/` if the sweep has put it there, else in the trial's folder."""
         trial_id = self.trial.trial_id
         known = self.sweep.winners.get(self.block) == trial_id
         return f"{self.sweep.folder}/{f'models/msae_block{self.block}' if known else f'trials/{trial_id}/model'}.pt"
 
 
 def recommendations(sweeps: Sequence[Sweep]) -> list[Recommendation]:
-    """One for every block, in the sweeps' order; the best of all sweeps whose scores compare."""
+    """Return a recommendation for every block, in the sweeps' order of blocks.
+
+    A recommended trial is the best one of all sweeps whose scores can be compared.
+    """
     blocks = dict.fromkeys(block for sweep in sweeps for block in sweep.blocks)
     return [_answer(block, sweeps) for block in blocks]
 
 
 def matryoshka(sweep: Sweep, block: int) -> list[Group]:
-    """A block's groups with several levels; all of them where it has none."""
+    """Return a block's groups with several levels, or all of its groups if none has several levels."""
     groups = sweep.groups_of(block)
     return [group for group in groups if len(group.levels) > 1] or groups
 
 
 def baselines(sweeps: Sequence[Sweep], block: int, like: Sweep) -> list[Trial]:
-    """The best SAE of every single k that was trained for it alone, on the data of the sweep `like`."""
+    """Return, for every k, the best SAE that was trained for this k alone, on the same data as the sweep `like`."""
     best: dict[int, Trial] = {}
     for sweep in (sweep for sweep in sweeps if sweep is like or compares(sweep, like, block)):
         for group in sweep.groups_of(block):
@@ -69,14 +72,14 @@ def baselines(sweeps: Sequence[Sweep], block: int, like: Sweep) -> list[Trial]:
 
 
 def compares(a: Sweep, b: Sweep, block: int) -> bool:
-    """Whether two sweeps measured a block's R² on the same validation rows, as far as is known."""
+    """Return whether two sweeps measured a block's R² on the same validation rows; False if that is not known."""
     keys = {sweep.manifests.get(block, {}).get("key") for sweep in (a, b)}
     return len(keys) == 1 and None not in keys
 
 
 def _answer(block: int, sweeps: Sequence[Sweep]) -> Recommendation:
     offers = [(sweep, group) for sweep in sweeps for group in matryoshka(sweep, block)]
-    # Several levels before a single one, whatever its score: the scores do not compare.
+    # Prefer several levels to a single one, whatever the scores, because their scores cannot be compared.
     first_sweep, first = next((offer for offer in offers if len(offer[1].levels) > 1), offers[0])
     rivals = [
         (s, g) for s, g in offers if g.levels == first.levels and (s is first_sweep or compares(s, first_sweep, block))
@@ -97,7 +100,15 @@ def _answer(block: int, sweeps: Sequence[Sweep]) -> Recommendation:
 
 
 def _against(at: Mapping[int, float], alone: Sequence[Trial]) -> str:
-    """How it does against SAEs that were trained for one of its levels alone."""
+    """Return a sentence that compares a trial with the SAEs that were trained for one of its levels alone.
+
+    Args:
+        at: R² of the trial by level.
+        alone: SAEs that were trained for one k alone.
+
+    Returns:
+        "" if no SAE has one of the trial's levels.
+    """
     gaps = {t.levels[0]: at[t.levels[0]] - t.r2[0] for t in alone if t.levels[0] in at}
     if not gaps:
         return ""

@@ -1,17 +1,18 @@
-"""How the score depends on the settings: a small model fitted to a block's trials, with what it cannot tell.
+"""Response surface: a small model of how the score depends on the settings, fitted to a block's trials.
 
-The score is taken as quadratic in the logarithm of the learning rate, whose best may move with the number of latents,
-and as linear in every other setting that varied:
+The score is modelled as quadratic in the logarithm of the learning rate, whose best value may depend on the number of
+latents, and as linear in every other setting that varied:
 
     score = a + b·x + c·x² + e·x·h + d·h + Σ f·other,    x = ln(learning rate), h = ln(expansion factor)
 
-fitted by least squares. The best learning rate is x* = −(b + e·h) / 2c, where c < 0. What a fit is worth is told by
-predicting each trial from all others (leave one out), and by how often it does as well on shuffled scores. How far x*
-could be elsewhere is told by refitting to scores with the residuals' signs drawn anew (the wild bootstrap of Wu 1986,
-which works with few trials).
+The fit is by least squares. The best learning rate is x* = −(b + e·h) / 2c, if c < 0. The quality of a fit is measured
+in two ways: by predicting each trial from all others (leave-one-out), and by a permutation test, which counts how often
+a fit to shuffled scores does as well. The uncertainty of x* is measured by refits to scores whose residuals have random
+signs (the wild bootstrap of Wu 1986, which works with few trials).
 
-Trials that early stopping ended are no sample of bad settings: their best score is that of fewer epochs. So scores are
-compared at one epoch: at the end where enough trials came there, else at the latest rung that enough of them reached.
+Trials that early stopping ended are not a sample of bad settings, because their best score is that of fewer epochs.
+Scores are therefore compared at one epoch: at the end of training if enough trials completed, else at the latest rung
+that enough trials reached.
 """
 
 from collections.abc import Sequence
@@ -22,102 +23,108 @@ import numpy as np
 from msae_sweep.report.sweep_data import Group, Trial
 
 SPARE_TRIALS = 3
-"""A fit needs so many trials more than it has coefficients."""
+"""Number of trials that a fit needs in addition to one per coefficient."""
 TRUSTED = 0.3
-"""Share of the variance between trials that leave-one-out prediction must explain for a fit to be believed ..."""
+"""Smallest leave-one-out R² (share of the variance between trials) of a trusted fit."""
 CHANCE = 0.02
-"""... and the share of shuffled scores, at the most, of which a fit explains as much."""
+"""Largest p-value of a trusted fit: the share of shuffled scores of which a fit explains as much."""
 REFITS = 1000
+"""Number of refits with random residual signs, and number of fits to shuffled scores."""
 
 
 class Effect(NamedTuple):
-    """What one setting does to the score, all others held."""
+    """Effect of one setting on the score, with all other settings held constant."""
 
     key: str
     share: float
-    """Of the variance between trials: what the fit explains less without this setting."""
+    """Share of the variance between trials that the fit no longer explains without this setting."""
     change: float | None
-    """Score gained from the lowest value to the highest (of weighting: from uniform to reverse); None for a setting
-    whose values have no order, and for the learning rate, whose best lies in between."""
+    """Change in score from the setting's lowest value to its highest (for weighting: from uniform to reverse).
+
+    None for a setting whose values have no order, and for the learning rate, whose best value lies in between."""
     interval: tuple[float, float]
-    """80% of refits have `change` in it."""
+    """Interval that contains `change` in 80% of refits; (0, 0) if `change` is None."""
 
 
 class Response(NamedTuple):
-    """The fit of one block."""
+    """Fit of one block."""
 
     block: int
     n_trials: int
     epoch: int | None
-    """At which scores were compared; None means each trial's best, all of them trained to their end."""
+    """Epoch at which scores were compared; None if each trial's best score was used, and all trials completed."""
     error: float
-    """Typical error (root mean square) in predicting a trial from all others."""
+    """Root mean square error in predicting a trial from all others."""
     explained: float
-    """Leave-one-out R²: 1 is perfect, 0 no better than the mean."""
+    """Leave-one-out R²: 1 is perfect, 0 is no better than the mean."""
     chance: float
-    """Share of shuffled scores of which a fit explains as much."""
+    """p-value of the fit: share of shuffled scores of which a fit explains as much."""
     tried: tuple[float, float]
-    """Lowest and highest learning rate."""
+    """Lowest and highest learning rate of the trials."""
     optimum: float | None
-    """Best learning rate at the best trial's size; None where the fit has none or is not believed."""
+    """Best learning rate at the best trial's size; None if the fit has no optimum or is not trusted."""
     interval: tuple[float, float]
-    """80% of refits have their optimum in it; 0 or infinity where they have none within reach."""
+    """Interval that contains the optimum of 80% of refits. An end is 0 or infinity if no optimum is in reach there."""
     size_exponent: tuple[float, float, float] | None
-    """The best learning rate goes with latents to this power: low, middle, high of 80% of refits; None where the best
-    was not among those tried."""
+    """Power of the number of latents to which the best learning rate is proportional.
+
+    The values are the 10%, 50% and 90% quantiles of refits. None if the best learning rate lies outside those tried, or
+    if the fit is not trusted or cannot determine the exponent."""
     effects: list[Effect]
-    """Of the settings, largest share first."""
+    """Effects of the settings, largest share first."""
     unexplained: float
-    """Share of the variance between trials that the whole fit leaves: noise, and interactions that it does not have."""
+    """Share of the variance between trials that the whole fit does not explain: noise, and interactions that the model
+    does not have."""
     points: tuple[list[float], list[float]]
-    """Learning rates and scores that it is fitted to."""
+    """Learning rates and scores of the trials that the model is fitted to."""
     coefficients: tuple[float, float, float]
-    """a, b, c of the score over ln(learning rate), all else as in the best trial."""
+    """Coefficients a, b, c of the score over ln(learning rate), with all other settings as in the best trial."""
     sentence: str
-    """What to make of it."""
+    """Conclusion from the fit in plain words."""
 
     @property
     def is_trusted(self) -> bool:
-        """Whether it predicts trials that it has not seen."""
+        """True if the fit predicts unseen trials: `explained` and `chance` are within TRUSTED and CHANCE."""
         return self.explained >= TRUSTED and self.chance <= CHANCE
 
     @property
     def joint_share(self) -> float:
-        """Share of the variance that is neither one setting's own nor unexplained; with these, shares sum to 1.
+        """Share of the variance that is neither one setting's own nor unexplained. With these, the shares sum to 1.
 
-        Positive: settings that went together in these trials explain it, either one as well. Negative: the interaction
-        of learning rate and expansion factor, which counts for both.
+        A positive value is variance that settings which went together in these trials explain, either one as well. A
+        negative value corrects for the interaction of learning rate and expansion factor, which is counted for both.
         """
         return 1 - self.unexplained - sum(effect.share for effect in self.effects)
 
     def scores(self, learning_rates: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Predicted scores, all else as in the best trial."""
+        """Return the predicted scores at these learning rates, with all other settings as in the best trial."""
         a, b, c = self.coefficients
         x = np.log(np.asarray(learning_rates, dtype=float))
         return np.asarray(a + b * x + c * x**2)
 
 
 class NoFit(NamedTuple):
-    """A block for which nothing can be fitted."""
+    """Block for which no fit is possible, with the reason."""
 
     block: int
     why: str
     """Reason in a few words, e.g. `too few trials to fit`."""
     sentence: str
+    """Reason in a whole sentence, for the page."""
 
 
 class Sample(NamedTuple):
-    """The trials of a fit and their scores at one epoch."""
+    """Trials of a fit and their scores at one epoch."""
 
     trials: list[Trial]
     scores: np.ndarray
     epoch: int | None
     n_left_out: int
-    """Trials so far below the rest that a quadratic would bend to them."""
+    """Number of trials that are left out because they lie so far below the rest that they would distort a quadratic."""
 
 
 def fit_response(group: Group) -> Response | NoFit:
-    """Fit a group's trials."""
+    """Fit the response to a group's trials; return a `NoFit` with the reason if no fit is possible."""
     block, keys = group.block, varied(group)
     if "learning_rate" not in keys and len(group.ended) > 1:
         rate = f"{group.best.training.learning_rate:.2g}"
@@ -141,16 +148,17 @@ def fit_response(group: Group) -> Response | NoFit:
 
 
 def varied(group: Group) -> list[str]:
-    """Training settings in which the group's trials differ, the learning rate first."""
+    """Return the training settings in which the group's trials differ, the learning rate first."""
     keys = {key for trial in group.ended for key in trial.record.params} - {"k_levels", "seed"}
     differ = [key for key in keys if len({repr(getattr(t.training, key)) for t in group.ended}) > 1]
     return sorted(differ, key=lambda key: (key != "learning_rate", key))
 
 
 def choose_sample(group: Group, needed: int) -> Sample:
-    """Scores at the latest epoch that `needed` trials reached; else at the one that most reached.
+    """Return the trials and scores at the latest epoch that `needed` trials reached, else at the one that most reached.
 
-    Epochs that only trials of one learning rate reached come last: they tell nothing about it.
+    An epoch that only trials of one learning rate reached is used only if there is no other, because such trials
+    contain no information on the learning rate.
     """
     completed = [trial for trial in group.ended if trial.record.status == "completed"]
     samples = [_sample(completed, [trial.best["objective"] for trial in completed], None)]
@@ -163,7 +171,7 @@ def choose_sample(group: Group, needed: int) -> Sample:
 
 
 def _varies(sample: Sample) -> bool:
-    """Whether learning rates differ; rates that differ in their last digits only are one."""
+    """Return whether the learning rates differ by more than a relative 1e-6, which is rounding."""
     rates = [trial.training.learning_rate for trial in sample.trials]
     return bool(rates) and max(rates) > min(rates) * (1 + 1e-6)
 
@@ -178,7 +186,7 @@ def _sample(trials: Sequence[Trial], scores: Sequence[float], epoch: int | None)
 
 
 class _Design:
-    """The columns of the regression, and to which setting each belongs."""
+    """Design matrix of the regression: its columns, and the settings that each column belongs to."""
 
     def __init__(self, trials: Sequence[Trial], keys: Sequence[str]) -> None:
         self._scales = {key: _Scale([getattr(t.training, key) for t in trials]) for key in keys}
@@ -194,7 +202,7 @@ class _Design:
                     self._add({key}, lambda v, key=key, option=option: float(repr(v[key]) == option), room)
             elif scale.spread:
                 self._add({key}, lambda values, key=key: values[key], room)
-            # Two learning rates determine no curvature: about their middle, both squares are one constant.
+            # Two learning rates do not determine a curvature: measured from their middle, both have the same square.
             if key == "learning_rate" and len({trial.training.learning_rate for trial in trials}) > 2:
                 self.has_curvature = self._add({key}, lambda values: values["learning_rate"] ** 2, room)
         self.has_interaction = "expansion_factor" in self._owned() and self._add(
@@ -207,7 +215,7 @@ class _Design:
         return set().union(*self.owners)
 
     def _add(self, owners: set[str], column: Any, room: float = float("inf")) -> bool:
-        """Add a column if there is room for its coefficient."""
+        """Add a column if there are fewer than `room` columns, and return whether it was added."""
         if len(self._columns) >= room:
             return False
         self.owners.append(owners)
@@ -215,7 +223,7 @@ class _Design:
         return True
 
     def rows(self, trials: Sequence[Trial]) -> np.ndarray:
-        """[trials, columns]"""
+        """Return the design matrix [trials, columns]."""
         return np.array([self._row({key: getattr(t.training, key) for key in self._scales}) for t in trials])
 
     def _row(self, settings: dict[str, Any]) -> list[float]:
@@ -223,15 +231,18 @@ class _Design:
         return [column(values) for column in self._columns]
 
     def row_at(self, trial: Trial, **changed: Any) -> np.ndarray:
-        """The columns of a trial with some of its settings changed."""
+        """Return the row of the design matrix of a trial with some of its settings changed."""
         return np.array(self._row({key: getattr(trial.training, key) for key in self._scales} | changed))
 
     def settings(self) -> list[str]:
-        """Settings that have a column."""
+        """Return the settings that have a column."""
         return [key for key in self._scales if key in self._owned()]
 
     def ends(self, key: str) -> tuple[Any, Any] | None:
-        """The lowest and the highest value of a setting, or its two options; None where there is no order."""
+        """Return the lowest and highest value of a setting, or (uniform, reverse) for the weighting.
+
+        Return None for a setting whose options have no order.
+        """
         scale = self._scales[key]
         if not scale.options:
             return scale.low, scale.high
@@ -239,7 +250,10 @@ class _Design:
 
 
 class _Scale:
-    """Where a setting's values lie: numbers about their middle, logarithmic where they span a factor of 2."""
+    """Scale of a setting: numbers are measured from their middle, logarithmically if they span a factor of 2 or more.
+
+    Values that are not numbers are options without a position.
+    """
 
     def __init__(self, values: Sequence[Any]) -> None:
         self.options: list[str] = []
@@ -255,12 +269,12 @@ class _Scale:
         return float(np.log(value)) if self._log else float(value)
 
     def place(self, value: Any) -> Any:
-        """Its place on the scale; options stay what they are."""
+        """Return the position of a number on the scale; return an option unchanged."""
         return value if self.options else self._raw(value) - self._middle
 
 
 class _Fit:
-    """Least squares with leave-one-out errors and refits."""
+    """Least-squares fit with leave-one-out errors, refits and a permutation test."""
 
     def __init__(self, rows: np.ndarray, scores: np.ndarray) -> None:
         self.rows, self.values = rows, scores
@@ -279,11 +293,11 @@ class _Fit:
 
     @property
     def explained(self) -> float:
-        """Leave-one-out R²; 0 where the scores do not differ."""
+        """Leave-one-out R²; 0 if all scores are equal."""
         return 1 - float((self.left_out**2).sum()) / self.total if self.total else 0.0
 
     def share_of(self, mine: np.ndarray) -> float:
-        """Explained variance that is lost without the columns `mine`."""
+        """Return the share of the variance that is no longer explained without the columns `mine`."""
         rest = self.rows[:, ~mine]
         without = self.values - rest @ np.linalg.pinv(rest) @ self.values
         lost = float((without**2).sum() - (self.residuals**2).sum())
@@ -294,7 +308,8 @@ def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Respo
     best = group.best
     rates = [trial.training.learning_rate for trial in sample.trials]
     tried = min(rates), max(rates)
-    # Three predictions determine the parabola that the fit is in ln(learning rate), all else as in the best trial.
+    # With all other settings as in the best trial, the fit is a parabola in ln(learning rate). Three predictions
+    # determine it.
     x = np.log(np.array([tried[0], np.sqrt(tried[0] * tried[1]), tried[1]]))
     rows = np.array([design.row_at(best, learning_rate=float(rate)) for rate in np.exp(x)])
     solve = np.linalg.inv(np.vander(x, 3, increasing=True)) @ rows
@@ -337,9 +352,10 @@ def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Respo
 
 
 def _optima(b: np.ndarray, c: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """ln(learning rate) of the best of each parabola; ± infinity, to the better side, where no top is within reach.
+    """Return ln(learning rate) at the maximum of each parabola; ± infinity, to the better side, if none is in reach.
 
-    Within reach: at most twice the range that was tried (at least a factor of 10) beyond its ends.
+    A maximum is in reach if it lies inside the tried range, or beyond its ends by at most twice the range's width (at
+    least a factor of 10).
     """
     low, _, high = x
     better = np.where(b * (high - low) + c * (high**2 - low**2) > 0, np.inf, -np.inf)
@@ -350,7 +366,11 @@ def _optima(b: np.ndarray, c: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _size_exponent(design: _Design, fit: _Fit) -> tuple[float, float, float] | None:
-    """−e / 2c: by which power of the number of latents the best learning rate goes."""
+    """Return −e / 2c, the power of the number of latents to which the best learning rate is proportional.
+
+    The values are the 10%, 50% and 90% quantiles of the refits with c < 0. Return None if the design has no interaction
+    or no curvature, or if fewer than 80% of refits have c < 0.
+    """
     if not (design.has_interaction and design.has_curvature):
         return None
     is_pure = [owners == {"learning_rate"} for owners in design.owners]

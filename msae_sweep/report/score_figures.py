@@ -1,6 +1,6 @@
 """Figures of every trial's score against one setting, drawn as 1 − score on a logarithmic axis.
 
-Scores of good trials lie close below 1: on a linear axis they fall into one line.
+The scores of good trials lie just below 1, and on a linear axis they could not be told apart.
 """
 
 import itertools
@@ -16,11 +16,11 @@ from msae_sweep.report.style import COLOURS, GREY, MARKERS, Drawing, finished, l
 from msae_sweep.report.sweep_data import Group, Trial
 
 LOWER = "(lower is better)"
-"""Ends the label of a y axis."""
+"""End of the label of a y axis."""
 
 
 def learning_rate(group: Group) -> Drawing:
-    """Score against learning rate, by expansion factor and weighting."""
+    """Draw score against learning rate, by expansion factor and weighting."""
     figure, axes = panel(3.7)
     _scatter(axes, group, lambda trial: trial.training.learning_rate)
     rates = [trial.training.learning_rate for trial in group.ended]
@@ -37,7 +37,7 @@ def learning_rate(group: Group) -> Drawing:
 
 
 def front(trials: Iterable[Trial], cost: Callable[[Trial], float]) -> list[Trial]:
-    """Trials that no other one beats in mean R² at the same or lower cost, cheapest first."""
+    """Return the Pareto front: trials that no other beats in mean R² at the same or lower cost, cheapest first."""
     order = sorted(trials, key=lambda trial: (cost(trial), -trial.best["r2_mean"]))
     kept: list[Trial] = []
     for trial in order:
@@ -47,7 +47,7 @@ def front(trials: Iterable[Trial], cost: Callable[[Trial], float]) -> list[Trial
 
 
 def against_size(group: Group) -> Drawing:
-    """Mean R² against the number of latents, with the front of those that nothing smaller beats."""
+    """Draw mean R² against the number of latents, with the Pareto front of trials that no smaller one beats."""
     figure, axes = panel()
     _scatter(axes, group, size, "r2_mean")
     best = front(group.ended, size)
@@ -72,7 +72,7 @@ def against_size(group: Group) -> Drawing:
 
 
 def against_dead(group: Group) -> Drawing:
-    """Mean R² against the share of dead latents."""
+    """Draw mean R² against the share of dead latents, with the Pareto front."""
     figure, axes = panel()
     _scatter(axes, group, lambda trial: 100 * trial.best["dead_ratio"], "r2_mean")
     best = front(group.ended, lambda trial: trial.best["dead_ratio"])
@@ -99,7 +99,7 @@ def against_dead(group: Group) -> Drawing:
 
 
 def fitted(response: Response) -> Drawing:
-    """The fitted response to the learning rate, through the trials that it was fitted to."""
+    """Draw the fitted response to the learning rate, and the trials that it was fitted to."""
     rates, scores = response.points
     block = response.block
     figure, axes = panel()
@@ -107,7 +107,7 @@ def fitted(response: Response) -> Drawing:
     axes.plot(rates, left, "o", color=COLOURS[0], label="trials")
     grid = np.geomspace(min(rates), max(rates), 100)
     fit = 1 - response.scores(grid)
-    drawn = fit > 0  # a fit knows no bound; where it promises more than R² = 1 there is nothing to draw
+    drawn = fit > 0  # a fit has no upper bound; where it predicts a score above 1, nothing can be drawn
     axes.plot(grid[drawn], fit[drawn], color=COLOURS[1], linestyle="--", label="fit, all else as in the best trial")
     log_y(axes, [*left, *fit[drawn]])
     low, high = max(response.interval[0], min(rates)), min(response.interval[1], max(rates))
@@ -121,22 +121,26 @@ def fitted(response: Response) -> Drawing:
 
 
 def size(trial: Trial) -> float:
-    """Latents, or the expansion factor where the width of the data is not known."""
+    """Return a trial's number of latents, or its expansion factor if the width of the data is not known."""
     return trial.hidden_dim or trial.training.expansion_factor
 
 
 def _left(trials: Sequence[Trial], key: str) -> np.ndarray:
-    """1 − score of each trial."""
+    """Return 1 − metric `key` of each trial, for a logarithmic axis."""
     return _positive(1 - np.array([trial.best[key] for trial in trials]))
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
-    """Values for a logarithmic axis; a perfect score comes to lie at its lower end."""
+    """Return values of at least 1e-6, for a logarithmic axis. A perfect score lies at the axis' lower end."""
     return np.maximum(values, 1e-6)
 
 
 def _scatter(axes: Any, group: Group, x: Callable[[Trial], float], y: str = "objective") -> None:
-    """Trials by expansion factor (colour and marker), weighting (filled or hollow), and whether they were stopped."""
+    """Draw a marker for each trial, with 1 − metric `y` on the vertical axis.
+
+    Colour and shape show the expansion factor, filled or hollow shows the weighting, and small markers are trials that
+    did not complete.
+    """
     for i, (label, trials) in enumerate(_by_expansion(group.ended)):
         for trial in reversed(trials):
             colour, whole = COLOURS[i % 7], trial.record.status == "completed"
@@ -163,7 +167,7 @@ def _scatter(axes: Any, group: Group, x: Callable[[Trial], float], y: str = "obj
 
 
 def _by_expansion(trials: Sequence[Trial]) -> list[tuple[str, list[Trial]]]:
-    """Trials by expansion factor; by thirds of its range where there are too many values to tell apart."""
+    """Return labels and trials by expansion factor, or by thirds of its values if there are more than six values."""
     values = sorted({trial.training.expansion_factor for trial in trials})
     if len(values) <= 6:
         groups = [(f"expansion {v:g}", [t for t in trials if t.training.expansion_factor == v]) for v in values]
@@ -178,7 +182,7 @@ def _by_expansion(trials: Sequence[Trial]) -> list[tuple[str, list[Trial]]]:
 
 
 def _limits(axes: Any, left: np.ndarray) -> None:
-    """Leave out of sight what is far above the rest: one trial that went wrong would flatten all others."""
+    """Set the y axis' limits without the values far above the rest, because one bad trial would flatten all others."""
     logs = np.log(left)
     middle = np.median(logs)
     far = min(middle + 4 * max(middle - logs.min(), 0.05), max(middle, 0.0) + np.log(2))

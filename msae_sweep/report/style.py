@@ -1,4 +1,4 @@
-"""How every figure looks: small enough to be read on a phone, told apart without colour."""
+"""Style of all figures: they are small enough to be read on a phone, and readable without colour."""
 
 import io
 import math
@@ -8,12 +8,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, told apart by colour-blind readers too; markers and line styles repeat every difference."""
+"""Okabe and Ito's colours, which colour-blind readers can tell apart. Markers and line styles repeat the difference."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 3)), (0, (1, 1)))
 GREY = "#8a8a8a"
 LEGEND_WIDTH = 60
-"""Characters of a legend that fit under a panel."""
+"""Largest width in characters of a legend that fits under a panel."""
 
 _SVG = "http://www.w3.org/2000/svg"
 _LINK = "{http://www.w3.org/1999/xlink}href"
@@ -29,54 +29,54 @@ _SETTINGS = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
-    # Text stays text: it can be searched and read aloud, and takes a tenth of the bytes.
+    # Text is stored as text and not as paths: it can be searched and read aloud, and takes a tenth of the bytes.
     "svg.fonttype": "none",
-    # The same ids for the same figure, so that the same sweep gives the same page.
+    # A fixed salt gives equal figures equal IDs, so that the same sweep gives the same page.
     "svg.hashsalt": "msae_sweep",
 }
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure with what to read from it."""
+    """A figure with a sentence that says what to read from it."""
 
     name: str
-    """Of its files, e.g. `r2_by_k_block5`."""
+    """Stem of its file names, e.g. `r2_by_k_block5`."""
     title: str
     reading: str
-    """One sentence."""
+    """Sentence that says what to read from the figure."""
     svg: str
-    """To stand in a page: no width or height, ids of its own."""
+    """SVG to be embedded in a page: without width and height, and with IDs that no other figure has."""
     svg_file: bytes
     png_file: bytes
 
 
 Job = Callable[[], Drawing | None]
-"""Draws one figure, or none where there is nothing to draw; picklable."""
+"""Picklable function that draws one figure, or returns None if there is nothing to draw."""
 Draw = Callable[[Sequence[Job]], Callable[[], list[Drawing | None]]]
-"""Begins to draw; what it returns waits for the drawings, a job's each."""
+"""Function that starts to draw. It returns a function that waits for the drawings and returns one per job."""
 
 
 def styled() -> Any:
-    """A context in which figures are made."""
+    """Return a context manager within which figures get the style of a report."""
     import matplotlib
 
     return matplotlib.rc_context(_SETTINGS)
 
 
 def drawn(job: Job) -> Drawing | None:
-    """What a job draws, in the style of a report."""
+    """Return the drawing of a job in the style of a report."""
     with styled():
         return job()
 
 
 def drawn_here(jobs: Sequence[Job]) -> Callable[[], list[Drawing | None]]:
-    """Draw one after another in this process, once the drawings are asked for."""
+    """Return a function that runs the jobs one after another in this process. Nothing is drawn before it is called."""
     return lambda: [drawn(job) for job in jobs]
 
 
 def panel(height: float = 3.4) -> tuple[Any, Any]:
-    """A figure with one pair of axes; 4.4 inches wide, so that its text has its own size on a phone."""
+    """Return a figure with one pair of axes. It is 4.4 inches wide, so that its text keeps its size on a phone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.4, height), layout="constrained")
@@ -84,7 +84,7 @@ def panel(height: float = 3.4) -> tuple[Any, Any]:
 
 
 def legend_below(figure: Any, axes: Any, columns: int = 2) -> None:
-    """The legend under the axes, where it hides nothing; in fewer columns where its labels are too long for so many."""
+    """Add a legend below the axes, where it hides nothing. If its labels are too long, it gets fewer columns."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         unique = dict(zip(labels, handles, strict=True))
@@ -95,14 +95,17 @@ def legend_below(figure: Any, axes: Any, columns: int = 2) -> None:
 
 
 def _legend_width(lengths: Sequence[int], columns: int) -> int:
-    """Characters that a legend is wide: each column as its longest label, with room for its marker."""
+    """Return a legend's width in characters: the longest label of each column, plus space for its marker."""
     shares = [len(lengths) // columns + (i < len(lengths) % columns) for i in range(columns)]
     starts = [sum(shares[:i]) for i in range(columns)]
     return sum(max(lengths[start : start + n]) + 7 for start, n in zip(starts, shares, strict=True))
 
 
 def plain_log(axes: Any, values: Sequence[float], *, base: int = 10) -> None:
-    """A logarithmic x axis with plain numbers: at 1, 2, 5 × 10ⁿ, or at the values themselves (`base` 2)."""
+    """Make the x axis logarithmic, labelled with plain numbers at 1, 2, 5 × 10ⁿ, or at the values if `base` is 2.
+
+    If the values span more than a factor of 100, only 10ⁿ are labelled.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log", base=base)
@@ -117,7 +120,7 @@ def plain_log(axes: Any, values: Sequence[float], *, base: int = 10) -> None:
 
 
 def log_y(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic y axis about `values`, with three to eight plain numbers whatever its span."""
+    """Make the y axis logarithmic around `values`, with about three to eight plain numbers, whatever its span."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     margin = max(0.06 * math.log(max(values) / min(values)), 0.01)
@@ -130,7 +133,7 @@ def log_y(axes: Any, values: Sequence[float]) -> None:
             break
     if len(ticks) < 3:  # the span is too small for round numbers
         ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-    axes.set_ylim(low, high)  # first: a logarithmic scale would look for limits of its own, and one value has none
+    axes.set_ylim(low, high)  # before the scale, which would choose its own limits, and one value gives it none
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -138,16 +141,16 @@ def log_y(axes: Any, values: Sequence[float]) -> None:
 
 
 def finished(figure: Any, name: str, title: str, reading: str) -> Drawing:
-    """Write the figure in every form it is needed in."""
+    """Return a finished figure as a drawing: as an SVG for the page, an SVG file and a PNG file (200 dpi)."""
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
-    figure.set_layout_engine("none")  # it is laid out; doing so again takes a third of the time
+    figure.set_layout_engine("none")  # the layout is done already; a second one takes a third of the time
     figure.savefig(png, format="png", dpi=200)
     return Drawing(name, title, reading, _inline(svg.getvalue(), name, title), svg.getvalue(), png.getvalue())
 
 
 def _inline(svg: bytes, name: str, title: str) -> str:
-    """An SVG as part of a page: it scales with its box, and shares no id with another."""
+    """Return an SVG for embedding in a page. It scales with its box, and shares no ID with another figure."""
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(svg)

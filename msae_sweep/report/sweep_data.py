@@ -1,4 +1,4 @@
-"""What a report is about: a sweep as it lies in its folder, finished or not, with nothing drawn yet."""
+"""Data of a report: sweeps, finished or not, as read from their folders, with their trials in groups."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ from msae_sweep.sweep_folder.trial_record import TrialRecord, ranked
 
 
 class LateGain(NamedTuple):
-    """How much the mean R² of a trial rose at the end of its training."""
+    """Increase of a trial's mean R² at the end of its training."""
 
     epochs: int
-    """Number of last epochs that are looked at."""
+    """Number of last epochs over which the increase is measured."""
     of: int
     """Number of epochs trained."""
     r2: float
-    """Mean R² at the end less that before these epochs."""
+    """Mean R² at the end minus mean R² before these epochs."""
 
     def __str__(self) -> str:
         last = "last" if self.epochs == 1 else f"last {self.epochs}"
@@ -38,47 +38,47 @@ class Trial:
     record: TrialRecord
     training: TrainingConfig
     hidden_dim: int | None
-    """Latents; None where the width of the data is not known."""
+    """Number of latents; None if the width of the data is not known."""
 
     @property
     def trial_id(self) -> str:
-        """`block5-003`."""
+        """Trial ID, e.g. `block5-003`."""
         return self.record.trial_id
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Ascending k at which R² was measured."""
+        """Levels k at which R² was measured, ascending."""
         return self.training.levels
 
     @property
     def ended_well(self) -> bool:
-        """Whether it may be the best one: it has a model, and will not change."""
+        """True if the trial may be the best one: it has ended with a model, and will not change."""
         return self.record.has_model and bool(self.record.points)
 
     @cached_property
     def best(self) -> dict[str, float]:
-        """Metrics of the epoch that its model is from."""
+        """Metrics of the epoch that the trial's model is from."""
         return self.record.best
 
     @property
     def r2(self) -> list[float]:
-        """R² at `levels`."""
+        """R² at each of `levels`."""
         return [self.best[f"r2_k{k}"] for k in self.levels]
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether early stopping, or a loss that diverged, ended it before its last epoch."""
+        """True if the trial has not completed and has not trained all its epochs, e.g. because it was stopped early."""
         return self.record.status != "completed" and self.record.epochs < self.training.epochs
 
     @property
     def shown_as(self) -> str:
-        """Name with what sets its scores apart from those of a trial that was trained to its last epoch."""
+        """Trial ID, followed by the last epoch if early stopping ended the trial, because its scores differ then."""
         stopped = self.record.status == "stopped_early"
         return f"{self.trial_id}, stopped at epoch {self.record.epochs}" if stopped else self.trial_id
 
     @property
     def late_gain(self) -> LateGain | None:
-        """Gain in its last tenth; None for fewer than three epochs."""
+        """Gain of mean R² in the last tenth of the epochs; None for fewer than three epochs."""
         points = self.record.points
         tenth = max(1, len(points) // 10)
         if len(points) < 3:
@@ -87,7 +87,10 @@ class Trial:
 
     @property
     def still_rising(self) -> bool:
-        """Whether the best epoch is among the last tenth, and that tenth added 0.002 or more to the mean R²."""
+        """True if the last tenth of the epochs includes the best epoch and added 0.002 or more to the mean R².
+
+        Only a trial that trained all its epochs can be still rising.
+        """
         gain = self.late_gain
         if gain is None or self.record.reason != "epochs":
             return False
@@ -95,76 +98,81 @@ class Trial:
 
 
 class Curve(NamedTuple):
-    """R² of one trial's model on the validation rows."""
+    """R² by k of one trial's model on the validation rows."""
 
     ks: tuple[int, ...]
     r2: list[float]
     is_whole: bool
-    """Whether every k from 1 was measured, or the trained levels only."""
+    """True if every k from 1 was measured; False if only the trained levels were."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Trials of one block with the same k_levels: those whose objectives mean the same."""
+    """Trials of one block with the same k_levels. Only objectives of one group can be compared."""
 
     block: int
     levels: tuple[int, ...]
     trials: list[Trial]
-    """Best first; then those that diverged, failed, or are on their way."""
+    """Trials that ended well, best first, then trials that diverged, failed or have not ended yet."""
     ladder: EarlyStopping
+    """Rungs of the group, and the trials that were stopped at them."""
 
     @property
     def ended(self) -> list[Trial]:
-        """Those that may be the best, best first."""
+        """Trials that ended well and may be the best, best first."""
         return [trial for trial in self.trials if trial.ended_well]
 
     @property
     def best(self) -> Trial:
-        """The best one; there is one."""
+        """Best trial of the group. Every group has one."""
         return self.ended[0]
 
     def best_with(self, **settings: Any) -> Trial | None:
-        """The best one with these training settings."""
+        """Return the best trial with these training settings, or None if there is none."""
         fits = (t for t in self.ended if all(getattr(t.training, key) == value for key, value in settings.items()))
         return next(fits, None)
 
     @property
     def criteria(self) -> list[Criterion]:
-        """The success criteria, applied to the best."""
+        """Success criteria, applied to the best trial."""
         return success_criteria(self.best.best, self.levels)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep, as far as it has come."""
+    """A sweep with the results that it has so far."""
 
     folder: SweepFolder
     config: SweepConfig
     identity: dict[str, Any]
-    """Command, versions, where from; what older sweeps did not write is missing."""
+    """Content of `identity.json`: commands, versions and origin. Keys that older sweeps did not write are missing."""
     manifests: dict[int, dict[str, Any]]
-    """Of each block's prepared data; empty where it is not known."""
+    """Manifest of each block's prepared data, by block. A block without a known manifest is missing."""
     groups: list[Group]
-    """Blocks in the sweep's order; within one, sets of levels, smallest k first. In each a trial has ended well."""
+    """Groups with at least one trial that ended well.
+
+    They are in the sweep's order of blocks, and within a block in the order of their levels, smallest k first."""
     unranked: list[Trial]
-    """Trials that are in no group, because none of their block and levels has ended with a model."""
+    """Trials without a group, because no trial with their block and levels has ended with a model."""
     records: list[TrialRecord]
+    """Records of all trials that were written so far."""
     n_planned: int
+    """Number of trials that the sweep is to run."""
     seconds: float | None
-    """Wall time of all its runs, without preparation; None where it was not written."""
+    """Wall time of all runs of the sweep, without preparation; None if it was not recorded."""
     winners: dict[int, str] = field(default_factory=dict)
-    """By block, the trial whose model lies in `models/`; empty before the sweep has come to an end."""
+    """Trial whose model is in `models/`, by block; empty before the sweep has ended."""
     label: str = field(default="")
-    """Its name, told apart from others of the same name on the page."""
+    """Name of the sweep on the page. If several sweeps have the same name, it includes the storage folder's name."""
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the sweep's folder."""
         return self.folder.name
 
     @property
     def blocks(self) -> list[int]:
-        """Blocks with a trial that ended."""
+        """Blocks with a trial that ended with a model."""
         return list(dict.fromkeys(group.block for group in self.groups))
 
     @property
@@ -175,48 +183,51 @@ class Sweep:
 
     @property
     def n_ended(self) -> int:
-        """Trials that are over, well or not."""
+        """Number of trials that have ended, successfully or not."""
         return sum(record.finished for record in self.records)
 
     @property
     def is_whole(self) -> bool:
-        """Whether no trial is left to run."""
+        """True if no trial is left to run."""
         return self.n_ended >= self.n_planned
 
     @property
     def runs(self) -> list[dict[str, Any]]:
-        """Command, start and the like of each time it was run or resumed; None where that was not written."""
+        """Command, start, host, accelerators and seconds of each run or resume of the sweep.
+
+        A value that was not recorded is None.
+        """
         known = self.identity.get("runs") or [{"command": self.identity.get("command") or "not written down"}]
         return [dict.fromkeys(("command", "started", "host", "accelerators", "seconds")) | run for run in known]
 
     @property
     def training_seconds(self) -> float:
-        """Training time of all trials, one after another."""
+        """Sum of the training times of all trials."""
         return sum(record.seconds for record in self.records)
 
     @property
     def gpu_seconds(self) -> float | None:
-        """Training time times the GPUs a trial held; None where that was not written."""
+        """Training time multiplied by the GPUs per trial; None if the latter was not recorded."""
         gpus = self.identity.get("gpus_per_trial")
         return None if gpus is None else self.training_seconds * gpus
 
     def counts(self) -> dict[str, int]:
-        """How many trials have which status."""
+        """Return the number of trials by status."""
         counts: dict[str, int] = defaultdict(int)
         for record in self.records:
             counts[record.status] += 1
         return dict(counts)
 
     def groups_of(self, block: int) -> list[Group]:
-        """A block's groups."""
+        """Return the groups of a block."""
         return [group for group in self.groups if group.block == block]
 
 
 def read(where: str | Path | SweepFolder) -> Sweep:
-    """A sweep from its folder; one that runs, or was interrupted, as far as it has come.
+    """Read a sweep from its folder. A sweep that is running or was interrupted is read with its results so far.
 
     Raises:
-        SweepError: no sweep there, or one in which no trial has ended, well or not.
+        SweepError: the folder has no sweep, or none of its trials has ended, successfully or not.
     """
     folder = where if isinstance(where, SweepFolder) else SweepFolder.at(where)
     if not folder.exists():
@@ -248,7 +259,7 @@ def read(where: str | Path | SweepFolder) -> Sweep:
 
 
 def read_all(places: Sequence[str | Path]) -> list[Sweep]:
-    """Several sweeps, each with a label of its own; one that is named twice is read once."""
+    """Read several sweeps and give each its own label. A sweep that is listed twice is returned once."""
     sweeps = list({str(sweep.folder): sweep for sweep in map(read, places)}.values())
     names = [sweep.name for sweep in sweeps]
     return [
@@ -266,7 +277,7 @@ def _labelled(sweep: Sweep, label: str) -> Sweep:
 def _groups(
     config: SweepConfig, records: Sequence[TrialRecord], input_dims: Mapping[int, int]
 ) -> tuple[list[Group], list[Trial]]:
-    """Groups with a best trial, and the trials of those without."""
+    """Return the groups that have a best trial, and the trials of all other groups."""
     together: dict[tuple[int, tuple[int, ...]], list[Trial]] = defaultdict(list)
     for record in records:
         training = record.training(config.training)

@@ -1,4 +1,4 @@
-"""The tables at a sweep's end: each block's best trial, and the success criteria."""
+"""Tables that are printed at a sweep's end: each block's best trial, and the success criteria."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from msae_sweep.sweep_folder.summary import best_entries
 
 
 def best_table(summary: Mapping[str, Any]) -> RenderableType:
-    """A row per block (and set of k_levels): R² at every k, dead ratio, and the settings of the best trial.
+    """Return a table of the best trials, with a row per block and set of k_levels: R² at every k, dead ratio, settings.
 
-    Where the console is too narrow for one table, the settings are a second one: no name or heading is cut.
+    If the console is too narrow for one table, the settings become a second table, so that no name or heading is cut.
     """
     rows: list[tuple[str, dict[str, Any] | None]] = []
     for name, block in summary["blocks"].items():
@@ -33,7 +33,7 @@ def best_table(summary: Mapping[str, Any]) -> RenderableType:
 
 
 def _cells(summary: Mapping[str, Any], name: str, winner: Mapping[str, Any], levels: Sequence[int]) -> dict[str, str]:
-    """A winner's cells by heading."""
+    """Return the cells of a block's best trial, by heading."""
     metrics, settings, block = winner["metrics"], {**summary["training"], **winner["params"]}, summary["blocks"][name]
     is_recovered = winner["trial_id"] == block["best"] and "dictionary_recovery" in block
     return {
@@ -54,7 +54,7 @@ def _table(
     *,
     fold: bool = False,
 ) -> Table:
-    """`fold` puts a heading's words below each other."""
+    """Return a table of the cells under `headings`. With `fold`, the words of a heading are below each other."""
     table = Table(title=title, title_justify="left")
     table.add_column("block")
     table.add_column("trial", no_wrap=True)
@@ -68,7 +68,7 @@ def _table(
 
 
 class _Fitting:
-    """One table where the console is wide enough for it, else several below each other."""
+    """Renders one table if the console is wide enough for it, else several tables below each other."""
 
     def __init__(self, whole: Table, parts: Sequence[Table]) -> None:
         self._whole, self._parts = whole, parts
@@ -79,7 +79,7 @@ class _Fitting:
 
 
 def criteria_table(summary: Mapping[str, Any]) -> Table:
-    """PASS or FAIL of the notebook's three success criteria for each block's best trial."""
+    """Return a table with PASS or FAIL of the notebook's three success criteria for each block's best trial."""
     table = Table(title="Success criteria", title_justify="left")
     table.add_column("criterion")
     names = list(summary["blocks"])

@@ -1,4 +1,4 @@
-"""The notebook's figure: four panels over the blocks' best trials."""
+"""The notebook's figure: four panels that compare the best trials of the blocks."""
 
 import io
 from collections.abc import Mapping
@@ -8,20 +8,21 @@ from msae_sweep.config import DEAD_RATIO_ALLOWED
 
 
 def import_ahead() -> None:
-    """Import what figures are drawn with, a second or more, while there is nothing else to do."""
+    """Import matplotlib while there is nothing else to do. The import takes a second or more."""
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg
     import matplotlib.figure  # noqa: F401
 
 
 def training_figure(histories: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Draw training loss, validation loss, dead latent ratio by epoch, and R² by sparsity level.
+    """Draw training loss, validation loss and dead latent ratio by epoch, and R² by sparsity level.
 
-    A PNG of 300 dpi, as in the notebook. A thin upright line marks each best epoch, a dotted one the dead share that
-    the success criteria allow.
+    The result is a PNG of 300 dpi, as in the notebook. A thin vertical line marks each best epoch. A dotted line marks
+    the dead ratio that the success criteria allow.
 
     Args:
-        histories: the notebook's history of each block's best trial, by `block5` …, with `best_epoch` (from 1).
+        histories: history of each block's best trial in the notebook's format, by block name (`block5`, …), with
+            `best_epoch` (counted from 1).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ def training_figure(histories: Mapping[str, Mapping[str, Any]]) -> bytes:
     figure = Figure(figsize=(12, 10), layout="tight")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2)
-    # Okabe and Ito's colours, told apart by colour-blind readers too; line styles repeat the difference.
+    # Okabe and Ito's colours, which colour-blind readers can tell apart too. Line styles repeat the difference.
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
     styles = ["-", "--", "-.", ":"]
     by_epoch = {

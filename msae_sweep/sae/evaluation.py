@@ -1,7 +1,7 @@
-"""What an SAE does on whole data: R² at every k, which latents fire, how its dictionary lies.
+"""Evaluation of an SAE on whole data: R² at every k, which latents fire, and how similar its decoder rows are.
 
-One pass, any number of rows, bounded memory. The sums of parts of the data add up to those of the whole, so that the
-parts may be summed anywhere.
+An evaluation takes one pass over any number of rows in bounded memory. The sums over parts of the data add up to those
+over the whole, so the parts may be summed in different processes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,40 +16,40 @@ from msae_sweep.sae.metrics import sum_dtype
 from msae_sweep.sae.model import MSAE
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27, "mps": 2**24}
-"""Numbers held in the largest array of a step, by kind of device; it bounds memory at any hidden_dim and max_k.
+"""Number of elements in the largest array of a step, by kind of device; bounds memory at any hidden_dim and max_k.
 
-Measured on two cores with 16,384 latents: 2^19 takes twice as long as 2^21, 2^23 is 15% quicker."""
+Measured on two cores with 16,384 latents: 2^19 takes twice as long as 2^21, and 2^23 is 15% faster."""
 
 
 class Evaluation(NamedTuple):
-    """One SAE on one set of standardised rows."""
+    """Results of one SAE on one set of standardised rows."""
 
     n_rows: int
     r2: list[float]
     """R² at k = 1, 2, …, max_k (index k − 1), over all rows in float64, x̄ per dimension."""
     l0: list[float]
-    """Mean number of active latents (value > 0) at the same k."""
+    """Mean number of active latents (value > 0) per row at each k, indexed like `r2`."""
     firing: Int[Tensor, " hidden_dim"]
-    """Rows in which a latent is active at max_k; int64 on the CPU."""
+    """Number of rows in which each latent is active at max_k; int64 on the CPU."""
     dead_ratio: float
     """Share of latents that are active in no row at max_k."""
     levels: tuple[int, ...]
-    """The model's k_levels below max_k, and max_k."""
+    """The model's k_levels below max_k, followed by max_k."""
     level_firing: Int[Tensor, "levels hidden_dim"]
-    """Rows in which a latent is active at each of `levels`; the last row is `firing`."""
+    """Number of rows in which each latent is active at each of `levels`; the last row equals `firing`."""
 
 
 class EvaluationSums:
-    """Sums over rows from which an `Evaluation` follows; picklable once on the CPU.
+    """Sums over rows from which `compute` derives an `Evaluation`; picklable after `cpu`.
 
-    How the rows are cut into batches, and the batches into parts, changes nothing but rounding.
+    Dividing the rows differently into batches, or the batches into parts, changes only rounding.
     """
 
     def __init__(self, model: MSAE, max_k: int | None = None, device: torch.device | str = "cpu") -> None:
-        """Of no rows yet.
+        """Create sums over no rows.
 
         Args:
-            max_k: by default the model's largest level.
+            max_k: the largest k; the default is the model's largest level.
 
         Raises:
             ValueError: `max_k` is below 1 or above the model's hidden_dim.
@@ -64,19 +64,19 @@ class EvaluationSums:
         self._deviation = torch.zeros_like(self._mean)
         self._squared_error = torch.zeros(self.max_k, dtype=dtype, device=device)
         self._active = torch.zeros(self.max_k, dtype=torch.int64, device=device)
-        # A row of counts for the ranks from one level to the next.
+        # Row i counts the firings at the ranks after level i − 1 up to level i.
         self._firing = torch.zeros(len(self.levels), model.hidden_dim, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, model: MSAE, x: Float[Tensor, "batch input_dim"]) -> None:
-        """Add standardised rows; `model` and `x` are on the sums' device."""
+        """Add standardised rows; `model` and `x` must be on the device of the sums."""
         elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cpu"])
         for rows in torch.split(x, max(1, elements // max(model.hidden_dim, model.input_dim))):
             self._add_moments(len(rows), *_moments(rows, self._mean.dtype))
             self._add_ranks(model, rows)
 
     def merge(self, other: "EvaluationSums") -> None:
-        """Add the rows of `other`, which has the same model and max_k, and is left as it is."""
+        """Add the sums of `other`, which must have the same model and max_k; `other` is not changed."""
         assert self.levels == other.levels, "sums of different levels do not add up"
         device = self._mean.device
         self._add_moments(other.n_rows, other._mean.to(device), other._deviation.to(device))
@@ -85,14 +85,14 @@ class EvaluationSums:
         self._firing += other._firing.to(device)
 
     def cpu(self) -> "EvaluationSums":
-        """Move to the CPU, where sums can be sent from; returns itself."""
+        """Move the sums to the CPU, so that they can be sent to another process, and return self."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.cpu())
         return self
 
     def compute(self) -> Evaluation:
-        """The evaluation of the rows so far; R² is NaN where they do not vary."""
+        """Return the evaluation of the rows so far; R² is NaN if the rows do not vary."""
         total = self._deviation.sum().item()
         r2 = [1 - error / total if total > 0 else float("nan") for error in self._squared_error.tolist()]
         l0 = (self._active.cpu().cumsum(0).double() / max(self.n_rows, 1)).tolist()
@@ -102,7 +102,7 @@ class EvaluationSums:
         return Evaluation(self.n_rows, r2, l0, firing, dead_ratio, self.levels, level_firing)
 
     def _add_moments(self, n_rows: int, mean: Tensor, deviation: Tensor) -> None:
-        # Chan, Golub and LeVeque 1979: merging loses no digits to a large mean.
+        # Merging by the formula of Chan, Golub and LeVeque 1979 loses no digits to a large mean.
         if not n_rows:
             return
         share, delta = n_rows / (self.n_rows + n_rows), mean - self._mean
@@ -111,7 +111,7 @@ class EvaluationSums:
         self.n_rows += n_rows
 
     def _add_ranks(self, model: MSAE, x: Tensor) -> None:
-        """Walk the sorted code: after the r-th largest latent is taken off, what is left of x is the error at k = r."""
+        """Add the error at every k: x minus the contributions of its r largest latents is the error at k = r."""
         residual = x - model.pre_bias
         values, indices = _encode(residual, model.W_enc, self.max_k)
         active = values > 0
@@ -135,8 +135,8 @@ def evaluate(
     """Evaluate a model on standardised rows, given in batches of any size.
 
     Args:
-        device: where to compute, by default where the model is; batches are moved there, the model itself stays.
-        max_k: the largest k, by default the model's largest level.
+        device: the device to compute on, by default the model's own. Batches are moved there; `model` itself stays.
+        max_k: the largest k; the default is the model's largest level.
 
     Raises:
         ValueError: `max_k` is below 1 or above the model's hidden_dim.
@@ -150,19 +150,19 @@ def evaluate(
 
 
 class Coherence(NamedTuple):
-    """|cosine| between different decoder rows: 0 for orthogonal ones, 1 for the same direction."""
+    """Absolute cosines between different decoder rows: 0 for orthogonal rows, 1 for parallel or opposite ones."""
 
     max: float
-    """Of the closest two rows."""
+    """Absolute cosine of the closest two rows."""
     mean: float
-    """Over all pairs."""
+    """Mean over all pairs of different rows."""
     mean_max: float
-    """Each row's largest, averaged over rows."""
+    """Mean over rows of each row's largest absolute cosine."""
 
 
 @torch.no_grad()
 def decoder_coherence(W_dec: Float[Tensor, "hidden_dim input_dim"]) -> Coherence:
-    """How much a dictionary repeats itself; all 0 where it has one row only.
+    """Return how similar the rows of a dictionary are to each other; all values are 0 for a single row.
 
     Source of `max`: Donoho and Huo 2001, "mutual coherence".
     """
@@ -177,7 +177,7 @@ def decoder_coherence(W_dec: Float[Tensor, "hidden_dim input_dim"]) -> Coherence
         cosines[here, start + here] = 0
         total += cosines.sum(dtype=sum_dtype(rows.device)).item()
         largest.append(cosines.amax(dim=1))
-    nearest = torch.cat(largest).clamp_(max=1)  # rounding may exceed it
+    nearest = torch.cat(largest).clamp_(max=1)  # rounding may exceed 1
     return Coherence(nearest.max().item(), total / (n * (n - 1)), nearest.mean().item())
 
 
@@ -185,16 +185,17 @@ def decoder_coherence(W_dec: Float[Tensor, "hidden_dim input_dim"]) -> Coherence
 def matched_cosine(
     W_dec: Float[Tensor, "hidden_dim input_dim"], other: Float[Tensor, "other_dim input_dim"]
 ) -> Float[Tensor, " hidden_dim"]:
-    """Each decoder row's cosine with the closest row of another decoder.
+    """Return each decoder row's cosine with the closest row of another decoder.
 
-    The best match, not a one-to-one assignment: that would leave latents over where dictionaries differ in size, and
-    at 16,384 latents it holds 2 GB. Two latents may share a match. Cosines keep their sign, because codes are positive.
+    Each row is matched with its best partner, so two latents may share a match. A one-to-one assignment would leave
+    latents unmatched where dictionaries differ in size, and would need 2 GB of memory at 16,384 latents. Cosines keep
+    their sign, because codes are positive.
 
-    Source: Sharkey et al. 2022, "Taking features out of superposition with sparse autoencoders" (mean max cosine); for
-    what it says of seeds: Paulo and Belrose 2025 (arXiv 2501.16615), which assigns one to one.
+    Source: Sharkey et al. 2022, "Taking features out of superposition with sparse autoencoders" (mean max cosine). For
+    comparisons between seeds: Paulo and Belrose 2025 (arXiv 2501.16615), who use a one-to-one assignment.
 
     Raises:
-        ValueError: the rows differ in length.
+        ValueError: the rows of the two decoders differ in length.
     """
     if W_dec.shape[1] != other.shape[1]:
         raise ValueError(f"input_dim: {W_dec.shape[1]} and {other.shape[1]}; must be the same")
@@ -206,32 +207,33 @@ def matched_cosine(
 def level_stability(
     level_firing: Int[Tensor, "levels hidden_dim"], matched: Float[Tensor, " hidden_dim"]
 ) -> list[float]:
-    """Mean matched cosine at every level, each latent weighted by the rows in which it is active there.
+    """Return the mean matched cosine at every level, each latent weighted by the number of rows that activate it there.
 
-    So dead latents count for nothing, and small k asks after the latents that come first. NaN where none fired.
+    Dead latents therefore have no weight, and at a small k the latents that rank first have the most. The value is NaN
+    at a level where no latent fired.
     """
     weights = level_firing.double()
     return (weights @ matched.double().cpu() / weights.sum(dim=1)).tolist()
 
 
 def stability(model: MSAE, evaluation: Evaluation, others: Sequence[MSAE]) -> list[list[float]]:
-    """`level_stability` of a model against each of several others, by other and level of `evaluation.levels`.
+    """Return `level_stability` against each of `others`: one list per other model, one value per `evaluation.levels`.
 
     Raises:
-        ValueError: another one has another input_dim.
+        ValueError: one of `others` has a different input_dim.
     """
     return [level_stability(evaluation.level_firing, matched_cosine(model.W_dec, o.W_dec)) for o in others]
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and summed squared deviation of each channel."""
+    """Return the mean and the summed squared deviation of each channel."""
     x = x.to(dtype)
     mean = x.mean(dim=0)
     return mean, (x - mean).square_().sum(dim=0)
 
 
 def _encode(centred: Tensor, W_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sorted values and latents of TopK_k(ReLU(centred W_encᵀ))."""
+    """Return the sorted values and latents of TopK_k(ReLU(centred W_encᵀ))."""
     if centred.device.type == "cpu":
         return top_k_cpu.encode(centred, W_enc, k)
     values, indices = torch.relu(centred @ W_enc.T).topk(k, dim=1, sorted=True)
@@ -239,6 +241,6 @@ def _encode(centred: Tensor, W_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(rows: Tensor, width: int | None = None) -> Iterable[tuple[int, Tensor]]:
-    """Parts of `rows` whose products with `width` others are of bounded size, each with its first row's number."""
+    """Return parts of `rows`, each with its first row's number; a part's product with `width` rows has bounded size."""
     size = max(1, 2**24 // (width or len(rows)))
     return zip(range(0, len(rows), size), torch.split(rows, size), strict=True)

@@ -1,4 +1,4 @@
-"""The training loss as pure functions: weighted levels, and the auxiliary loss that wakes dead latents."""
+"""The training loss as pure functions: the weighted loss of all levels, and the auxiliary loss for dead latents."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,7 +8,7 @@ from msae_sweep.config import Weighting
 
 
 def level_weights(n_levels: int, weighting: Weighting) -> Float[Tensor, " levels"]:
-    """Weights α of the levels over ascending k; they sum to 1.
+    """Return the weights α of the levels, in ascending order of k; they sum to 1.
 
     `uniform`: 1/L each. `reverse`: α ∝ L, L−1, …, 1 (0.4, 0.3, 0.2, 0.1 for four), heavier on *small* k.
     Source: Zaigrajew et al. 2025 (arXiv 2502.20578) and its released code, whose comment says the opposite.
@@ -24,7 +24,7 @@ def reconstruction_loss(
     x_hats: Float[Tensor, "levels batch input_dim"],
     weights: Float[Tensor, " levels"],
 ) -> Float[Tensor, ""]:
-    """Σ_l α_l · mean((x̂_l − x)²)."""
+    """Return Σ_l α_l · mean((x̂_l − x)²)."""
     return weights @ (x_hats - x).square().mean(dim=(1, 2))
 
 
@@ -37,11 +37,12 @@ def aux_loss(
     pre_bias: Float[Tensor, " input_dim"],
     aux_k: int,
 ) -> Float[Tensor, ""]:
-    """How badly the dead latents alone explain what the SAE leaves unexplained: ‖ê − e‖² / ‖e‖² over the batch.
+    """Return the relative error of reconstructing the SAE's residual from dead latents: ‖ê − e‖² / ‖e‖² of the batch.
 
     e = x − x̂ at the largest level, detached; ê = TopK_aux_k(ReLU(pre_acts of dead latents)) W_dec, without a bias.
-    The gradient reaches W_dec *and* W_enc (and pre_bias through the encoder). 0 where no latent is dead or e is 0.
-    One ratio for the batch, not a mean of rows' ratios, so that rows that are already well explained do not dominate.
+    The gradient reaches W_dec *and* W_enc (and pre_bias through the encoder). The loss is 0 if no latent is dead or e
+    is 0. It is one ratio for the batch, not a mean of the rows' ratios, so that rows that are already reconstructed
+    well do not dominate.
 
     Source: Gao et al. 2024 (arXiv 2406.04093), A.2.
     """

@@ -1,4 +1,4 @@
-"""How good an SAE is over a whole split: R² and L0 at every level, dead latents, the objective."""
+"""Metrics of an SAE over a whole split: R² and L0 at every level, and the objective with its dead-latent penalty."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,12 +13,12 @@ from msae_sweep.sae.kernels import Reconstruction
 class SplitMetrics:
     """R², L0 and mean squared error over a split, accumulated batch by batch in float64.
 
-    R²_k = 1 − Σ‖x − x̂_k‖² / Σ‖x − x̄‖² over all rows, x̄ per dimension; never an average of batch ratios. How the rows
-    are cut into batches changes nothing but rounding. MPS has no float64; there the sums of a batch are float32.
+    R²_k = 1 − Σ‖x − x̂_k‖² / Σ‖x − x̄‖² over all rows, x̄ per dimension; it is never an average of per-batch ratios.
+    Dividing the rows differently into batches changes only rounding. MPS has no float64, so sums are float32 there.
     """
 
     def __init__(self, k_levels: Sequence[int], input_dim: int, total_variance: float, device: torch.device) -> None:
-        """`total_variance` is the denominator, Σ‖x − x̄‖²."""
+        """Create metrics of no rows; `total_variance` is the denominator of R², Σ‖x − x̄‖²."""
         self.k_levels, self.input_dim, self.total_variance = tuple(k_levels), input_dim, total_variance
         self._dtype = sum_dtype(device)
         self._n_rows = 0
@@ -27,23 +27,23 @@ class SplitMetrics:
 
     @torch.no_grad()
     def update(self, x: Float[Tensor, "batch input_dim"], reconstruction: Reconstruction) -> None:
-        """Add one batch."""
+        """Add one batch and its reconstruction."""
         squared_error = (reconstruction.x_hats - x).square().sum(dim=(1, 2), dtype=self._dtype)
         per_rank = (reconstruction.values > 0).sum(dim=0).cumsum(dim=0)  # [k]
         self.add(len(x), squared_error, per_rank[[k - 1 for k in self.k_levels]])
 
     def add(self, n_rows: int, squared_error: Float[Tensor, " levels"], active: Int[Tensor, " levels"]) -> None:
-        """Add sums over some rows: Σ‖x − x̂‖² at every level, and how many latents were active there."""
+        """Add sums over `n_rows` rows: Σ‖x − x̂‖² and the number of active latents, both at every level."""
         self._n_rows += n_rows
         self._squared_error += squared_error
         self._active += active
 
     def mean_squared_error(self) -> Float[Tensor, " levels"]:
-        """Mean squared error per element at every level, float64 on the CPU."""
+        """Return the mean squared error per element at every level, as float64 on the CPU."""
         return self._squared_error.cpu().double() / (self._n_rows * self.input_dim)
 
     def compute(self) -> dict[str, float]:
-        """`r2_k…`, `r2_mean` and `l0_k…`; R² is 0 for the mean predictor and has no lower bound."""
+        """Return `r2_k…`, `r2_mean` and `l0_k…`; R² is 0 for the mean predictor and has no lower bound."""
         squared_error, total = self._squared_error.tolist(), self.total_variance
         r2 = [1 - error / total if total > 0 else float("nan") for error in squared_error]
         l0 = [count / self._n_rows for count in self._active.tolist()]
@@ -54,9 +54,10 @@ class SplitMetrics:
 
 @torch.no_grad()
 def total_variance(batches: Iterable[Float[Tensor, "batch input_dim"]]) -> float:
-    """Σ‖x − x̄‖² over all rows, x̄ per dimension, in float64: what R² is measured against.
+    """Return Σ‖x − x̄‖² over all rows, x̄ per dimension, in float64: the denominator of R².
 
-    Taken about the first row: with a mean far from 0, Σx² − (Σx)²/n would cancel.
+    The first row is subtracted from all rows, because with a mean far from 0, Σx² − (Σx)²/n would lose its digits to
+    cancellation. MPS has no float64, so sums are float32 there.
     """
     n_rows = 0
     for x in batches:
@@ -71,13 +72,14 @@ def total_variance(batches: Iterable[Float[Tensor, "batch input_dim"]]) -> float
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """The type of sums over many rows: float64, but MPS has none."""
+    """Return the type for sums over many rows: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def objective(r2_mean: float, dead_ratio: float) -> float:
-    """What ASHA and the choice of the winner compare: mean R² over levels, less the dead share above 30%.
+    """Return the number by which ASHA and the choice of the winner rank trials.
 
-    R² alone misleads: on real Go activations a high learning rate reached R²(k=128) = 0.99 with 70% of latents dead.
+    It is the mean R² over levels, minus the share of dead latents above 30%. R² alone misleads: on real Go activations
+    a high learning rate reached R²(k=128) = 0.99 with 70% of latents dead.
     """
     return r2_mean - max(0.0, dead_ratio - DEAD_RATIO_ALLOWED)

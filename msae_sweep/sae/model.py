@@ -1,4 +1,4 @@
-"""The Matryoshka sparse autoencoder: one dictionary, read at several sparsity levels."""
+"""The Matryoshka sparse autoencoder: one dictionary that is used at several sparsity levels."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from msae_sweep.sae.kernels import reference
 
 
 def parameter_shapes(input_dim: int, hidden_dim: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an MSAE's parameters."""
+    """Return the names and shapes of an MSAE's parameters."""
     return {"W_enc": (hidden_dim, input_dim), "W_dec": (hidden_dim, input_dim), "pre_bias": (input_dim,)}
 
 
 class MSAE(nn.Module):
-    """An autoencoder whose code at each level k is the top k of one sorted code.
+    """Autoencoder whose code at each level k is the top k of one sorted code.
 
     With standardised x:  pre_acts = (x − pre_bias) W_encᵀ,  z_k = TopK_k(ReLU(pre_acts)),  x̂_k = z_k W_dec + pre_bias.
     There is no encoder bias: 2 · input_dim · hidden_dim + input_dim parameters (2,097,408 at 256 × 16).
@@ -36,14 +36,15 @@ class MSAE(nn.Module):
         weighting: str = "uniform",
         parameters: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Decoder rows random on the unit sphere, encoder equal to them, pre_bias 0; or the `parameters`, by name.
+        """Create an MSAE from the given `parameters`, or initialise it at random.
 
-        The numbers come from torch's global CPU generator, so that one seed gives one model on every device. Given
-        parameters are not copied.
+        Random initialisation draws the decoder's rows uniformly from the unit sphere, sets the encoder equal to the
+        decoder, and sets pre_bias to 0. The numbers come from torch's global CPU generator, so that one seed gives one
+        model on every device. Given parameters are not copied.
 
         Raises:
-            ValueError: `k_levels` empty, not ascending, below 1 or above `hidden_dim`; `parameters` of other names or
-                shapes.
+            ValueError: `k_levels` is empty, not ascending, below 1 or above `hidden_dim`; or `parameters` have other
+                names or shapes than `parameter_shapes`.
         """
         super().__init__()
         levels = tuple(int(k) for k in k_levels)
@@ -62,12 +63,12 @@ class MSAE(nn.Module):
             self.register_parameter(name, nn.Parameter(parameters[name]))
 
     def on(self, device: torch.device | str) -> "MSAE":
-        """The same model on a device, this one staying where it is; parameters that are there already are shared."""
+        """Return this model on `device`; this one stays where it is, and parameters already on `device` are shared."""
         return MSAE(**self.config, parameters={name: p.to(device) for name, p in self.state_dict().items()})  # type: ignore[arg-type]
 
     @property
     def config(self) -> dict[str, object]:
-        """What the notebook's model file calls `config`; `MSAE(**config)` rebuilds the shape."""
+        """Constructor arguments, called `config` in the notebook's model file; `MSAE(**config)` has the same shape."""
         return {
             "input_dim": self.input_dim,
             "hidden_dim": self.hidden_dim,
@@ -76,33 +77,33 @@ class MSAE(nn.Module):
         }
 
     def reconstruct(self, x: Float[Tensor, "batch input_dim"]) -> reference.Reconstruction:
-        """Reconstructions at every level with the shared sorted code, the plain way."""
+        """Return the reconstructions of `x` at every level from one shared sorted code, by the plain reference."""
         return reference.reconstruct(x, self.W_enc, self.W_dec, self.pre_bias, self.k_levels)
 
     def encode(self, x: Float[Tensor, "batch input_dim"], k: int | None = None) -> Float[Tensor, "batch hidden_dim"]:
-        """Latents of `x`, all but the `k` largest zero; any k, by default the largest level."""
+        """Return the latents of `x`, with all but the `k` largest set to 0; `k` defaults to the largest level."""
         values, indices = self.encode_sparse(x, k)
         return values.new_zeros(x.shape[0], self.hidden_dim).scatter(1, indices, values)
 
     def encode_sparse(
         self, x: Float[Tensor, "batch input_dim"], k: int | None = None
     ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-        """The `k` largest latents of `x`, descending, 0 where fewer are active, and their numbers."""
+        """Return the `k` largest latents of `x`, descending, 0 where fewer are active, and their indices."""
         pre_acts = torch.relu((x - self.pre_bias) @ self.W_enc.T)
         values, indices = pre_acts.topk(k or self.k_levels[-1], dim=1)
         return values, indices
 
     def decode(self, latents: Float[Tensor, "batch hidden_dim"]) -> Float[Tensor, "batch input_dim"]:
-        """Reconstruction from latents: z W_dec + pre_bias."""
+        """Return the reconstruction from latents: z W_dec + pre_bias."""
         return latents @ self.W_dec + self.pre_bias
 
     def forward(self, x: Float[Tensor, "batch input_dim"], k: int | None = None) -> Float[Tensor, "batch input_dim"]:
-        """Reconstruction of `x` from its `k` largest latents, by default those of the largest level."""
+        """Return the reconstruction of `x` from its `k` largest latents; `k` defaults to the largest level."""
         return self.decode(self.encode(x, k))
 
     @torch.no_grad()
     def project_decoder_gradient_(self) -> None:
-        """Remove from W_dec's gradient the part along each row, which the renormalisation would undo anyway.
+        """Remove the component along each row from W_dec's gradient; the renormalisation would undo it anyway.
 
         Source: Bricken et al. 2023, "Towards Monosemanticity"; Gao et al. 2024, A.
         """
@@ -117,9 +118,9 @@ class MSAE(nn.Module):
 
 
 class StandardisedMSAE(nn.Module):
-    """An MSAE with its normalisation folded around it: raw activations in, raw reconstruction out.
+    """MSAE with its normalisation folded around it: it takes raw activations and returns raw reconstructions.
 
-    A channel that was constant in training data has std 1 here and standardises to 0 on that data.
+    A channel that was constant in the training data has std 1 here, so it standardises to 0 on that data.
     """
 
     mean: Float[Tensor, " input_dim"]
@@ -134,22 +135,22 @@ class StandardisedMSAE(nn.Module):
     def encode(
         self, activations: Float[Tensor, "batch input_dim"], k: int | None = None
     ) -> Float[Tensor, "batch hidden_dim"]:
-        """Latents of raw activations, all but the `k` largest zero."""
+        """Return the latents of raw activations, with all but the `k` largest set to 0."""
         return self.sae.encode((activations - self.mean) / self.std, k)
 
     def encode_sparse(
         self, activations: Float[Tensor, "batch input_dim"], k: int | None = None
     ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-        """The `k` largest latents of raw activations, descending, and their numbers."""
+        """Return the `k` largest latents of raw activations, descending, and their indices."""
         return self.sae.encode_sparse((activations - self.mean) / self.std, k)
 
     def forward(self, activations: Float[Tensor, "batch input_dim"]) -> Float[Tensor, "batch input_dim"]:
-        """Reconstruction of raw activations at the largest k, in their own units."""
+        """Return the reconstruction of raw activations at the largest level, in their own units."""
         x_hat: Tensor = self.sae((activations - self.mean) / self.std)
         return x_hat * self.std + self.mean
 
     def decode(self, latents: Float[Tensor, "batch hidden_dim"]) -> Float[Tensor, "batch input_dim"]:
-        """Raw activations from latents."""
+        """Return the reconstruction of raw activations from latents, in their own units."""
         return self.sae.decode(latents) * self.std + self.mean
 
 
@@ -157,9 +158,9 @@ class StandardisedMSAE(nn.Module):
 def geometric_median(
     x: Float[Tensor, "batch input_dim"], *, iterations: int = 100, tolerance: float = 1e-6
 ) -> Float[Tensor, " input_dim"]:
-    """The point with the least summed distance to the rows, by Weiszfeld's iteration.
+    """Return the point with the least summed distance to the rows, by Weiszfeld's iteration.
 
-    Source: Bricken et al. 2023, "Towards Monosemanticity", for its use as a start of `pre_bias`.
+    Source: Bricken et al. 2023, "Towards Monosemanticity", for its use as the initial value of `pre_bias`.
     """
     rows = x.double()
     median = rows.mean(dim=0)

@@ -1,4 +1,4 @@
-"""Model files: the notebook's `msae_block{B}.pt`, and the same as safetensors with JSON beside it."""
+"""Model files: the notebook's `msae_block{B}.pt`, and the same content as safetensors with a JSON file beside it."""
 
 import io
 import json
@@ -18,26 +18,28 @@ from msae_sweep.errors import DataError, first_line
 from msae_sweep.sae.model import MSAE, StandardisedMSAE, parameter_shapes
 
 _ALLOWING = threading.Lock()
-"""What torch may read is one list for the whole process: a thread that ends its reading takes another one's off it."""
+"""Lock around torch's list of allowed globals. There is one list for the whole process, and a thread that finishes
+reading would remove the entries that another thread still needs."""
 
 
 class ModelFile(NamedTuple):
-    """A trained MSAE with what it needs to be used on raw activations."""
+    """Trained MSAE with the normalisation that it needs to be used on raw activations, and its training history."""
 
     model: MSAE
     mean: Float32[np.ndarray, " input_dim"]
     std: Float32[np.ndarray, " input_dim"]
-    """Never 0: a channel that was constant in training data has 1, whoever wrote the file."""
+    """Standard deviation per channel, never 0: a channel that was constant in the training data has 1, whichever
+    program wrote the file."""
     history: dict[str, Any]
 
     def standardised(self) -> StandardisedMSAE:
-        """The model with its normalisation folded around it, for raw activations."""
+        """Return the model with its normalisation folded around it, for raw activations."""
         mean, std = (torch.from_numpy(np.array(v, dtype=np.float32)) for v in (self.mean, self.std))
         return StandardisedMSAE(self.model, mean, std)
 
 
 def to_bytes(file: ModelFile) -> bytes:
-    """The notebook's format: model_state_dict, config, normalization (numpy), history."""
+    """Return the file as bytes in the notebook's format: model_state_dict, config, normalization (numpy), history."""
     buffer = io.BytesIO()
     torch.save(
         {
@@ -52,7 +54,7 @@ def to_bytes(file: ModelFile) -> bytes:
 
 
 def save(file: ModelFile, path: str | Path) -> None:
-    """Write the notebook's format.
+    """Write `file` to `path` in the notebook's format.
 
     Raises:
         OSError: the file cannot be written.
@@ -62,27 +64,27 @@ def save(file: ModelFile, path: str | Path) -> None:
 
 
 def load(path: str | Path, content: bytes | None = None) -> ModelFile:
-    """Read the notebook's format without running any code from it (`weights_only`).
+    """Read a file in the notebook's format without running any code from it (`weights_only`).
 
     Args:
-        content: the file's bytes, where they have been read already; `path` then only names them in messages.
+        content: the file's bytes, if they have been read already; `path` is then used in error messages only.
 
-    Its tensors may have other names and orientations than ours: they are told by their shapes, and the encoder from the
-    decoder by `enc` or `dec` in its name.
+    Tensors in the file may have other names and orientations than ours: they are recognised by their shapes, and the
+    encoder and the decoder are distinguished by `enc` or `dec` in their names.
 
     Raises:
-        DataError: not such a file, or it holds anything but tensors, arrays, numbers and text.
+        DataError: the file is missing, has another format, or holds anything but tensors, arrays, numbers and text.
     """
     try:
         with _ALLOWING, warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_globals()):
-            warnings.simplefilter("ignore")  # of a foreign pickle's version; why it is refused is said below
+            warnings.simplefilter("ignore")  # about a foreign pickle's version; the error below gives the reason
             source = path if content is None else io.BytesIO(content)
             raw = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such model file") from None
     except Exception as error:
-        # torch raises a different type for each way in which a file can be foreign.
-        # Its first line advises to switch the safety off.
+        # torch raises a different exception type for each way in which a file can be foreign. The first line of its
+        # message advises to switch the safety off, so the reason is taken from the rest where that gives one.
         unknown, told = re.search(r"GLOBAL (\S+)", str(error)), re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
         reason = f"it holds {unknown[1]}" if unknown else (told[1] if told else first_line(error))
         raise DataError(f"{path}: not a model file that can be read safely: {reason}") from None
@@ -98,7 +100,7 @@ def load(path: str | Path, content: bytes | None = None) -> ModelFile:
 
 
 def check_sums(content: bytes) -> None:
-    """Compare what torch saved with the checksums in it, which `torch.load` does not look at.
+    """Verify the checksums that torch saved in a model file; `torch.load` does not check them.
 
     Raises:
         ValueError: the bytes are not those that were saved.
@@ -113,7 +115,7 @@ def check_sums(content: bytes) -> None:
 
 
 def to_safetensors(file: ModelFile) -> tuple[bytes, bytes]:
-    """Tensors with mean and std as safetensors, and config with history as the JSON that lies beside them."""
+    """Return tensors, mean and std in safetensors format, and config and history as the JSON file beside them."""
     from safetensors.numpy import save as serialise
 
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in file.model.state_dict().items()}
@@ -123,7 +125,7 @@ def to_safetensors(file: ModelFile) -> tuple[bytes, bytes]:
 
 
 def save_safetensors(file: ModelFile, path: str | Path) -> None:
-    """Write `to_safetensors` to `path` and, with the suffix `.json`, beside it.
+    """Write the tensors of `to_safetensors` to `path`, and its JSON to the same path with the suffix `.json`.
 
     Raises:
         OSError: a file cannot be written.
@@ -134,10 +136,10 @@ def save_safetensors(file: ModelFile, path: str | Path) -> None:
 
 
 def load_safetensors(path: str | Path) -> ModelFile:
-    """Read what `save_safetensors` wrote.
+    """Read the two files that `save_safetensors` wrote.
 
     Raises:
-        DataError: one of the two files is missing or not as written.
+        DataError: one of the two files is missing or is not as written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -162,10 +164,11 @@ def _statistics(values: Any, input_dim: int) -> Float32[np.ndarray, " input_dim"
 
 
 def _our_tensors(tensors: Any, own: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The model's parameters among the tensors of another class with the same arithmetic.
+    """Return the model's parameters, found among the tensors of another class with the same arithmetic.
 
     Raises:
-        ValueError: there is not one encoder, one decoder and one bias of input_dim, or a bias on latents.
+        ValueError: there is not exactly one encoder, one decoder and one bias of input_dim; or there is a bias on
+            latents that is not 0.
     """
     if set(tensors) == set(own):
         return {name: _float32(tensor) for name, tensor in tensors.items()}
@@ -180,7 +183,7 @@ def _our_tensors(tensors: Any, own: Mapping[str, tuple[int, ...]]) -> dict[str, 
             found["pre_bias"].append(tensor)
         elif shape == (hidden_dim,) and ("bias" in word or word.startswith("b_")) and tensor.any():
             raise ValueError(f"{name} is a bias on latents, which an MSAE has not")
-        # Anything else counts or caches something in training.
+        # Any other tensor is a counter or cache of training, and is ignored.
     if set(found) != set(own) or any(len(candidates) != 1 for candidates in found.values()):
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"cannot tell encoder, decoder and pre_bias among {shapes}")
@@ -192,7 +195,7 @@ def _float32(values: Any) -> torch.Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers, lists and dicts of Python's own, which JSON takes."""
+    """Return `value` with NumPy and torch values replaced by Python numbers, lists and dicts, which JSON accepts."""
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -202,13 +205,13 @@ def _plain(value: Any) -> Any:
 
 def _numpy_globals() -> list[Any]:
     reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
-    # Files written under numpy 1 and numpy 2 name the same function by two paths.
+    # Files written under numpy 1 and numpy 2 name the same function by two different paths.
     paths = ("numpy.core.multiarray", "numpy._core.multiarray")
     functions = [
         (f, f"{path}.{name}") for f, name in ((reconstruct, "_reconstruct"), (scalar, "scalar")) for path in paths
     ]
     dtypes = [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int64)]
-    # A history that was collected in a defaultdict(list) becomes a dict: torch fills no other kind.
+    # A history that was collected in a defaultdict(list) is read as a dict, the only mapping that torch fills.
     collected = [(_empty_dict, "collections.defaultdict"), (list, "builtins.list")]
     return [*functions, np.ndarray, np.dtype, *dtypes, *collected]
 

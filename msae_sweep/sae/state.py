@@ -1,4 +1,4 @@
-"""Everything that training changes: a model, Adam's moments, who fired when, the history and the best weights."""
+"""Everything that training changes: model, Adam's moments, when latents last fired, history and best weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,29 +15,29 @@ StopReason = Literal["epochs", "patience", "diverged"]
 
 
 class Batches(Protocol):
-    """Standardised rows of one split, on the trial's device; `data.windows.Batches` is one."""
+    """Standardised rows of one split, on the trial's device; `data.batches.windows.WindowBatches` satisfies it."""
 
     n_rows: int
     batch_size: int
 
     def windows(self, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch's rows [n, input_dim] and their order [m], m a multiple of batch_size; window after window."""
+        """Yield one epoch window by window: rows [n, input_dim] and their order [m], m a multiple of batch_size."""
 
     def expect(self, epoch: int, seed: int) -> None:
-        """Draw now what `windows(epoch, seed)` will need, where that can be done ahead."""
+        """Draw now the order that `windows(epoch, seed)` will need, if it can be drawn in advance."""
 
     def epoch(self, epoch: int, seed: int) -> Iterator[Tensor]:
-        """The same as full batches [batch_size, input_dim]."""
+        """Yield the rows of `windows` in their order, as full batches [batch_size, input_dim]."""
 
     def pieces(self) -> Iterator[Tensor]:
-        """Every row once, in order; every piece but the last has a multiple of batch_size rows."""
+        """Yield every row once, in order; every piece but the last has a multiple of batch_size rows."""
 
     def ordered(self) -> Iterator[Tensor]:
-        """The same in batches; the last one may be smaller."""
+        """Yield every row once, in order, in batches; the last batch may be smaller."""
 
 
 class AdamMoments(NamedTuple):
-    """Adam's two moments of a parameter, float32 of its shape."""
+    """Adam's two moments of one parameter: float32 tensors of the parameter's shape."""
 
     mean: Tensor
     square: Tensor
@@ -45,16 +45,17 @@ class AdamMoments(NamedTuple):
 
 @dataclass
 class TrainState:
-    """Everything that training changes; `fit` mutates it, the caller owns it and may save it between epochs."""
+    """Everything that training changes. `fit` mutates it; the caller owns it and may save it between epochs."""
 
     model: MSAE
     seed: int
-    """Decides the order of rows; initialisation has used it already."""
+    """Seed of the order of rows; the initialisation has used it already."""
     samples_since_fired: Tensor
-    """int64 [hidden_dim]: training rows since each latent last fired (value > 0 among the largest k)."""
+    """int64 [hidden_dim]: number of training rows since each latent last fired (value > 0 among the largest k)."""
     moments: dict[str, AdamMoments] = field(default_factory=dict)
-    """Of every parameter by name, as of the last finished epoch; empty before the first. An engine's own while it
-    trains: `torch.optim.Adam` takes a second or more to import what it needs, which the fused step does not."""
+    """Adam's moments of every parameter by name, as of the last finished epoch; empty before the first. While an engine
+    trains, it keeps the current moments itself. The state holds no `torch.optim.Adam`, because that takes a second or
+    more to import what it needs, and the fused step can do without."""
     step: int = 0
     points: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every finished epoch."""
@@ -67,11 +68,11 @@ class TrainState:
     def create(
         cls, config: TrainingConfig, input_dim: int, *, seed: int, device: torch.device, train: Batches | None = None
     ) -> "TrainState":
-        """A fresh state; the same seed gives the same weights on every device.
+        """Return a fresh state; the same seed gives the same weights on every device.
 
-        `train` gives the rows for the starts that look at data (`encoder_init: scaled`, `pre_bias_init:
-        geometric_median`): the first batch of the first epoch. Without it those parameters start as for the others,
-        which is right where a saved state is loaded next.
+        `train` provides the rows for the initialisations that depend on data (`encoder_init: scaled`, `pre_bias_init:
+        geometric_median`): the first batch of the first epoch. Without `train`, these parameters are initialised as in
+        the other settings, which is enough if a saved state is loaded next.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -88,16 +89,16 @@ class TrainState:
 
     @property
     def epoch(self) -> int:
-        """Epochs finished."""
+        """Number of finished epochs."""
         return len(self.points)
 
     @property
     def samples_seen(self) -> int:
-        """Training rows seen, counted again in every epoch."""
+        """Number of training rows seen, counted again in every epoch."""
         return int(self.points[-1]["samples_seen"]) if self.points else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and text only, so that `torch.load(weights_only=True)` reads it back."""
+        """Return the state as tensors, numbers and text only, so that `torch.load(weights_only=True)` can read it."""
         return {
             "model": self.model.state_dict(),
             "moments": {name: moments._asdict() for name, moments in self.moments.items()},
@@ -111,7 +112,7 @@ class TrainState:
         }
 
     def load_state_dict(self, raw: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave, on this state's own device."""
+        """Load the result of `state_dict` into this state, on this state's own device."""
         device = self.samples_since_fired.device
         self.model.load_state_dict(raw["model"])
         self.moments = {
@@ -124,12 +125,12 @@ class TrainState:
         self.best_epoch, self.stop_reason = raw["best_epoch"], raw["stop_reason"]
 
     def best_model(self) -> MSAE:
-        """A copy of the model with the best epoch's weights, on the CPU."""
+        """Return a copy of the model with the best epoch's weights, on the CPU."""
         weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.best_weights.items()}
         return MSAE(**self.model.config, parameters=weights)  # type: ignore[arg-type]
 
     def history(self) -> dict[str, Any]:
-        """The notebook's `history`: `train_loss`, `val_loss`, `dead_ratio`, `val_r2` by level; and `objective`."""
+        """Return `train_loss`, `val_loss`, `dead_ratio` and `val_r2` by level, as in the notebook, and `objective`."""
         series = {key: [p[key] for p in self.points] for key in ("train_loss", "val_loss", "dead_ratio", "objective")}
         levels = {f"r2_k{k}": [p[f"r2_k{k}"] for p in self.points] for k in self.model.k_levels}
         return {**series, "val_r2": levels}
@@ -137,16 +138,16 @@ class TrainState:
 
 @torch.no_grad()
 def encoder_scale(model: MSAE, x: Tensor, config: TrainingConfig) -> float:
-    """The factor c on W_enc that minimises the loss on `x` before training, 1 where there is none.
+    """Return the factor c on W_enc that minimises the loss on `x` before training, or 1 if no positive c does.
 
     Scaling the encoder scales every code and keeps its order, so x̂_l − pre_bias is linear in c and least squares gives
-    c = Σ_l α_l ⟨x − b, x̂_l − b⟩ / Σ_l α_l ‖x̂_l − b‖². Unscaled, x̂ starts far too large and the first epochs only shrink
-    it. Measured at block 20 of the real activations (40,000 rows, lr 8e-4, 4096 latents), R² at k = 16 / 128: after 200
-    steps 0.52 / 0.76 unscaled and 0.63 / 0.86 scaled; after 3,264 steps 0.80 / 0.96 unscaled and 0.78 / 0.90 scaled.
-    So it is for short runs, and not the default.
+    c = Σ_l α_l ⟨x − b, x̂_l − b⟩ / Σ_l α_l ‖x̂_l − b‖². Without scaling, x̂ starts far too large and the first epochs
+    only shrink it. Measured at block 20 of the real activations (40,000 rows, lr 8e-4, 4096 latents), R² at k = 16 /
+    128 is 0.52 / 0.76 unscaled and 0.63 / 0.86 scaled after 200 steps; after 3,264 steps it is 0.80 / 0.96 unscaled and
+    0.78 / 0.90 scaled. Scaling is therefore for short runs, and not the default.
     """
     weights = loss.level_weights(len(config.levels), config.weighting)
-    # On the CPU by the reference, whatever the trial's device: the same start everywhere.
+    # Computed on the CPU by the reference, whatever the trial's device, so that every device starts the same.
     directions = model.reconstruct(x).x_hats - model.pre_bias
     along = weights @ (directions * (x - model.pre_bias)).sum(dim=(1, 2))
     size = weights @ directions.square().sum(dim=(1, 2))

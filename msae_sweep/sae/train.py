@@ -1,4 +1,7 @@
-"""Training one MSAE: a generator of `Progress`, whose state goes out and in, so that stop + resume loses nothing."""
+"""Training of one MSAE: `fit` is a generator of `Progress`.
+
+The caller owns the state that `fit` changes. Stopping, saving the state and resuming from it therefore loses nothing.
+"""
 
 import math
 import time
@@ -19,16 +22,16 @@ __all__ = ["Batches", "Progress", "StepCache", "TrainState", "choose_device", "f
 
 
 class Progress(NamedTuple):
-    """What one epoch gave."""
+    """Result of one epoch of training and validation."""
 
     epoch: int
-    """Epochs finished, from 1."""
+    """Number of finished epochs, from 1."""
     metrics: dict[str, float]
-    """Finite numbers only, under the names of the README's table; a diverged epoch lacks those that are not."""
+    """Metrics under the names of the README's table, finite ones only: a diverged epoch lacks those that are not."""
     is_best: bool
-    """Whether this epoch's weights are the best so far."""
+    """True if this epoch's weights are the best so far."""
     stop_reason: StopReason | None
-    """Why training ends here, or None."""
+    """Reason why training ends after this epoch, or None if it goes on."""
 
 
 def fit(
@@ -38,11 +41,12 @@ def fit(
     config: TrainingConfig,
     steps: StepCache | None = None,
 ) -> Iterator[Progress]:
-    """Train from where `state` stands to the last epoch, yielding after each; stop early by ceasing to iterate.
+    """Train from the current epoch of `state` to the last one, yielding after each epoch.
 
-    The state is whole at every yield: saved there and loaded into a fresh one, it goes on to the same weights, bit for
-    bit. Ends after `config.epochs`, after `early_stopping_patience` epochs without a better objective, or when a loss
-    is no longer finite (`diverged`; that epoch is not recorded). `steps` keeps what was captured for other calls.
+    The caller stops early by ceasing to iterate. The state is complete at every yield: if it is saved there and loaded
+    into a fresh state, training goes on to the same weights, bit for bit. Training ends after `config.epochs`, after
+    `early_stopping_patience` epochs without a better objective, or when a metric is no longer finite (`diverged`; that
+    epoch is not recorded). `steps` caches captured steps for other calls.
     """
     engine = _engine(state, train, config, steps)
     steps_per_epoch = train.n_rows // train.batch_size
@@ -87,7 +91,7 @@ def _engine(state: TrainState, train: Batches, config: TrainingConfig, steps: St
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, a plateau, then the chosen decay towards 0."""
+    """Return the learning rate of step `step` (from 0): linear warm-up, a plateau, then the chosen decay towards 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.decay == "none":
@@ -98,10 +102,10 @@ def learning_rate_at(step: int, total_steps: int, config: TrainingConfig) -> flo
 
 
 def choose_device(config: TrainingConfig, *, holds_gpu: bool) -> torch.device:
-    """The device of a trial that holds a GPU or does not; `auto` never takes a GPU that Ray has not given.
+    """Return the device to train on; `auto` uses a GPU only if Ray has assigned one to the trial (`holds_gpu`).
 
     Raises:
-        DeviceError: `training.device` names a device that is not there.
+        DeviceError: `training.device` names a device that this machine does not have.
     """
     if config.device == "auto":
         if holds_gpu:

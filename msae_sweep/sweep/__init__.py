@@ -1,1 +1,1 @@
-"""Ray Tune: trials, ASHA within a block, the whole sweep."""
+"""Runs a whole sweep: Ray Tune runs its trials, and ASHA stops trials early within each block."""

@@ -1,4 +1,4 @@
-"""The driver's side of a running sweep: turns what trials report into records, files, tracking and display."""
+"""Tune callback on the driver, which turns the trials' reports into records, files, tracking events and display."""
 
 import re
 import time
@@ -22,10 +22,13 @@ from msae_sweep.track.tracker import Tracker
 
 
 class SweepCallback(tune.Callback):  # type: ignore[misc]
-    """Keeps every trial's record up to date on disk: a trial whose record says that it ended is never run again.
+    """Tune callback that keeps every trial's record up to date on disk.
 
-    Tune calls it in its loop, while a worker waits for its next trial: so it only notes and posts here, and the scribe
-    writes. The tracker belongs to the scribe's thread until the sweep's trials have ended.
+    A resumed sweep does not run a trial again whose record has a final status other than `failed`.
+
+    Tune calls the callback in its own loop, while a worker waits for its next trial. The callback therefore only
+    updates records and posts writes, which the `RecordWriter` carries out in its thread. Until the sweep's trials have
+    ended, only that thread uses the tracker.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial began, or goes on after a pause or a failure."""
+        """Mark a trial as running when it begins, or continues after a pause or a failure."""
         record = self._record(trial)
         if record.status == "pending":
             self._scribe.post(
@@ -65,12 +68,12 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """New epochs."""
+        """Record the epochs that a trial reports, post them to the tracker and update the display."""
         record = self._record(trial)
         for note in result.get("notes", []):
             self._display.say(note)
         runs_on = result.get("runs_on", {})
-        # Said once for each kind: how many bytes are free differs from worker to worker.
+        # Printed once per kind: the details after the colon, such as free bytes, differ from worker to worker.
         kind = {key: text.split(":")[0] for key, text in runs_on.items()}
         if runs_on and kind not in self._said:
             self._said.append(kind)
@@ -85,10 +88,10 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self._display.tick(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """It ended by itself, or ASHA stopped it."""
+        """Record the end of a trial that ended by itself or was stopped by ASHA."""
         result = trial.last_result or {}
         spec = trial.config["trial"]
-        # Tune sets `done` on a result that its scheduler stopped, so the trial's own word counts.
+        # Tune also sets `done` on the result of a trial that its scheduler stopped, so the trial's own status decides.
         if result.get("status") in FINAL:
             self._end(self._record(trial), result["status"], result["reason"])
             return
@@ -97,27 +100,30 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self._end(self._record(trial), "stopped_early", f"{STOPPED_AT}{rung}")
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Its worker or node was lost, or it failed; Tune starts it again."""
+        """Print why Tune starts a trial again: its worker or node was lost, or it failed."""
         if self._cannot_be_kept(trial):
             return
         self._display.say(f"{self._record(trial).trial_id} starts again from its last state: {_what_failed(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """It failed, and was not to be started again; Tune calls this only after `max_failures`."""
+        """Record a failed trial that is not started again; Tune calls this only after `max_failures`."""
         if self._cannot_be_kept(trial):
             return
         self._end(self._record(trial), "failed", _what_failed(trial))
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Once a turn of Tune's loop."""
+        """Print a status line if one is due; Tune calls this once per turn of its loop."""
         self._display.tick()
 
     def _record(self, trial: Trial) -> TrialRecord:
         return self._records[trial.config["trial"]["trial_id"]]
 
     def _cannot_be_kept(self, trial: Trial) -> bool:
-        """Whether a trial failed because its worker could not write to the sweep folder, which ends the sweep."""
-        # Ray hands on the text of a worker's exception, not the exception.
+        """Return whether a trial failed because its worker could not write to the sweep folder.
+
+        If so, the sweep is ended.
+        """
+        # Ray passes on the text of a worker's exception, not the exception itself.
         found = re.search(r"^msae_sweep\.errors\.StorageError: (.+)$", _error_text(trial), re.MULTILINE)
         if found:
             self._scribe.fail(StorageError(found[1]))
@@ -133,13 +139,16 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self._display.tick(record)
 
     def _write_end(self, record: TrialRecord, tags: dict[str, str]) -> None:
-        """In the scribe's thread. What is said last is what a resumed sweep goes by, so all else comes before it."""
+        """Write the end of a trial; called in the record writer's thread.
+
+        A resumed sweep goes by the record, so the model and the journal are written before it.
+        """
         ended_well = record.status in ("completed", "stopped_early")
         model = self._folder.model_file(record.trial_id) if ended_well else None
-        if model is not None and model.exists():  # in a store it is safe already
+        if model is not None and model.exists():  # a model in an object store is durable already
             self._folder.make_durable(model)
-        # The journal before the record: a trial whose record says that it ended is never spoken of again, while saying
-        # twice that it ended changes nothing.
+        # The journal comes before the record: once a record says that its trial ended, no further event is written for
+        # the trial, while a second `trial_ended` event changes nothing.
         self._tracker.trial_ended(
             trial_id=record.trial_id,
             status=record.status,
@@ -149,20 +158,20 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             tags=tags,
         )
         self._folder.save_record(record)
-        if record.status != "failed":  # a failed trial is tried again by a resumed sweep, from where it was
+        if record.status != "failed":  # a resumed sweep tries a failed trial again, from its last state
             self._folder.remove(self._folder.state_file(record.trial_id))
         self._display.trial_ended(record)
 
 
 def _what_failed(trial: Trial) -> str:
-    """The last error that Tune noted of a trial, in one line."""
+    """Return the last line of the errors that Tune recorded for a trial, at most 300 characters."""
     lines = _error_text(trial).strip().splitlines()
     return (lines[-1] if lines else "the worker was lost")[:300]
 
 
 def _error_text(trial: Trial) -> str:
-    """All that Tune noted of a trial's errors."""
-    # The driver's own file: Tune's `get_pickled_error` looks in the storage, where the file comes to lie later.
+    """Return everything that Tune recorded of a trial's errors; empty if there is nothing."""
+    # This is the driver's local file: Tune's `get_pickled_error` reads the storage, to which it is copied later.
     try:
         return Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
     except FileNotFoundError:

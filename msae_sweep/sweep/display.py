@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: a live table on a terminal, a plain line now and then elsewhere."""
+"""Progress display of a running sweep: a live table on a terminal, occasional plain status lines elsewhere."""
 
 import threading
 import time
@@ -17,19 +17,28 @@ from msae_sweep.sweep_folder.rungs import STOPPED_AT
 from msae_sweep.sweep_folder.trial_record import TrialRecord, ranked
 
 LINE_SECONDS = 15.0
-"""Plain lines come at most this often, besides one for every trial that ends."""
+"""Minimum seconds between two plain status lines; a line for every trial that ends comes in addition."""
 MOST_ROWS = 8
-"""Running trials, and blocks, that the live view shows at the most, fewer on a low terminal; it counts the others."""
+"""Maximum number of running trials, and of blocks, in the live view; a terminal with few lines shows fewer.
+
+The live view only counts the others.
+"""
 
 
 class Display:
-    """Shows trial records; it reads them and changes nothing.
+    """Display of trial records; it reads the records and does not change them.
 
-    Tune's loop makes records known while rich's thread draws them, so whoever draws takes a copy under a lock.
+    Tune's loop adds records while rich's thread draws them, so drawing starts from a copy of the list that is taken
+    under a lock.
     """
 
     def __init__(self, console: Console, config: SweepConfig, n_trials: int, note: Callable[[], str]) -> None:
-        """`n_trials`: of the whole sweep; `note`: a line on tracking, empty when there is nothing to say."""
+        """Prepare the display; entering it as a context manager starts the live table.
+
+        Args:
+            n_trials: number of trials of the whole sweep.
+            note: returns a line about tracking, or an empty string if there is nothing to report.
+        """
         self._console, self._name, self._n_trials, self._note = console, config.name, n_trials, note
         self._lock = threading.Lock()
         self._records: dict[str, TrialRecord] = {}
@@ -48,7 +57,7 @@ class Display:
             self._live.stop()
 
     def show(self, records: Iterable[TrialRecord]) -> None:
-        """Take the records to be shown from now on; those already trained do not count into the speed."""
+        """Show these records from now on; epochs that they already hold do not count towards the speed."""
         with self._lock:
             self._records = {record.trial_id: record for record in records}
             self._estimate.take(self._records.values())
@@ -58,14 +67,14 @@ class Display:
         self._console.print(line, highlight=False)
 
     def trial_ended(self, record: TrialRecord) -> None:
-        """Say that a trial ended; may be called from any thread."""
+        """Print that a trial ended; may be called from any thread."""
         best = record.best
         score = f"objective {best['objective']:.4f}, dead {best['dead_ratio']:.1%}" if best else "no epoch finished"
         style = "red" if record.status in ("failed", "diverged") else None
         self._console.print(f"{record.trial_id} {_ending(record)}: {score}", highlight=False, style=style)
 
     def tick(self, record: TrialRecord | None = None) -> None:
-        """Called often; prints a line where there is no terminal and the last one is a while ago."""
+        """Update the display with `record`; without a terminal, print a status line at most every `LINE_SECONDS`."""
         if record is not None:
             with self._lock:
                 self._records[record.trial_id] = record
@@ -100,11 +109,11 @@ class Display:
 
     @property
     def _n_rows(self) -> int:
-        """Rows of each table; a block may take two lines, and headings, captions and the status line 14."""
+        """Rows of each table that fit: a block may take two lines; headings, captions and the status line take 14."""
         return max(1, min(MOST_ROWS, (self._console.height - 14) // 3))
 
     def _blocks(self, records: Sequence[TrialRecord]) -> Table:
-        """Best trial of each block so far."""
+        """Return the table of each block's best trial so far."""
         table = Table(title=f"Sweep {self._name}", title_justify="left")
         for heading in (
             "block",
@@ -128,7 +137,7 @@ class Display:
                 continue
             winner, best = order[0], order[0].best
             r2 = [f"{k[3:]} {v:.3f}" for k, v in best.items() if k.startswith("r2_k")]
-            # On a narrow terminal all of them would take a line each.
+            # On a narrow terminal, each level would take a line of its own.
             levels = " ".join(r2 if self._console.width >= 120 else dict.fromkeys([r2[0], r2[-1]]))
             table.add_row(
                 str(block),
@@ -146,7 +155,7 @@ class Display:
         return table
 
     def _running(self, running: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Table:
-        """Trials that train, then those that wait at a rung."""
+        """Return the table of running trials: first those that train, then those that wait at a rung."""
         with self._lock:
             waits = {record.trial_id: self._estimate.is_waiting(record, records) for record in running}
         table = Table(title="Running", title_justify="left", caption_justify="left")
@@ -168,7 +177,7 @@ class Display:
 
 
 def _ending(record: TrialRecord) -> str:
-    """How a trial ended, e.g. `completed after 12 epochs (patience)` or `stopped early by ASHA at epoch 1`."""
+    """Return how a trial ended, e.g. `completed after 12 epochs (patience)` or `stopped early by ASHA at epoch 1`."""
     if record.reason.startswith(STOPPED_AT):
         return f"stopped early by ASHA at epoch {record.reason.removeprefix(STOPPED_AT)}"
     why = f" ({record.reason})" if record.reason not in ("epochs", record.status, "") else ""

@@ -1,4 +1,4 @@
-"""The plan of a sweep, printed without starting anything: neither Ray nor a file comes of it."""
+"""Prints the plan of a sweep without starting Ray or writing a file."""
 
 import os
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from msae_sweep.sweep_folder.trial_record import FINAL, TrialRecord
 from msae_sweep.track.uri import redact
 
 ROWS_SHOWN = 12
-"""Trials of the table; more are counted."""
+"""Maximum number of trials in the table; its title gives the number of all trials."""
 
 
 def show(config: SweepConfig, *, resume: bool, console: Console) -> None:
     """Print what `run` would do with the same arguments.
 
     Raises:
-        MsaeSweepError: what `run` would refuse before its first trial, so far as it can be known without Ray.
+        MsaeSweepError: `run` would refuse the sweep before its first trial, as far as that is known without Ray.
     """
     config, folder, infos = checked(config, resume=resume)
     _check_writable(folder)
@@ -67,7 +67,10 @@ def _blocks(config: SweepConfig, infos: Sequence[BlockInfo]) -> Table:
 
 
 def _trials(config: SweepConfig, infos: Sequence[BlockInfo]) -> Table:
-    """Settings of a block's trials, with their models; of `optuna`, which proposes later, what it chooses from."""
+    """Return the table of a block's trials, with their settings and the sizes of their models.
+
+    For `optuna`, which proposes settings while the sweep runs, the table lists the distributions it chooses from.
+    """
     widths = sorted({info.input_dim for info in infos})
     if config.search.algorithm == "optuna":
         table = Table(title="Trials of each block: proposed by optuna while the sweep runs", title_justify="left")
@@ -101,7 +104,7 @@ def _trials(config: SweepConfig, infos: Sequence[BlockInfo]) -> Table:
 def _resumed(config: SweepConfig, folder: SweepFolder, infos: Sequence[BlockInfo]) -> str:
     if not folder.exists():
         return ""
-    records, _ = folder.read_records()  # a trial whose record is damaged begins again
+    records, _ = folder.read_records()  # a trial whose record is damaged is trained again
     n_finished = sum(_is_finished(record) for record in records.values())
     n_begun = sum(not _is_finished(r) and (r.epochs > 0 or r.status != "pending") for r in records.values())
     n_left = config.n_trials_per_block() * len(infos) - n_finished - n_begun
@@ -109,7 +112,7 @@ def _resumed(config: SweepConfig, folder: SweepFolder, infos: Sequence[BlockInfo
 
 
 def _is_finished(record: TrialRecord) -> bool:
-    return record.status in FINAL and record.status != "failed"  # which is tried again
+    return record.status in FINAL and record.status != "failed"  # a failed trial is tried again
 
 
 def _stopping(config: SweepConfig) -> str:
@@ -147,7 +150,11 @@ def _destinations(config: SweepConfig, folder: SweepFolder) -> tuple[str, ...]:
 
 
 def _check_writable(folder: SweepFolder) -> None:
-    """As far as it can be seen without writing; a store is believed."""
+    """Check that the folder can be written, as far as that shows without writing; an object store is not checked.
+
+    Raises:
+        SweepError: the folder cannot be written.
+    """
     if "://" in str(folder):
         return
     there = next(path for path in (folder.path, *folder.path.parents) if path.exists())
@@ -157,7 +164,11 @@ def _check_writable(folder: SweepFolder) -> None:
 
 
 def _check_devices(config: SweepConfig) -> None:
-    """Where Ray would start on this machine, it would find what is here."""
+    """Check that this machine has the CPUs and GPUs of one trial, if Ray would be started on it.
+
+    Raises:
+        DeviceError: this machine has too few CPUs or GPUs.
+    """
     if not starts_ray_here():
         return
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,7 +1,7 @@
-"""Draws figures side by side, in Ray's workers beside the driver.
+"""Draws figures in parallel, in Ray workers on the driver's node.
 
-One of a report takes 0.2 s, the notebook's 1.5 s, most of it in Python; a sweep of three blocks has 25 of them, and its
-end would wait for 6 s.
+A figure of a report takes 0.2 s and the notebook's figure 1.5 s, most of it in Python. A sweep of three blocks has 25
+figures, so drawing them one after another would delay its end by 6 s.
 """
 
 import os
@@ -15,20 +15,22 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from msae_sweep.report.style import Drawing, Job, drawn
 
 MOST_WORKERS = 8
-"""More would each import matplotlib for a figure or two."""
+"""Maximum number of workers; with more, each would import matplotlib for only a figure or two."""
 T = TypeVar("T")
 
 
 def side_by_side(jobs: Sequence[Job]) -> Callable[[], list[Drawing | None]]:
-    """`beside` for the figures of a report."""
+    """Start to draw the figures of a report, as `beside` does; the returned function waits for them."""
     return beside([partial(drawn, job) for job in jobs])
 
 
 def beside(jobs: Sequence[Callable[[], T]]) -> Callable[[], list[T]]:
-    """Begin to draw; what it returns waits for the drawings. On fewer than four cores this process draws.
+    """Start to run `jobs` in Ray workers; the returned function waits for their results, in the order of `jobs`.
+
+    With fewer than four cores, the returned function runs the jobs in this process instead.
 
     Args:
-        jobs: picklable; each draws a figure.
+        jobs: picklable functions, each of which draws a figure.
     """
 
     def here() -> list[T]:
@@ -39,7 +41,7 @@ def beside(jobs: Sequence[Callable[[], T]]) -> Callable[[], list[T]]:
         return here
     n = min(most, len(jobs))
     on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # They ask for no CPU: what else runs in the cluster may hold all of them for long.
+    # The tasks request no CPU, because other work in the cluster may hold all CPUs for long.
     task = ray.remote(num_cpus=0, scheduling_strategy=on_this_node)(_do)
     shares = [task.remote(jobs[i::n]) for i in range(n)]
 
@@ -47,7 +49,7 @@ def beside(jobs: Sequence[Callable[[], T]]) -> Callable[[], list[T]]:
         try:
             done = ray.get(shares)
         except ray.exceptions.RayError:
-            # A worker that could not be had or was lost, or a figure that cannot be drawn, which then says so here.
+            # A worker did not start or was lost, or a figure cannot be drawn, in which case the error is raised here.
             return here()
         return [done[i % n][i // n] for i in range(len(jobs))]
 

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind when it ends: summary, reconstruction, figure, each block's best model."""
+"""Writes the files that a sweep leaves when it ends: summary, reconstruction, figure, each block's best model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,19 +13,19 @@ from msae_sweep.sweep_folder.summary import best_entry, block_entry, reconstruct
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 ARTIFACTS = ("summary.json", "results/reconstruction.json")
-"""What goes with the sweep's MLflow run, relative to the sweep folder."""
+"""Artifacts of the sweep's MLflow run, as paths relative to the sweep folder."""
 FIGURE = "figures/msae_training.png"
 REPORT = "report/report.html"
-"""The same, once they are drawn."""
+"""Path of the report's page, relative to the sweep folder; it and `FIGURE` become artifacts once they are drawn."""
 
 
 class FinalFiles(NamedTuple):
-    """What `write` leaves."""
+    """Return value of `write`."""
 
     summary: dict[str, Any]
-    """As `summary.json` holds it."""
+    """Content of `summary.json`."""
     histories: dict[str, dict[str, Any]]
-    """Of each block's best trial, as `figures.training_figure` takes them; empty where no trial has ended."""
+    """Training history of each block's best trial, as `training_figure` takes them; blocks without one are left out."""
 
 
 def write(
@@ -36,12 +36,12 @@ def write(
     *,
     seconds: float,
 ) -> FinalFiles:
-    """Write everything that follows from the records; an interrupted sweep gets it too, for what there is.
+    """Write all files that follow from the records; an interrupted sweep gets them too, for what it has reached.
 
-    The blocks' best models are there: `lost_models` found none.
+    The models of the blocks' best trials must be readable; `lost_models` checks this before.
 
     Args:
-        seconds: wall time of this run, without preparation.
+        seconds: wall time of this run in seconds; the preparation counts only where it runs alongside the trials.
     """
     levels = {record.trial_id: record.training(config.training).levels for record in records}
     blocks = {
@@ -77,20 +77,20 @@ def write(
 
 
 def write_figure(folder: SweepFolder, png: bytes) -> Path:
-    """Write the notebook's figure; returns its file."""
+    """Write the notebook's figure and return its path."""
     target = folder.path / FIGURE
     folder.write(target, png)
     return target
 
 
 def champions(summary: Mapping[str, Any]) -> dict[int, str]:
-    """Each block's best trial, by block number."""
+    """Return the trial_id of each block's best trial, by block number; blocks without one are left out."""
     named = {int(name.removeprefix("block")): block["best"] for name, block in summary["blocks"].items()}
     return {block: best for block, best in named.items() if best is not None}
 
 
 def block_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of each block's best trial as `block5/r2_k128` …, for the sweep's own MLflow run."""
+    """Return the metrics of each block's best trial as `block5/r2_k128` …, for the sweep's own MLflow run."""
     metrics: dict[str, float] = {}
     for name, block in summary["blocks"].items():
         if best := best_entry(block):

@@ -1,7 +1,7 @@
-"""Memory and disk that a sweep needs at the least, against what is there: what cannot fit is refused before it starts.
+"""Checks that memory and disk suffice for a sweep, so that a sweep that cannot fit is refused before it starts.
 
-Only lower bounds are compared, so nothing is refused that might fit: a trial holds its state whatever the step needs
-besides, and rows that do not fit on a device are streamed.
+Only lower bounds of the need are compared, so nothing is refused that might fit: a trial holds its state whatever else
+the step needs, and rows that do not fit on a device are streamed.
 """
 
 import os
@@ -23,13 +23,16 @@ from msae_sweep.sweep.resources import starts_ray_here
 from msae_sweep.sweep.space import plan
 
 STATE_BYTES = 16
-"""A parameter's share of a trial's state: weight, Adam's two moments, and its weight in the best epoch, all float32."""
+"""Bytes of a trial's state per parameter: weight, Adam's two moments and weight of the best epoch, all float32."""
 
 ASK_BYTES = 2 << 30
-"""A state up to this fits any device; the cluster's are asked about larger ones, which takes a worker's imports."""
+"""State size that is taken to fit any device; the cluster's devices are queried only for models with a larger state.
+
+A query takes as long as a worker's imports.
+"""
 
 ASK_SECONDS = 60.0
-"""A device that is not free for so long is not waited for."""
+"""Seconds that a query waits for a device that is not free."""
 
 
 class Model(NamedTuple):
@@ -40,7 +43,7 @@ class Model(NamedTuple):
 
     @property
     def n_parameters(self) -> int:
-        """W_enc, W_dec and pre_bias."""
+        """Number of parameters in W_enc, W_dec and pre_bias."""
         return 2 * self.input_dim * self.hidden_dim + self.input_dim
 
     @property
@@ -50,11 +53,11 @@ class Model(NamedTuple):
 
 
 def check_here(config: SweepConfig, infos: Sequence[BlockInfo]) -> None:
-    """Check what can be known before Ray is: shards against the storage's disk, and all against this machine.
+    """Check what can be checked before Ray starts: disk space for the shards and, if Ray is to start here, memory.
 
     Raises:
-        ConfigError: a model that no device of this machine can hold, where the sweep is to run on this machine.
-        DataError: rows whose shards the disk or this machine cannot hold.
+        ConfigError: the sweep is to run on this machine, and no device of it can hold one of the models.
+        DataError: the disk or this machine cannot hold the shards of the rows.
     """
     _check_disk(config, infos)
     if not starts_ray_here():
@@ -70,29 +73,29 @@ def check_here(config: SweepConfig, infos: Sequence[BlockInfo]) -> None:
 
 
 def check_devices(config: SweepConfig, infos: Sequence[BlockInfo], gpus: float) -> None:
-    """Check the models against the largest device of the cluster; asks it only about large ones.
+    """Check the models against the largest device of the cluster, which is queried only for large models.
 
     Args:
-        gpus: of a trial.
+        gpus: GPUs per trial.
 
     Raises:
-        ConfigError: a model that no device there can hold.
+        ConfigError: no device of the cluster can hold one of the models.
     """
     _check_models(config, infos, lambda: _largest_device(gpus))
 
 
 def shard_bytes(info: BlockInfo) -> int:
-    """Size of a block's prepared shards, float32."""
+    """Return the size of a block's prepared shards, which are float32, in bytes."""
     return 4 * info.n_rows * info.input_dim
 
 
 def model_of(input_dim: int, expansion_factor: float) -> Model:
-    """The model of a trial with this expansion factor on rows of this width."""
+    """Return the model size of a trial with this expansion factor on rows of this width."""
     return Model(input_dim, round(input_dim * expansion_factor))
 
 
 def size(n_bytes: int) -> str:
-    """Bytes as people read them."""
+    """Return a number of bytes as text with a unit, e.g. `1.5 GiB`."""
     amount = float(n_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if amount < 1024:
@@ -107,7 +110,7 @@ def _check_models(config: SweepConfig, infos: Sequence[BlockInfo], capacity: Cal
             continue
         factors: Iterable[float] = config.corners("expansion_factor")
         if config.search.algorithm != "optuna":
-            # What will be proposed is known, and may be less than what could be.
+            # These searches' trials are known in advance, and may need less than the largest value that is possible.
             factors = {record.training(config.training).expansion_factor for record in plan(config, [info.block])}
         largest, room = _largest(info, factors), capacity()
         if room is not None and largest.state_bytes > room:
@@ -128,7 +131,11 @@ def _largest_device_here() -> int:
 
 
 def _largest_device(gpus: float) -> int | None:
-    """The largest device of the cluster that a trial could have; None where none answers in time."""
+    """Return the memory in bytes of the largest device of the cluster that a trial could have.
+
+    Returns:
+        None where it is unknown: a node has not answered within `ASK_SECONDS`, a query failed, or no node qualifies.
+    """
     ask = ray.remote(num_cpus=0, num_gpus=min(gpus, 1.0), max_retries=0)(_device_bytes)
     nodes = [node for node in ray.nodes() if node["Alive"] and (not gpus or node["Resources"].get("GPU", 0) >= gpus)]
     there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
@@ -136,7 +143,7 @@ def _largest_device(gpus: float) -> int | None:
     answered, silent = ray.wait(asked, num_returns=len(asked), timeout=ASK_SECONDS) if asked else ([], [])
     for task in silent:
         ray.cancel(task, force=True)
-    # A node that has not answered may have the largest.
+    # A node that has not answered may have the largest device.
     if silent or not answered:
         return None
     try:
@@ -174,10 +181,10 @@ def _fewer(config: SweepConfig) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder that is there."""
+    """Return the nearest folder that exists: `path` or one of its parents."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _spill_folder() -> Path:
-    """Where Ray puts what its object store does not hold, unless told otherwise."""
+    """Return the folder to which Ray spills objects that do not fit into its object store, unless set otherwise."""
     return _existing(Path(os.environ.get("RAY_TMPDIR", "/tmp")).absolute())

@@ -1,4 +1,4 @@
-"""Optuna's TPE, one study a block, as a Tune searcher; a resumed sweep tells the studies what was already found."""
+"""Tune searcher that runs Optuna's TPE, one study per block; a resumed sweep adds earlier results to the studies."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +14,10 @@ from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 
 class BlockOptuna(Searcher):  # type: ignore[misc]
-    """Proposes trials for the blocks in turn; what it proposes depends on the results known when it is asked.
+    """Searcher that proposes trials for the blocks in turn, each from the results that are known at that time.
 
-    So a sweep with `optuna` repeats exactly only with one trial at a time; each trial's own result never depends on it.
+    A sweep with `optuna` therefore repeats exactly only if it runs one trial at a time. The result of a trial with
+    given settings never depends on the other trials.
     """
 
     def __init__(
@@ -26,8 +27,13 @@ class BlockOptuna(Searcher):  # type: ignore[misc]
         known: Sequence[TrialRecord],
         to_spec: Callable[[TrialRecord], dict[str, Any]],
     ) -> None:
-        """`known`: trials of an interrupted run; those that have not ended are proposed first, under their numbers."""
-        super().__init__()  # no metric: a result holds every epoch's, not one
+        """Create the studies and add the results of an interrupted run to them.
+
+        Args:
+            known: trials of an interrupted run; those that have not ended are proposed first, under their numbers.
+            to_spec: takes a proposed trial and returns its config for `MSAETrial`.
+        """
+        super().__init__()  # no metric is named: a result holds the metrics of several epochs
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._config, self._blocks, self._to_spec = config, list(blocks), to_spec
         self._options = {key: list(d.values) for key, d in config.space.items() if d.kind in ("choice", "grid")}
@@ -51,7 +57,7 @@ class BlockOptuna(Searcher):  # type: ignore[misc]
         return {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial's config, or FINISHED; `trial_id` is Tune's own."""
+        """Return the next trial's config, or FINISHED; `trial_id` is Tune's own id."""
         if self._again:
             record = self._again.pop(0)
             study = self._studies[record.block]
@@ -69,12 +75,12 @@ class BlockOptuna(Searcher):  # type: ignore[misc]
         return {"trial": self._to_spec(record)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keep the epochs, so that a stopped trial counts with the best it reached."""
+        """Record the epochs, so that a stopped trial counts with the best objective that it reached."""
         if trial_id in self._asked:
             self._asked[trial_id][2].add_points(result.get("points", []))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study the best objective, or that the trial failed."""
+        """Pass the trial's best objective to the study, or that the trial failed."""
         block, trial, record = self._asked.pop(trial_id)
         record.add_points((result or {}).get("points", []))
         if error or not record.points:
@@ -83,10 +89,10 @@ class BlockOptuna(Searcher):  # type: ignore[misc]
             self._studies[block].tell(trial, record.best["objective"])
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the sweep folder's records hold all that a resumed sweep tells a new searcher."""
+        """Do nothing: a resumed sweep builds a new searcher from the sweep folder's records."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as for `save`."""
+        """Do nothing, for the same reason as `save`."""
 
     def _learn(self, record: TrialRecord) -> None:
         if record.points:
@@ -97,7 +103,7 @@ class BlockOptuna(Searcher):  # type: ignore[misc]
             )
 
     def _encode(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Options by their number, because Optuna's categories must be plain values and k_levels are lists."""
+        """Replace options by their index, because Optuna's categories must be plain values and k_levels are lists."""
         listed = {key: [_tuple(option) for option in options] for key, options in self._options.items()}
         return {key: listed[key].index(_tuple(v)) if key in listed else v for key, v in params.items()}
 

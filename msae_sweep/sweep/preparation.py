@@ -1,8 +1,9 @@
 """Prepares the blocks while trial workers start and train on those that are ready.
 
-A worker takes seconds until it can train: a process, imports, a device, kernels to compile. On a machine whose GPUs are
-fewer than its cores there is no need to let it wait for the data, nor the first block for the last. Where trials may
-take every core, the blocks are prepared first: a trial that waits for its block would keep the core that prepares it.
+A worker takes seconds until it can train: it starts a process, imports modules, opens a device and compiles kernels. On
+a machine with fewer GPUs than cores, a worker can do so while the data is prepared, and trials of the first block need
+not wait for the last block. Where trials may take every core, all blocks are prepared first: a trial that waits for its
+block would hold the core on which the block is to be prepared.
 """
 
 import threading
@@ -22,38 +23,41 @@ from msae_sweep.sweep.ready_blocks import ReadyBlocks
 from msae_sweep.sweep.resources import trials_at_once
 
 CORES_TO_PREPARE = 4
-"""Fewer free cores than this, and the preparation loses more to starting workers than these gain: on two busy cores the
-first step came 10 to 13 s after the start instead of 7 to 11 s."""
+"""Minimum number of free cores for preparing blocks while workers start.
+
+With fewer, the preparation loses more time to the starting workers than these gain: on two busy cores the first step
+came 10 to 13 s after the start instead of 7 to 11 s.
+"""
 
 
 class Interrupted(SweepError):
-    """The trials ended before the data was ready, so nobody waits for it."""
+    """Error raised to callers that wait for the data, if the trials ended before it was ready."""
 
 
 class Preparation:
-    """The preparation of a sweep's blocks, in a thread of the driver."""
+    """Preparation of a sweep's blocks, in a thread of the driver."""
 
     def __init__(self, config: SweepConfig, infos: Sequence[BlockInfo], on_progress: Callable[[str], None]) -> None:
-        """Begin."""
+        """Start the preparation."""
         self.input_dims = {info.block: info.input_dim for info in infos}
         """Width of every block that will be prepared, in the sweep's order."""
         self._config, self._say = config, on_progress
         self._prepared: dict[int, PreparedBlock] = {}
         self._error: BaseException | None = None
-        # Beside the driver: lost with it, and with nothing else.
+        # The actor runs on the driver's node, so that only the loss of that node loses it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._ready = ray.remote(num_cpus=0, scheduling_strategy=here)(ReadyBlocks).remote()
         self._settled = threading.Event()
-        # A daemon: a driver that ends with an error does not wait for data.
+        # The thread is a daemon, so that a driver that ends with an error does not wait for data.
         self._thread = threading.Thread(target=self._run, name="preparation", daemon=True)
         self._thread.start()
 
     def wait(self) -> dict[int, PreparedBlock]:
-        """Every block, once all are ready; may be asked from any thread.
+        """Return every block once all are ready; may be called from any thread.
 
         Raises:
             DataError: the rows cannot be used.
-            Interrupted: `abandon` was called before.
+            Interrupted: `abandon` was called before all blocks were ready.
         """
         self._settled.wait()
         if self._error is not None:
@@ -61,17 +65,17 @@ class Preparation:
         return self._prepared
 
     def abandon(self) -> None:
-        """Nobody needs what is not ready by now."""
+        """Give up blocks that are not ready yet: whoever waits for one, or for all, gets an error."""
         if not self._settled.is_set():
             self._settle(Interrupted("interrupted before the data was ready; run it again"))
 
     def close(self) -> None:
-        """Let go of what it takes to hand blocks out; the blocks stay."""
+        """Give up blocks that are not ready, and end the actor that hands out blocks; prepared blocks stay."""
         self.abandon()
         ray.kill(self._ready)
 
     def blocks(self) -> "PreparedBlocks":
-        """What a trial needs to get its block."""
+        """Return the mapping from which trials get their blocks."""
         return PreparedBlocks(self._ready)
 
     def _run(self) -> None:
@@ -91,7 +95,7 @@ class Preparation:
             self._settle(None)
 
     def _on_progress(self, line: str) -> None:
-        # What goes on in threads after `abandon` is nobody's concern.
+        # Threads may go on after `abandon`, but their progress no longer matters.
         if not self._settled.is_set():
             self._say(line)
 
@@ -103,10 +107,10 @@ class Preparation:
 
 
 class PreparedBlocks:
-    """A mapping of blocks that waits for one that is not ready yet; picklable."""
+    """Picklable mapping from block number to prepared block; a lookup waits until the block is ready."""
 
     def __init__(self, ready: Any) -> None:
-        """`ready` is a handle of the actor `ReadyBlocks`."""
+        """Create the mapping from `ready`, a handle of the actor `ReadyBlocks`."""
         self._ready = ready
         self._known: dict[int, PreparedBlock] = {}
 
@@ -117,12 +121,15 @@ class PreparedBlocks:
         return self._known[block]
 
     def __contains__(self, block: int) -> bool:
-        """Whether it is ready."""
+        """Return whether a block is ready."""
         return block in self._known or bool(ray.get(self._ready.has.remote(block)))
 
 
 def leaves_cores(config: SweepConfig, gpus_per_trial: float) -> bool:
-    """Whether half of the cluster's cores, and four at least, stay free however many trials run at once."""
+    """Return whether at least half of the cluster's cores, and at least four, stay free while trials run.
+
+    As many trials as can run at once are assumed to do so; if only the cores limit their number, none stay free.
+    """
     at_once = trials_at_once(config, gpus_per_trial)
     cores = ray.cluster_resources().get("CPU", 0)
     return at_once is not None and cores - at_once * config.resources.cpu >= max(CORES_TO_PREPARE, cores / 2)

@@ -1,4 +1,4 @@
-"""Connecting to Ray: to the cluster that RAY_ADDRESS names, else to a Ray that is started for this process alone."""
+"""Connects to Ray: to the cluster that RAY_ADDRESS names, or else to a Ray that is started for this process alone."""
 
 import atexit
 import contextlib
@@ -19,25 +19,25 @@ from msae_sweep.errors import SweepError, first_line
 from msae_sweep.patching import patched
 
 CLUSTER_SECONDS = 10.0
-"""How long a cluster that RAY_ADDRESS names may take to answer, e.g. while its head node starts again."""
+"""Seconds that a cluster that RAY_ADDRESS names may take to answer, e.g. while its head node starts again."""
 
 LOOPBACK = "127.0.0.1"
 
 _session: Path | None = None
-"""Session folder, with logs and spilled objects, of the Ray that `connect` has started; None where there is none."""
+"""Session folder, with logs and spilled objects, of the Ray that `connect` has started; None if it started none."""
 _keep_session = False
 
 
 def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> None:
     """Connect to the cluster that RAY_ADDRESS names (`auto`: the one of this node), else start Ray on this machine.
 
-    A Ray that is started here listens on loopback alone. Where the process is connected already, nothing is done.
+    A Ray that is started here listens on loopback only. If the process is connected already, the connection is kept.
 
     Args:
         say: takes a line for the user.
 
     Raises:
-        SweepError: no cluster answers there, or it does not let us in, or Ray does not start.
+        SweepError: no cluster answers at the address, the cluster rejects this process, or Ray does not start.
     """
     global _session
     _keep_tune_quiet()
@@ -52,8 +52,8 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
         if address:
             options["address"] = _answering(address)
         else:
-            # Ray's servers listen on all interfaces, unless the node's address is loopback, which ray.init would
-            # replace by the machine's address in the network.
+            # Ray's servers listen on all interfaces unless the node's address is loopback, and ray.init would replace
+            # a loopback address by the machine's network address.
             stack.enter_context(patched("ray._private.services", "resolve_ip_for_localhost", lambda host: host))
             options |= {"address": "local", "_node_ip_address": LOOPBACK}
             options |= {"_system_config": {"enable_metrics_collection": False}}
@@ -63,7 +63,7 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
         try:
             context = ray.init(**options)
         except Exception as error:
-            # Of many kinds: ValueError, ConnectionError, RuntimeError, and plain Exception.
+            # ray.init raises many kinds: ValueError, ConnectionError, RuntimeError, and plain Exception.
             raise SweepError(f"{where}: {first_line(error)}") from error
         finally:
             # Ray's C++ part handles SIGTERM too: it prints its stack, and aborts the process after three seconds.
@@ -74,19 +74,19 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
 
 
 def cluster_address() -> str | None:
-    """The cluster that RAY_ADDRESS names, as in every Ray job; None where Ray is to be started on this machine."""
+    """Return the address in RAY_ADDRESS, which every Ray job sets; None if Ray is to be started on this machine."""
     address = os.environ.get("RAY_ADDRESS", "")
     return None if address in ("", "local") else address
 
 
 def keep_session() -> None:
-    """Have `disconnect` leave Ray's logs where they are, because something failed."""
+    """Make `disconnect` keep Ray's logs, because something failed."""
     global _keep_session
     _keep_session = True
 
 
 def disconnect(*, keep_session: bool = False) -> None:
-    """End a Ray that `connect` has started, and remove what it wrote, unless that is to be kept to be read."""
+    """Shut down a Ray that `connect` has started, and remove its session folder unless the logs are to be kept."""
     global _session
     session, _session = _session, None
     if session is None:
@@ -98,35 +98,36 @@ def disconnect(*, keep_session: bool = False) -> None:
 
 
 def abandon() -> None:
-    """Let this process end without telling Ray, which notices.
+    """Let this process end without `ray.shutdown`; Ray notices by itself that the process has ended.
 
-    Ray aborts a process in which a thread still uses it when it is shut down, as one that prepares data may.
+    Ray aborts a process that shuts it down while a thread still uses it, as a thread that prepares data may.
     """
     atexit.unregister(ray.shutdown)
 
 
 def _keep_tune_quiet() -> None:
-    # Tune prints its own table and writes its own logs unless told not to; neither is ours, whoever has started Ray.
+    # By default Tune prints its own table and writes its own logs; neither is wanted, whoever has started Ray.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # What a trial failed of is said in one line by the monitor, and kept in full in its folder under tune/.
+    # `SweepCallback` prints a trial's error in one line; the trial's folder under tune/ keeps the whole error.
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-    # The same of a task's error that nobody came to ask for, because the sweep was ended by another one's.
+    # If one task's error ends the sweep, other tasks' errors are never retrieved, and Ray would print them.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    # Nothing is read back from Tune's snapshots of itself.
+    # Nothing is read back from Tune's snapshots of its own state.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    # One of them may fail where a sweep ends soon after it began, or where the disk is full.
+    # A snapshot may fail if a sweep ends soon after it began, or if the disk is full.
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
-    # Of every trial that it has no log of, it says so at the end.
+    # At the end, Tune logs a warning for every trial of which it has no log.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def _without_metrics_pages() -> Iterator[None]:
-    """Keep Ray's processes that are started meanwhile from serving pages of metrics, which ask for no token.
+    """Keep Ray processes that start inside this context from serving metrics pages, which require no token.
 
-    Ray has no switch for it, but goes on without a page whose port cannot be. A port that the user has set is kept.
+    Ray has no option for this, but it goes on without a page whose port is invalid. A port that the user has set is
+    kept.
     """
     pages = [name for name in ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT") if name not in os.environ]
     os.environ.update(dict.fromkeys(pages, "-1"))
@@ -138,10 +139,10 @@ def _without_metrics_pages() -> Iterator[None]:
 
 
 def _make_token_private() -> Path | None:
-    """Ray writes the token that it makes for its clusters so that every user of the machine can read it.
+    """Make Ray's token file readable by its owner only; by default, every user of the machine can read it.
 
     Returns:
-        Its file, if it had to be changed.
+        The token file if its permissions had to be changed, else None.
     """
     file = Path.home() / ".ray" / "auth_token"
     with contextlib.suppress(OSError):
@@ -153,12 +154,12 @@ def _make_token_private() -> Path | None:
 
 
 def _answering(address: str) -> str:
-    """The host and port of the cluster that `address` names, once it answers and lets this process in.
+    """Return host and port of the cluster that `address` names, once it answers and accepts this process.
 
-    Ray itself would try for minutes, and print a line a second.
+    Ray itself would try for minutes, and print one line per second.
 
     Raises:
-        SweepError: it does not, or there is none.
+        SweepError: there is no cluster, or it does not answer or accept this process.
     """
     if address.startswith("ray://"):
         _reach(address.removeprefix("ray://"), address)
@@ -170,7 +171,11 @@ def _answering(address: str) -> str:
 
 
 def _of_this_node() -> str:
-    """The cluster that Ray would take for `auto`: the one that `ray start` began last here, or the only one."""
+    """Return the address that Ray takes for `auto`: the cluster that `ray start` started last here, or the only one.
+
+    Raises:
+        SweepError: no cluster runs on this node.
+    """
     from ray._private import services
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
@@ -180,16 +185,20 @@ def _of_this_node() -> str:
     except (ConnectionError, ValueError):
         reason = "no Ray cluster runs on this node; start one with `ray start --head`, or unset RAY_ADDRESS"
         raise SweepError(f"RAY_ADDRESS auto: {reason}") from None
-    # As ray.init does for `auto`, and for no other address; without its warning.
+    # ray.init does this for `auto` only; here its warning is left out.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     return str(found)
 
 
 def _reach(found: str, address: str) -> None:
-    """Wait until somebody listens there."""
+    """Wait until a server accepts connections at `found`.
+
+    Raises:
+        SweepError: none does within `CLUSTER_SECONDS`.
+    """
     host, _, port = found.rpartition(":")
-    if not port.isdigit():  # ray.init says what is wrong with it
+    if not port.isdigit():  # ray.init reports what is wrong with the address
         return
     deadline = time.monotonic() + CLUSTER_SECONDS
     while True:
@@ -204,14 +213,18 @@ def _reach(found: str, address: str) -> None:
 
 
 def _enter(found: str, address: str) -> None:
-    """Ask who listens there for the cluster's id, which tells whether it is Ray and takes this process's token."""
+    """Request the cluster id from the server at `found`, to check that it is Ray and accepts this process's token.
+
+    Raises:
+        SweepError: the server is not Ray, or it rejects the token.
+    """
     try:
         import grpc
         from ray._private.grpc_utils import init_grpc_channel
         from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-    except ImportError:  # another version of Ray; ray.init will tell
+    except ImportError:  # this is another version of Ray; ray.init reports errors then
         return
-    # Ray itself goes through no proxy either.
+    # Ray itself does not use a proxy either.
     with init_grpc_channel(found, options=[("grpc.enable_http_proxy", 0)]) as channel:
         stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         try:

@@ -1,4 +1,4 @@
-"""An evaluation over the cluster: Ray Data, a task a row range, sums merged on the driver as they come."""
+"""Evaluates a model on the cluster: Ray Data runs one task per row range, and the driver merges the tasks' sums."""
 
 import logging
 import pickle
@@ -18,23 +18,23 @@ from msae_sweep.sae.model import MSAE
 
 
 def sums_on_cluster(plan: EvaluationPlan, model: MSAE, max_k: int) -> Iterator[tuple[EvaluationSums, int]]:
-    """Sums and dropped rows of each part, in the parts' order; a task takes a GPU where the cluster has one.
+    """Yield the sums and the number of dropped rows of each part, in the parts' order.
 
-    Ray is connected. What travels to a task is a reference to the model; what comes back are its sums, a few hundred
-    kilobytes, so the driver holds no rows.
+    Ray must be connected. A task takes a GPU if the cluster has one. It gets a reference to the model and returns its
+    sums, a few hundred kilobytes, so the driver holds no rows.
 
     Raises:
-        MsaeSweepError: as a task raised it.
+        MsaeSweepError: a task raised it.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # Float sums depend on their order.
+    # Sums of floats depend on the order in which they are merged.
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
-    # In a list, the reference travels instead of megabytes.
+    # Inside a list, the reference itself is sent to a task, instead of megabytes of weights.
     arguments = ([ray.put((model.config, weights))], plan, max_k, on_gpu)
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
     items = [{"i": i} for i in range(plan.n_ranges)]
@@ -50,7 +50,7 @@ def sums_on_cluster(plan: EvaluationPlan, model: MSAE, max_k: int) -> Iterator[t
 def _sums(
     batch: dict[str, np.ndarray], model: list[Any], plan: EvaluationPlan, max_k: int, on_gpu: bool
 ) -> dict[str, list[Any]]:
-    """One part's sums; what was raised on purpose comes back as text, because Ray Data may lose the exception."""
+    """Return one part's sums; a `MsaeSweepError` is returned as text, because Ray Data may lose the exception."""
     try:
         part = plan.read(int(batch["i"][0]))
     except MsaeSweepError as error:

@@ -1,7 +1,7 @@
-"""The actor that tells trials which blocks are prepared.
+"""Actor from which trials get references to the prepared blocks.
 
-Its process imports this module and nothing heavier: it would import torch and Ray Tune for 4 s of a core beside the
-trials' workers if it handled the prepared blocks themselves, so it hands out references to them.
+The actor's process imports this module and nothing heavier. If it handled the prepared blocks themselves, it would
+import torch and Ray Tune, which takes 4 s of a core while the trials' workers start; so it hands out references.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from msae_sweep.errors import SweepError
 
 
 class ReadyBlocks:
-    """References to the blocks that are ready; a caller who asks for another one waits for it."""
+    """Actor that holds references to the blocks that are ready; a caller who requests another block waits."""
 
     def __init__(self) -> None:
         self._references: dict[int, list[ray.ObjectRef]] = {}
@@ -21,7 +21,7 @@ class ReadyBlocks:
         self._gave_up = False
 
     async def put(self, block: int, reference: list[ray.ObjectRef]) -> None:
-        """Note that a block is ready. `reference` is in a list, because Ray would replace it by the block otherwise."""
+        """Record that a block is ready. The list keeps Ray from replacing the reference by the block itself."""
         self._references[block] = reference
         self._settled[block].set()
 

@@ -1,7 +1,8 @@
-"""Writes things down in a thread of its own, one after another, so that Tune's loop never waits for a disk.
+"""Carries out a sweep's writes one after another in a thread, so that Tune's loop does not wait for the disk.
 
-The order is what makes it safe: whatever is on disk after a kill or a power cut is what was posted up to some moment.
-A verdict is never there without the results that it came from, and a trial that is said to have ended has its model.
+The fixed order makes it safe: after a kill or a power cut, the disk holds all writes that were posted up to some moment
+and none after it. A verdict is never on disk without the results that led to it, and a trial whose record says that it
+ended has its model.
 """
 
 import threading
@@ -10,14 +11,19 @@ from collections.abc import Callable
 from typing import Self
 
 MOST_WAITING = 64
-"""Writes that may wait; whoever posts one more waits too, so that a slow disk bounds what a kill can lose."""
+"""Maximum number of waiting writes.
+
+Further calls of `post` block, which limits what a kill can lose when the disk is slow.
+"""
 
 
 class RecordWriter:
-    """Carries out what is posted, in order; after the first failure nothing more is written, and the end raises it.
+    """Context manager whose thread carries out posted writes in order.
 
-    Nothing is written before `begin` has returned. It may wait for the data of all blocks, which takes minutes, while
-    trials of the first block train already. Until then nobody who posts is made to wait.
+    After the first failure nothing more is written, and leaving the context raises that error.
+
+    Nothing is written before `begin` has returned. `begin` may wait for the data of all blocks, which takes minutes,
+    while trials of the first block train already. Until it has returned, `post` never blocks.
     """
 
     def __init__(self, begin: Callable[[], object] = lambda: None) -> None:
@@ -34,10 +40,10 @@ class RecordWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait until all is written, also where the sweep is ending with an error.
+        """Wait until everything is written, also if the sweep ends with an error.
 
         Raises:
-            Exception: what a write raised, e.g. the `StorageError` of a full disk.
+            Exception: a write raised it, e.g. the `StorageError` of a full disk, or it was passed to `fail`.
         """
         with self._changed:
             self._closing = True
@@ -48,22 +54,22 @@ class RecordWriter:
 
     @property
     def posted(self) -> int:
-        """How many writes wait, without the one that is being carried out."""
+        """Number of waiting writes, without the one that is being carried out."""
         return len(self._waiting)
 
     @property
     def failed(self) -> bool:
-        """Whether a write failed; the sweep should end, and leaving the scribe says why."""
+        """True after a failed write or a call of `fail`; the sweep should then end, and `__exit__` raises the error."""
         return self._error is not None
 
     def fail(self, error: BaseException) -> None:
-        """Note that the sweep cannot go on, for a reason that was found elsewhere; the first reason counts."""
+        """Record an error from elsewhere because of which the sweep cannot go on; only the first error is kept."""
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
 
     def post(self, write: Callable[[], object]) -> None:
-        """Have `write` called after all that was posted before; it must not depend on what changes meanwhile."""
+        """Queue `write` behind all writes posted before; it must not depend on anything that changes meanwhile."""
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._has_begun or len(self._waiting) < MOST_WAITING or self._error is not None

@@ -1,4 +1,4 @@
-"""What one trial holds, settled against the cluster as it is when the sweep begins, or against nodes still to come."""
+"""Resources of one trial, resolved against the cluster when the sweep begins, or against nodes that still join it."""
 
 import platform
 import time
@@ -13,21 +13,21 @@ from msae_sweep.errors import DeviceError
 from msae_sweep.sweep.ray_cluster import cluster_address
 
 JOIN_SECONDS = 1800.0
-"""How long a sweep waits for the first node that can run one of its trials: a cloud takes minutes to start one."""
+"""Seconds that a sweep waits for the first node that can run one of its trials: a cloud takes minutes to start one."""
 POLL_SECONDS = 1.0
 
 
 def gpus_per_trial(config: SweepConfig, say: Callable[[str], None]) -> float:
-    """`resources.gpu`, with `auto` resolved; on return some node can run a trial.
+    """Return `resources.gpu` with `auto` resolved, once some node can run a trial.
 
-    In a cluster that RAY_ADDRESS names, as it does in every Ray job, nodes may join: there it waits for one, and asks
-    an autoscaler for it. `auto` is decided by what the cluster has then, and holds to the sweep's end.
+    Nodes may join a cluster that RAY_ADDRESS names, which every Ray job sets. There the function waits for a node, and
+    requests one from an autoscaler. `auto` is resolved by what the cluster has then, and stays so until the sweep ends.
 
     Args:
         say: takes a line for the user.
 
     Raises:
-        DeviceError: no node can run a trial, and none is coming.
+        DeviceError: no node can run a trial, and none that can has joined; or a trial needs CUDA, but gets no GPU.
     """
     resources = config.resources
     _await_node("cpu", {"CPU": resources.cpu}, say)
@@ -47,17 +47,17 @@ def gpus_per_trial(config: SweepConfig, say: Callable[[str], None]) -> float:
 
 
 def check_device(config: SweepConfig) -> None:
-    """Check what can be known of the trials' device before the cluster is.
+    """Check the trials' device as far as that is possible before Ray is connected.
 
     Raises:
-        DeviceError: a trial is to train on MPS, which this machine does not have.
+        DeviceError: a trial is to train on MPS, and this machine has none.
     """
     if "mps" in config.corners("device") and not torch.backends.mps.is_available():
         raise DeviceError(f"training.device: mps is not there on {platform.system()}; write auto or cpu")
 
 
 def trials_at_once(config: SweepConfig, gpus_per_trial: float) -> int | None:
-    """How many trials the cluster as it is runs at a time; None where nothing but its cores limits them."""
+    """Return how many trials the cluster can run at a time now; None if only its cores limit the number."""
     limits = [config.resources.max_concurrent] if config.resources.max_concurrent else []
     if gpus_per_trial:
         limits.append(int(ray.cluster_resources().get("GPU", 0) / gpus_per_trial))
@@ -65,7 +65,7 @@ def trials_at_once(config: SweepConfig, gpus_per_trial: float) -> int | None:
 
 
 def too_few(setting: str, asked: float, have: float) -> DeviceError:
-    """The error to raise where no node has the CPUs or GPUs (`setting`) of one trial."""
+    """Return the error to raise if no node has the CPUs or GPUs (`setting`) of one trial."""
     less = "0 or auto" if setting == "gpu" else "that or less"
     return DeviceError(f"resources.{setting}: {asked:g} a trial, but the cluster has {have:g}; write {less}")
 
@@ -81,7 +81,7 @@ def _await_node(setting: str, need: dict[str, float], say: Callable[[str], None]
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
     minutes = f"{JOIN_SECONDS / 60:g} minutes"
     say(f"{asked}, but no node has that yet; waiting up to {minutes} for one with {wanted}")
-    # What an autoscaler sees. `request_resources` would replace what others asked for.
+    # An autoscaler sees this demand. `request_resources` would replace the requests of others.
     demand = placement_group([need])
     try:
         until = time.monotonic() + JOIN_SECONDS
@@ -94,16 +94,16 @@ def _await_node(setting: str, need: dict[str, float], say: Callable[[str], None]
 
 
 def _is_there(need: dict[str, float]) -> bool:
-    """Whether some node can hold all of it."""
+    """Return whether some node has all of these resources in total, used or free."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return any(all(node.get(name, 0) >= amount for name, amount in need.items()) for node in nodes)
 
 
 def nodes_may_join() -> bool:
-    """Whether the sweep runs on a cluster that RAY_ADDRESS names."""
+    """Return whether the sweep runs on a cluster that RAY_ADDRESS names, which nodes may join."""
     return cluster_address() is not None
 
 
 def starts_ray_here() -> bool:
-    """Whether a sweep would start a Ray of its own: none is named or connected to."""
+    """Return whether a sweep would start its own Ray: RAY_ADDRESS names no cluster, and none is connected."""
     return not (nodes_may_join() or ray.is_initialized())

@@ -1,4 +1,4 @@
-"""Settings and data of a sweep that was started, for resuming it; what is damaged is taken from the journal."""
+"""Reads and checks settings and data of a started sweep, to resume it; the journal replaces damaged files."""
 
 import logging
 import os
@@ -16,17 +16,17 @@ from msae_sweep.track import journal
 
 
 def load_config(sweep: str | Path, tracking_uri: str | None = None) -> SweepConfig:
-    """The configuration of a sweep that was started, from its folder; `tracking_uri` replaces the one in it.
+    """Return the configuration of a started sweep from its folder; `tracking_uri` replaces the one in it.
 
     Raises:
-        SweepError: no sweep there.
-        ConfigError: its tracking URI had a password, which is not kept, and none is given.
+        SweepError: there is no sweep.
+        ConfigError: the sweep's tracking URI had a password, which is not kept, and no URI is given.
     """
     return config_of(SweepFolder.at(sweep), tracking_uri)
 
 
 def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConfig:
-    """`load_config` of a folder that is there already."""
+    """Return the configuration of a started sweep, as `load_config` does, from an open `SweepFolder`."""
     if not folder.exists():
         raise SweepError(f"{folder}: no sweep.yaml there; give the folder of a sweep, e.g. sweeps/quickstart")
     config = _config_file(folder)
@@ -44,12 +44,12 @@ def config_of(folder: SweepFolder, tracking_uri: str | None = None) -> SweepConf
 
 
 def _config_file(folder: SweepFolder) -> SweepConfig:
-    """The resolved search-space file; where it is damaged, as the journal has it."""
+    """Return the resolved search-space file; if it is damaged, return the journal's copy."""
     source = f"{folder}/sweep.yaml"
     config: SweepConfig | None = None
     try:
         config = load(folder.config_file, source=source)
-        # `to_yaml` writes every key, and this one last. A file that was cut off can still be YAML.
+        # `to_yaml` writes every key, and this one last: a file that was cut off may still be valid YAML, but lacks it.
         if "storage" in config.model_fields_set:
             return config
         fault = ConfigError(f"{source}: is cut off")
@@ -58,7 +58,7 @@ def _config_file(folder: SweepFolder) -> SweepConfig:
     started = last_start(folder)
     try:
         whole = parse(started["config_yaml"] if started else "", source=source)
-    except ConfigError:  # it is not the file that is wrong, e.g. another version wrote it
+    except ConfigError:  # the file is not at fault, e.g. another version wrote it
         if config is None:
             raise fault from None
         return config
@@ -67,12 +67,12 @@ def _config_file(folder: SweepFolder) -> SweepConfig:
 
 
 def check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
-    """Check that a resumed sweep asks what it asked before; where it runs and who tracks it may change.
+    """Check that a resumed sweep has the settings it was started with; resources, storage and tracking may change.
 
     Raises:
-        ConfigError: a key has another value.
+        ConfigError: a key has another value than before.
     """
-    # The URI that is given now: the one in the folder has lost its password.
+    # The URI that is given now is used, because the one in the folder has lost its password.
     before = config_of(folder, config.tracking.uri)
     for section in ("data", "space", "training", "search", "asha"):
         old, new = (flatten({section: c.model_dump(mode="json")[section]}) for c in (before, config))
@@ -90,7 +90,7 @@ def check_same_data(
     """Check that a resumed sweep trains on the rows that its finished trials were trained on.
 
     Raises:
-        SweepError: the data has changed since; the message names what.
+        SweepError: the data has changed since; the message names the change.
     """
     manifests = undamaged(folder, "data.json") or (last_start(folder) or {}).get("datasets", {})
     origins, source = undamaged(folder, "origins.json"), open_source(config.data)
@@ -106,7 +106,7 @@ def check_same_data(
 
 
 def undamaged(folder: SweepFolder, name: str) -> dict[str, Any]:
-    """A JSON file of the sweep; empty where it is missing or damaged, as the run that reads it here writes it again."""
+    """Return a JSON file of the sweep; empty if it is missing or damaged, because the resuming run writes it again."""
     try:
         return folder.read_json(name)
     except SweepError:
@@ -114,12 +114,15 @@ def undamaged(folder: SweepFolder, name: str) -> dict[str, Any]:
 
 
 def last_start(folder: SweepFolder) -> dict[str, Any] | None:
-    """The journal's event of the sweep's last start, which holds what sweep.yaml, data.json and identity.json say."""
+    """Return the journal's last `sweep_started` event.
+
+    It repeats sweep.yaml, data.json, and identity.json without its list of runs.
+    """
     return journal.last(folder.path, "sweep_started")
 
 
 def flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} → {'a.b': 1}; lists stay whole."""
+    """Return a nested mapping with dotted keys: {'a': {'b': 1}} → {'a.b': 1}; lists stay whole."""
     flat: dict[str, Any] = {}
     for key, value in raw.items():
         if isinstance(value, Mapping) and value:

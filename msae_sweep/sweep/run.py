@@ -1,4 +1,4 @@
-"""A whole sweep: check, prepare, tune, track, and leave a folder that can be resumed and reported."""
+"""Runs a whole sweep: checks, data, trials, tracking, and a folder from which it can be resumed and reported."""
 
 import contextlib
 import json
@@ -39,31 +39,34 @@ from msae_sweep.track.tracker import SyncReport, Tracker
 from msae_sweep.track.uri import redact, resolve_uri
 
 FLUSH_SECONDS, FLUSH_SECONDS_A_TRIAL = 600.0, 2.0
-"""How long the end of a sweep waits while MLflow takes what is left; a server that is down is given up within seconds.
-A trial takes 0.2 s to SQLite, and 1.0 s where server, database and object store share two cores with it. What is left
-then is sent later by `msae-sweep track-sync`."""
+"""Maximum seconds that a sweep waits at its end to send pending events to MLflow: a fixed part and a part per trial.
+
+A server that is down is given up within seconds. Sending a trial takes 0.2 s to SQLite, and 1.0 s if server, database
+and object store share two cores with the sweep. Events that remain then can be sent by `msae-sweep track-sync`.
+"""
 
 
 class SweepResult(NamedTuple):
-    """What a sweep came to."""
+    """Result of a sweep."""
 
     folder: SweepFolder
     summary: dict[str, Any]
     tracking: SyncReport
     interrupted: bool
-    """Whether trials are left that a resumed sweep would run."""
+    """True if trials are left that a resumed sweep would run."""
     report: str | None
-    """Its page; None where it could not be written."""
+    """Path of the report's page; None if no trial has ended or the report could not be written."""
 
 
 def run(config: SweepConfig, *, resume: bool = False, command: str = "", console: Console | None = None) -> SweepResult:
-    """Run a sweep from its beginning, or go on with one (`resume`) that exists.
+    """Run a sweep from its beginning, or continue one that exists (`resume`).
 
-    Ctrl-C and SIGTERM end it in order, trials that run with their last state; a second one ends it at once.
+    Ctrl-C and SIGTERM end the sweep in order; running trials keep their last saved state. A second signal ends it at
+    once.
 
     Raises:
-        MsaeSweepError: something that the user can mend, found before the sweep exists.
-        KeyboardInterrupt: interrupted before trials ran, or a second time; its notes say what to do next.
+        MsaeSweepError: the user can fix the cause; most such errors are found before the sweep exists.
+        KeyboardInterrupt: the sweep was interrupted before trials ran, or a second time; its notes say what to do next.
     """
     console = console or Console()
 
@@ -86,7 +89,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
 def _connected(
     config: SweepConfig, folder: SweepFolder, infos: list[BlockInfo], resume: bool, command: str, console: Console
 ) -> SweepResult:
-    """Connect to Ray, and drive the sweep."""
+    """Connect to Ray, lock the sweep against other drivers, and run it."""
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -99,23 +102,28 @@ def _connected(
     is_resumed = resume and folder.exists()
     folder.create()
     with folder.driven(), folder.storage_errors(), contextlib.closing(Journal(folder.path)) as written:
-        # Again, now that no other driver can have begun it meanwhile.
+        # Checked again: another driver may have started the sweep before this one took the lock.
         _check_start(folder, config, resume=is_resumed)
         identity = _identity(folder, config, command, gpus)
-        # Connecting to MLflow takes seconds; the preparation gives it time.
+        # Connecting to MLflow takes seconds, which pass while the data is prepared.
         tracker = Tracker.start(
             folder.path, config.tracking, sweep_id=identity["sweep_id"], shared=folder, written=written
         )
         try:
             return _drive(config, folder, identity, tracker, infos, gpus, console)
         except BaseException:
-            # What is in the journal is whole: a resumed sweep goes on from it, and `track-sync` can send it.
+            # The journal is complete up to here: a resumed sweep continues it, and `track-sync` can send it.
             tracker.close(timeout_seconds=0)
             raise
 
 
 def _check_start(folder: SweepFolder, config: SweepConfig, *, resume: bool) -> None:
-    """Whether the sweep may begin, or go on."""
+    """Check that a resumed sweep has its old settings, or that a new sweep's name is free.
+
+    Raises:
+        ConfigError: a setting has changed.
+        SweepError: a sweep of this name exists.
+    """
     if resume:
         check_same_question(folder, config)
     elif folder.exists():
@@ -127,19 +135,19 @@ def _check_start(folder: SweepFolder, config: SweepConfig, *, resume: bool) -> N
 def checked(
     config: SweepConfig, *, resume: bool, say: Callable[[str], None] = lambda line: None
 ) -> tuple[SweepConfig, SweepFolder, list[BlockInfo]]:
-    """Everything that can be checked before Ray starts: the resolved configuration, its folder and the blocks.
+    """Check everything that can be checked before Ray starts; return the resolved configuration, folder and blocks.
 
     Args:
         say: takes a line for the user before something that takes time.
 
     Raises:
-        MsaeSweepError: something that the user can mend.
+        MsaeSweepError: a check failed; the user can fix the cause.
     """
     config = _with_whole_paths(config)
     folder = SweepFolder.locate(config.storage, config.name)
     _check_start(folder, config, resume=resume and folder.exists())
     check_device(config)
-    # Row counts and widths from headers: most mistakes in the data are found before Ray starts.
+    # Headers give row counts and widths, so that most mistakes in the data are found before Ray starts.
     infos = check_blocks(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
     for info in infos:
         config.check_width(info.input_dim, info.block)
@@ -158,14 +166,14 @@ def _drive(
     gpus: float,
     console: Console,
 ) -> SweepResult:
-    """From a folder that no other driver writes to a finished comparison."""
+    """Run the sweep in a folder to which no other driver writes: prepare data, run trials, write results and report."""
     if not folder.exists():
         folder.clear_trials()
     preparation = Preparation(config, infos, lambda line: console.print(line, highlight=False))
 
     def begin() -> None:
         manifests = {block: p.manifest for block, p in preparation.wait().items()}
-        # From here on the sweep exists, and can be resumed.
+        # Once these files are written, the sweep exists and can be resumed.
         origins = {block: p.origin for block, p in preparation.wait().items()}
         folder.write_text(folder.path / "origins.json", json.dumps(origins, indent=1))
         folder.write_text(folder.path / "data.json", json.dumps(manifests, indent=1))
@@ -201,14 +209,14 @@ def _drive(
     seconds = time.monotonic() - started
     manifests = {block: p.manifest for block, p in prepared.items()}
     summary, histories = final_files.write(config, folder, records, manifests, seconds=seconds)
-    # At once: the report takes seconds, and a slow MLflow minutes.
+    # The tables are printed before the report, which takes seconds, and a slow MLflow, which takes minutes.
     console.print(best_table(summary))
     if any(block["best"] for block in summary["blocks"].values()):
         console.print(criteria_table(summary))
     figure = beside([partial(training_figure, histories)] if histories else [])
     identity["runs"][-1]["seconds"] = round(seconds, 1)
     folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
-    # Told before anything is drawn, so that MLflow is brought up to date meanwhile.
+    # This event comes before the figures, so that events are sent to MLflow while they are drawn.
     tracker.sweep_ended(
         status="interrupted" if interrupted else "completed",
         artifacts=[folder.path / name for name in final_files.ARTIFACTS if (folder.path / name).exists()],
@@ -230,10 +238,10 @@ def _drive(
 
 
 def _with_whole_paths(config: SweepConfig) -> SweepConfig:
-    """Paths and tracking URI independent of the working folder, so that a sweep can be resumed from any other.
+    """Return the configuration with absolute paths and tracking URI, so that any working folder can resume the sweep.
 
     Raises:
-        ConfigError: a URI that MLflow cannot use.
+        ConfigError: MLflow cannot use the tracking URI.
     """
     data, storage = config.data, config.storage
     if data.path != "planted" and "://" not in data.path:
@@ -245,14 +253,17 @@ def _with_whole_paths(config: SweepConfig) -> SweepConfig:
 
 
 def _import_ahead(preparation: Preparation) -> None:
-    """Once the data is ready: before, this process is busy enough with that and with starting workers."""
-    with contextlib.suppress(Exception):  # which the main thread hears of
+    """Import what figures need once the data is ready; until then, this process prepares data and starts workers."""
+    with contextlib.suppress(Exception):  # the main thread raises such errors itself
         preparation.wait()
         import_ahead()
 
 
 def _write_report(folder: SweepFolder, console: Console) -> str | None:
-    """The report of what there is, its page; what goes wrong with it is said, and takes nothing from the sweep."""
+    """Write the report and return the path of its page.
+
+    If that fails, the error is printed and None is returned, so that the sweep itself is not affected.
+    """
     console.print("writing the report", highlight=False)
     try:
         from msae_sweep import report
@@ -270,8 +281,8 @@ def _write_report(folder: SweepFolder, console: Console) -> str | None:
 
 
 def _identity(folder: SweepFolder, config: SweepConfig, command: str, gpus: float) -> dict[str, Any]:
-    """The sweep's id, made once, and where each run of it came from."""
-    # Under another id MLflow would get every run twice.
+    """Write `identity.json` and return its content: the sweep's id, which is made once, and the origin of each run."""
+    # With a new id, MLflow would get every run twice.
     identity = undamaged(folder, "identity.json") or {
         "sweep_id": (last_start(folder) or {}).get("sweep_id") or uuid.uuid4().hex
     }
@@ -297,7 +308,7 @@ def _identity(folder: SweepFolder, config: SweepConfig, command: str, gpus: floa
 
 
 def _git_commit() -> str | None:
-    """Commit of the working folder, where it is a git checkout."""
+    """Return the commit of the working folder; None if it is not a git checkout."""
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""From the search space to trials: which settings each one gets, decided by its number and nothing else."""
+"""Turns the search space into trials; a trial's settings depend on its number and on nothing else."""
 
 import hashlib
 import itertools
@@ -12,7 +12,10 @@ from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 
 def trial_record(config: SweepConfig, block: int, index: int, params: dict[str, Any]) -> TrialRecord:
-    """A trial that has not started; its seed follows from `search.seed`, block and number unless the space sets it."""
+    """Return the record of a trial that has not started.
+
+    The trial's seed follows from `search.seed`, block and number, unless the space or `training.seed` sets it.
+    """
     seed = params.get("seed", config.training.seed)
     if seed is None:
         seed = _digest(config.search.seed, block, index) % 2**31
@@ -21,11 +24,11 @@ def trial_record(config: SweepConfig, block: int, index: int, params: dict[str, 
 
 
 def plan(config: SweepConfig, blocks: Sequence[int]) -> list[TrialRecord]:
-    """Trials of `random` and `grid`, blocks in turn.
+    """Return the trials of a `random` or `grid` search in the order of their numbers, blocks taking turns.
 
-    Trial i of a random search has the same settings in every block, and however many trials there are: a larger
-    `trials_per_block` adds trials and changes none. Keys with `grid` are walked through in order, one combination a
-    trial, over and over.
+    Trial i of a random search has the same settings in every block and for every number of trials: a larger
+    `trials_per_block` adds trials and changes none. Keys with `grid`, and in a `grid` search also keys with `choice`,
+    take their combinations in order, one per trial; after the last combination, the first follows again.
     """
     assert config.search.algorithm != "optuna", "optuna proposes while the sweep runs"
     walked = ("grid", "choice") if config.search.algorithm == "grid" else ("grid",)
@@ -44,7 +47,7 @@ def plan(config: SweepConfig, blocks: Sequence[int]) -> list[TrialRecord]:
 
 
 def sample(distribution: Distribution, seed: int, index: int, key: str) -> Any:
-    """The value of `key` in trial `index`: a function of its arguments alone."""
+    """Return the value of `key` in trial `index`, which depends on the arguments alone."""
     rng = np.random.default_rng(_digest(seed, index, key))
     kind, values = distribution.kind, distribution.values
     if kind in ("choice", "grid"):

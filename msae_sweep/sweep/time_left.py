@@ -1,10 +1,10 @@
-"""Estimates of how much longer a sweep takes, and how many rows a second it trains.
+"""Estimates how much longer a sweep takes, and how many rows per second it trains.
 
-The work that is left is counted in expected epochs: early stopping ends most trials at their first rungs. Without
-knowledge of scores, the i-th of several trials passes a rung with the probability that it ranks above the cutoff of its
-predecessors there; the more pass or fail than that, the more the estimate follows them. Work is divided by the speed
-at which all trials together have trained since the first of them began, so starting Ray, workers and data counts for
-nothing, and trials that run side by side count as such.
+Remaining work is counted in expected epochs, because early stopping ends most trials at their first rungs. Without any
+known scores, the i-th of several trials passes a rung with the probability that it ranks above the cutoff of its
+predecessors there. As more verdicts are known, the estimate follows the share of trials that did pass. The work is
+divided by the speed at which all trials together have trained since the first of them began. The time to start Ray and
+workers and to prepare data is therefore left out, and trials that run in parallel are accounted for.
 """
 
 import math
@@ -17,44 +17,46 @@ from msae_sweep.sweep_folder.rungs import objectives_at_rungs, rungs
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 PRIOR_VERDICTS = 6.0
-"""Verdicts at a rung that count as much as what is expected of early stopping without knowing any; chosen by hand."""
+"""Weight of the prior pass probability at a rung, as a number of verdicts; chosen by hand."""
 PRIOR_SECONDS, PRIOR_BUSY = 20.0, 0.85
-"""The speed begins as that of the trials that run, each training rows for this share of the time, as if it had been
-measured for so many seconds; chosen by hand."""
+"""Prior of the speed: every running trial trains for the share `PRIOR_BUSY` of the time.
+
+The prior counts like a measurement over `PRIOR_SECONDS`. Both values were chosen by hand.
+"""
 WINDOW_SECONDS = 60.0
-"""Rows a second are those of so long ago until now."""
+"""Length of the time window, up to now, over which rows per second are measured, in seconds."""
 
 
 class Length(NamedTuple):
-    """Facts on a trial that the estimate needs besides its record."""
+    """Properties of a trial that the estimate needs besides its record."""
 
     group: str
-    """Trials that early stopping compares have one group."""
+    """Name of the group of trials that early stopping compares with each other."""
     epochs: int
-    """Epochs that it trains at the most."""
+    """Maximum number of epochs that the trial trains."""
     shape: Any
-    """Trials of one shape take equally long for an epoch."""
+    """Key of trials whose epochs are taken to last equally long."""
 
 
 class Work(NamedTuple):
-    """Work that is left of one trial, in epochs or in seconds."""
+    """Remaining work of one trial, in epochs or in seconds."""
 
     expected: float
     most: float
-    """If it passes every rung."""
+    """Remaining work if the trial passes every rung."""
     probability: float
     """Probability that the trial passes every rung."""
 
     def times(self, factor: float) -> "Work":
-        """In another unit."""
+        """Return the work in another unit; `factor` converts the old unit into it."""
         return Work(self.expected * factor, self.most * factor, self.probability)
 
 
 def _tail(work: Sequence[Work], n_at_once: float) -> float:
-    """Seconds at the end in which not every worker has a trial, as one of the last trials trains to its end.
+    """Return the expected extra seconds at the end, when some workers have no trial while a last one is completed.
 
-    With k workers a list of jobs takes at most its work / k + (1 − 1/k) × its longest job (Graham 1966); half
-    of the latter is expected.
+    With k workers, a list of jobs takes at most its work / k + (1 − 1/k) × its longest job (Graham 1966). Half of the
+    second term is expected.
     """
     last = work[-max(1, round(n_at_once)) :]
     none = math.prod(1 - one.probability for one in last)
@@ -62,10 +64,11 @@ def _tail(work: Sequence[Work], n_at_once: float) -> float:
 
 
 def pass_probability(n_before: float, reduction_factor: int) -> float:
-    """Probability that a trial passes a rung at which `n_before` predecessors were judged, if any order is as likely.
+    """Return the probability that a trial passes a rung at which `n_before` predecessors were judged.
 
-    The cutoff is the quantile 1 − 1/f of n values, at place h = (n − 1)(1 − 1/f) from below, and a further value is as
-    likely to fall between any two of them: (n − h) / (n + 1). It falls from 1 for the first trial towards 1/f.
+    All orders of the objectives are assumed to be equally likely. The cutoff is the quantile 1 − 1/f of n values, at
+    position h = (n − 1)(1 − 1/f) from below, and a further value is equally likely to fall into each of the
+    n + 1 gaps: (n − h) / (n + 1). The probability falls from 1 for the first trial towards 1/f.
     """
     if n_before < 1:
         return 1 - n_before / 2  # n = 1 gives 1/2
@@ -73,30 +76,38 @@ def pass_probability(n_before: float, reduction_factor: int) -> float:
 
 
 class TimeLeft:
-    """Learns from the epochs that trials report; all methods belong to one thread or under one lock."""
+    """Estimator of speed and remaining time, from the epochs that trials report.
+
+    All methods must be called from one thread or under one lock.
+    """
 
     def __init__(self, config: SweepConfig, n_trials: int, clock: Callable[[], float]) -> None:
-        """`n_trials`: of the whole sweep; those without a record are still to be proposed."""
+        """Create an estimator that has seen no records.
+
+        Args:
+            n_trials: number of trials of the whole sweep; those without a record are still to be proposed.
+            clock: returns the current time in seconds.
+        """
         self._config, self._n_trials, self._clock = config, n_trials, clock
         self._lengths: dict[str, Length] = {}
         self._seen: dict[str, int] = {}
         self._cost: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        """By shape, epochs and the seconds that training them took."""
+        """Number of epochs trained and seconds that they took, by shape."""
         self._started: float | None = None
         self._heard = 0.0
         self._worked = 0.0
-        """Seconds of training since the start, of all trials together."""
+        """Seconds of training since the start, summed over all trials."""
         self._rows: deque[tuple[float, float]] = deque()
 
     def take(self, records: Iterable[TrialRecord]) -> None:
-        """Know records of an earlier run: their epochs tell how long one takes, and do not count into the speed."""
+        """Add records of an earlier run: they show how long an epoch takes, but do not count towards the speed."""
         for record in records:
             self._learn(record)
         self._started, self._worked = None, 0.0
         self._rows.clear()
 
     def hear(self, record: TrialRecord) -> None:
-        """Count the epochs of a record that are new."""
+        """Add the new epochs of a record to the measured speed."""
         seconds, rows = self._learn(record)
         if not seconds:
             return
@@ -110,17 +121,17 @@ class TimeLeft:
 
     @property
     def rows_per_second(self) -> float | None:
-        """Training rows a second of all trials together; None before it can be told."""
+        """Training rows per second of all trials together; None until two reports are known."""
         if len(self._rows) < 2 or self._rows[-1][0] <= self._rows[0][0]:
             return None
         return sum(rows for _, rows in list(self._rows)[1:]) / (self._rows[-1][0] - self._rows[0][0])
 
     def seconds(self, records: Sequence[TrialRecord]) -> float | None:
-        """Seconds that the rest of the sweep is expected to take; None before the first epoch of this run."""
+        """Return the seconds that the rest of the sweep is expected to take; None before this run's first epoch."""
         if self._started is None or self._heard <= self._started:
             return None
         work = self._work_left(records)
-        # Few reports tell little of the speed, while it is known how many trials train side by side.
+        # A few reports say little about the speed, while the number of trials that train in parallel is known.
         n_training = sum(record.status == "running" and not self.is_waiting(record, records) for record in records)
         expected = max(1, n_training) * PRIOR_BUSY
         speed = (self._worked + PRIOR_SECONDS * expected) / (self._heard - self._started + PRIOR_SECONDS)
@@ -129,7 +140,7 @@ class TimeLeft:
         return max(0.0, left - (self._clock() - self._heard))
 
     def is_waiting(self, record: TrialRecord, records: Iterable[TrialRecord]) -> bool:
-        """Whether a trial stands at a rung and cannot be judged, as a predecessor has not come there."""
+        """Return whether a trial waits at a rung for its verdict, as a predecessor has not reached that rung."""
         length = self._length(record)
         if record.epochs not in rungs(self._config.asha, length.epochs):
             return False
@@ -142,11 +153,11 @@ class TimeLeft:
         )
 
     def epochs_of(self, record: TrialRecord) -> int:
-        """Epochs that a trial trains at the most."""
+        """Return the maximum number of epochs that a trial trains."""
         return self._length(record).epochs
 
     def _learn(self, record: TrialRecord) -> tuple[float, float]:
-        """Seconds and rows of a record's epochs that were not known."""
+        """Add the new epochs of a record; return their training seconds and rows."""
         before = self._seen.get(record.trial_id, 0)
         points = record.points[before:]
         if not points:
@@ -173,13 +184,13 @@ class TimeLeft:
         return objectives_at_rungs(record, self._config.asha, self._length(record).epochs)
 
     def _epoch_seconds(self, shape: Any) -> float:
-        """Seconds of one epoch: of trials of that shape, else of all."""
+        """Return the mean seconds per epoch of trials of that shape, or of all trials if the shape has none yet."""
         known = self._cost.get(shape)
         epochs, seconds = known if known else map(sum, zip(*self._cost.values(), strict=True))
         return seconds / epochs
 
     def _work_left(self, records: Sequence[TrialRecord]) -> list[Work]:
-        """Work of every trial that has not ended, in the order of their numbers."""
+        """Return the remaining work of every trial that has not ended, in seconds and in the order of trial numbers."""
         groups: dict[str, list[TrialRecord]] = defaultdict(list)
         for record in sorted(records, key=lambda record: record.index):
             groups[self._length(record).group].append(record)
@@ -200,14 +211,14 @@ class TimeLeft:
         return [one for _, one in sorted(work, key=lambda item: item[0])]
 
     def _share_of_last_epoch(self, records: Iterable[TrialRecord]) -> float:
-        """Share of their epochs that trials train which are not stopped: patience ends some sooner."""
+        """Return the share of their maximum epochs that completed trials trained; patience ends some of them sooner."""
         whole = [record for record in records if record.status == "completed"]
         most = sum(self._length(record).epochs for record in whole)
         return sum(record.epochs for record in whole) / most if most else 1.0
 
 
 class _Odds:
-    """How likely trials are to pass each rung, corrected by how many did."""
+    """Probabilities that trials pass each rung, corrected by how many trials did pass."""
 
     def __init__(self, asha: AshaConfig | None, share: float) -> None:
         self._asha, self._share = asha, share
@@ -215,10 +226,12 @@ class _Odds:
         self._passed: dict[int, float] = defaultdict(lambda: PRIOR_VERDICTS / 2)
 
     def epochs_left(self, record: TrialRecord, most: int, reached: dict[int, float], *, is_judged: bool) -> Work:
-        """Expected epochs of a trial that are still to come; its predecessors have been asked before.
+        """Return the remaining work of a trial in epochs; must be called for its predecessors first.
 
         Args:
-            reached: predecessors at each rung, expected ones included; the trial is added.
+            most: maximum number of epochs that the trial trains.
+            reached: number of predecessors at each rung, including expected ones; the trial is added to it.
+            is_judged: False if the trial waits for the verdict at its rung.
         """
         probability, left, at = 1.0, 0.0, record.epochs
         for rung in rungs(self._asha, most):

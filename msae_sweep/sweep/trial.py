@@ -1,18 +1,19 @@
-"""One trial on a worker: a class Trainable that keeps its process, its data and its device from trial to trial.
+"""Runs trials on a worker: a Tune Trainable that keeps its process, data and device from one trial to the next.
 
-A trial saves its own state into the sweep folder and looks for it when it starts. So it goes on from there whoever
-starts it: Ray Tune after a lost worker or a pause, or a later driver that resumes the sweep. Tune's own checkpoints
-hold nothing: its snapshot of which checkpoint belongs to which trial lags by seconds, and after a kill -9 of the
-driver trials that it had missed would begin again.
+A trial saves its state into the sweep folder and looks for it there when it starts. It therefore continues from that
+state whoever starts it: Ray Tune after a lost worker or a pause, or a later driver that resumes the sweep. Tune's own
+checkpoints hold no state: Tune's snapshot of which checkpoint belongs to which trial lags by seconds, so after a
+kill -9 of the driver, trials that the snapshot had missed would begin again.
 
-What is written when:
-- the best model at every rung and at the end, because the trial may end there, and then nothing else of it is needed;
-- the state when the trial has to wait for others, as another worker may go on with it, and otherwise every
-  `checkpoint_seconds`. A trial that passes a rung or ends writes none: at 256 × 4096 it is 34 MB.
-- the state every second once the node was told to go: until it goes, the trial trains on.
+A trial writes:
+- its best model at every rung and at the end, because the trial may end there, and then only the model is needed;
+- its state when it has to wait for other trials, because another worker may continue it, and otherwise every
+  `checkpoint_seconds`. A trial that passes a rung or ends writes no state: at 256 × 4096 the state is 34 MB.
+- its state every second once its node is draining; until the node is shut down, the trial continues to train.
 
-So a lost worker or driver costs a trial at most `checkpoint_seconds` of work, which it does again. What it reported
-meanwhile stands: the records keep it, and the scheduler judges by the first word (`schedule.py`).
+A lost worker or driver therefore costs a trial at most `checkpoint_seconds` of work, which the trial repeats. Its
+reports from that time stay valid: the records keep them, and the scheduler judges by the objective that was reported
+first (`scheduler.py`).
 """
 
 import contextlib
@@ -36,24 +37,27 @@ from msae_sweep.sweep.preemption import PreemptionWatch
 from msae_sweep.sweep_folder.folder import SweepFolder
 
 LEAVING_SECONDS = 1.0
-"""Between two states of a trial whose node is about to go, where `checkpoint_seconds` is not less."""
+"""Seconds between two saved states of a trial whose node is draining, unless `checkpoint_seconds` is less."""
 
 REPORT_SECONDS = 5.0
-"""A trial reports at every rung and, between rungs, after these seconds, so that the live display moves."""
+"""Seconds after which a trial reports between rungs, so that the live display is updated; every rung is reported."""
 
 
 class Blocks(Protocol):
-    """The sweep's blocks, some of them still to come."""
+    """Mapping of the sweep's prepared blocks, some of which may not be ready yet."""
 
     def __getitem__(self, block: int) -> PreparedBlock:
-        """A block, waited for where it is not ready."""
+        """Return a block; wait until it is ready."""
 
     def __contains__(self, block: int) -> bool:
-        """Whether it is ready."""
+        """Return whether a block is ready."""
 
 
 class MSAETrial(tune.Trainable):  # type: ignore[misc]
-    """Trains one MSAE between reports; a result holds the epochs since the last one and the objective at every rung."""
+    """Tune Trainable that trains one MSAE.
+
+    A result holds the metrics of the epochs since the previous result, and the objective at every rung reached.
+    """
 
     def setup(
         self,
@@ -66,15 +70,20 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         gpus: float,
         checkpoint_seconds: float,
     ) -> None:
-        """Called once a process; `reset_config` begins every further trial in it.
+        """Set up the process and its first trial; `reset_config` begins every further trial in the process.
 
         Args:
-            rehearsals: training settings to be tried while the block of the first trial is not ready.
+            prepared: the sweep's blocks.
+            rehearsals: training settings to warm up with while the block of the first trial is not ready.
+            folder: the sweep folder, into which models and states are written.
+            cpus: CPUs per trial.
+            gpus: GPUs per trial; may be a fraction.
+            checkpoint_seconds: seconds between two saved states.
         """
         torch.set_num_threads(max(1, int(cpus)))
         self._prepared, self._folder, self._notice = prepared, folder, PreemptionWatch()
         self._holds_gpu, self._checkpoint_seconds = gpus > 0, checkpoint_seconds
-        # Trials that share a device or a machine share its memory.
+        # Trials that share a device or a machine also share its memory.
         self._device_share = min(1.0, gpus) if gpus else min(1.0, cpus / (os.cpu_count() or 1))
         self._budget: int | None = None
         self._loaded: dict[int, tuple[WindowBatches, ...]] = {}
@@ -87,7 +96,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             self._rehearse(TrainingConfig.model_validate(settings), input_dim=config["trial"]["input_dim"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial in this process; the data stays on the device where the block is the same."""
+        """Begin another trial in this process; for a trial of the same block, the data stays on the device."""
         spec = new_config["trial"]
         self._trial_id, self._block, self._rungs = spec["trial_id"], spec["block"], list(spec["rungs"])
         self._training = TrainingConfig.model_validate(spec["training"])
@@ -101,19 +110,19 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train to the next rung or for a few seconds."""
+        """Train to the next rung or for `REPORT_SECONDS`, and return the result for Tune."""
         started = time.monotonic()
         try:
             done, reason = self._train_until_report(started)
         except (torch.OutOfMemoryError, MemoryError) as error:
             return self._give_up(_out_of_memory(error))
         except RuntimeError as error:
-            # The CPU allocator raises a plain RuntimeError.
+            # The CPU allocator raises a plain RuntimeError when memory runs out.
             if "can't allocate memory" not in str(error):
                 raise
             return self._give_up(_out_of_memory(error))
         except StorageError:
-            # No other trial can save anything either: the driver ends the sweep.
+            # No other trial can save anything either, so the driver ends the sweep.
             raise
         except MsaeSweepError as error:
             return self._give_up(str(error))
@@ -126,8 +135,8 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             "rungs": [[r, self._state.points[r - 1]["objective"]] for r in self._rungs if r <= self._state.epoch],
             "epoch": self._state.epoch,
             "seconds": self._seconds,
-            # Unix seconds between which it trained for this report; what lies between two reports of one process is
-            # time in which its device waited.
+            # Start and end of the training for this report, in Unix seconds. Between the end of one report and the
+            # start of the next in the same process, the device was idle.
             "trained": self._trained,
             "status": ("diverged" if reason == "diverged" else "completed") if done else "running",
             "reason": reason,
@@ -137,23 +146,23 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Asked for by Tune when it pauses a trial: from here on any worker may go on with it."""
+        """Save the state; Tune calls this when it pauses a trial, which any worker may continue afterwards."""
         assert self._state is not None, "a trial that has not begun is not paused"
         self._save_state()
         return {"epoch": self._state.epoch}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Nothing to do: the trial finds its state in the sweep folder."""
+        """Do nothing: the trial finds its state in the sweep folder."""
 
     def _train_until_report(self, started: float) -> tuple[bool, str]:
-        """Run epochs until there is something to report; returns whether training ended, and why."""
+        """Run epochs until there is something to report; return whether training ended, and why."""
         if self._progress is None:
             self._begin()
         assert self._state is not None
         assert self._progress is not None
         stands = self._state.stop_reason is not None or self._at_rung()
         if stands and self._n_reported < self._state.epoch:
-            # A trial that was lost or paused between saving and going on reports where it stands first.
+            # A trial that was lost or paused after saving its state first reports the epochs that it has finished.
             self._trained = None
             return self._state.stop_reason is not None, self._state.stop_reason or ""
         self._trained = (time.time(), time.time())
@@ -171,10 +180,10 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         return True, self._state.stop_reason or "epochs"
 
     def _rehearse(self, training: TrainingConfig, input_dim: int) -> None:
-        """Train on one batch of zeros: what these settings import, compile or capture is then there when it counts."""
+        """Warm up on one batch of zeros, so that what these settings import, compile or capture is ready in time."""
         device = choose_device(training, holds_gpu=self._holds_gpu)
         once = training.model_copy(update={"epochs": 1})
-        # What does not work here will not work for the trial, which says so.
+        # An error here will recur in the trial itself, which reports it.
         with contextlib.suppress(RuntimeError, MemoryError, MsaeSweepError):
             rows = ResidentBatches(torch.zeros(once.batch_size, input_dim, device=device), once.batch_size)
             state = TrainState.create(once, input_dim, seed=0, device=device)
@@ -195,7 +204,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         self._progress = fit(self._state, train, validation, self._training, self._steps)
 
     def _saved_state(self, input_dim: int, device: torch.device) -> TrainState | None:
-        """The state that the trial saved last; None where there is none, or a damaged one, which counts as lost."""
+        """Return the state that the trial saved last; None if there is none or it is damaged, which counts as lost."""
         assert self._training.seed is not None
         file = self._folder.state_file(self._trial_id)
         saved = self._folder.read(file)
@@ -209,7 +218,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             state.load_state_dict(raw["train_state"])
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except Exception as error:  # torch raises many kinds, none of which names the file
+        except Exception as error:  # torch raises many kinds of error, and none names the file
             self._notes.append(
                 f"{file} is damaged ({first_line(error)}): {self._trial_id} is trained from its beginning"
             )
@@ -218,14 +227,17 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         return state
 
     def _load_data(self, device: torch.device) -> tuple[WindowBatches, WindowBatches]:
-        """Train and validation rows of the block, kept for later trials; blocks make room for one another in turn."""
+        """Return training and validation rows of the block, and keep them for later trials.
+
+        If the memory budget is exceeded, the blocks that were loaded first are dropped.
+        """
         block = self._prepared[self._block]
         batch_size = self._training.batch_size
         if self._block not in self._loaded:
             n_bytes = 4 * block.input_dim * (block.n_train + block.n_val)
             while self._loaded and self._loaded_bytes() + n_bytes > self._budget_bytes(device):
                 self._loaded.pop(next(iter(self._loaded)))
-            # What the training rows take is gone for the validation rows; streamed ones take next to nothing.
+            # The validation rows get the budget that the training rows leave; streamed rows take almost nothing.
             budget, sides = self._budget_bytes(device), []
             for shards, n_rows in ((block.train_shards(), block.n_train), (block.val_shards(), block.n_val)):
                 sides.append(make_batches(shards, n_rows, block.input_dim, batch_size, device, budget))
@@ -241,7 +253,10 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         return sum(4 * block.input_dim * (block.n_train + block.n_val) for block in blocks)
 
     def _budget_bytes(self, device: torch.device) -> int:
-        """Asked once, while nothing is loaded; later the free memory would count the rows themselves."""
+        """Return the bytes that loaded rows may take on the device.
+
+        This is determined once, while nothing is loaded: later, the rows themselves would reduce the free memory.
+        """
         if self._budget is None:
             self._budget = default_budget(device, self._device_share)
         return self._budget
@@ -253,7 +268,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         return self._state is not None and self._state.epoch in self._rungs
 
     def _save_model(self) -> None:
-        """Write the best model. The driver makes it safe from a power cut before it says that the trial ended."""
+        """Write the best model; the driver makes it durable before it records that the trial ended."""
         assert self._state is not None
         if self._state.best_epoch:
             block = self._prepared[self._block]
@@ -262,7 +277,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             self._folder.write(file, model_file.to_bytes(model), durable=False)
 
     def _save_state(self) -> None:
-        """Write the state, with the best weights in it."""
+        """Write the training state, which includes the best weights."""
         assert self._state is not None
         content = io.BytesIO()
         torch.save({"train_state": self._state.state_dict(), "seconds": self._seconds}, content)
@@ -270,12 +285,12 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         self._saved_at = time.monotonic()
 
     def _take_notes(self) -> list[str]:
-        """Lines for the user that no report has carried yet."""
+        """Return the lines for the user that no report has contained yet, and clear them."""
         notes, self._notes = self._notes, []
         return notes
 
     def _give_up(self, reason: str) -> dict[str, Any]:
-        """End this trial alone: drop what it holds, so that the next one in this process finds the memory free."""
+        """Return the result of a failed trial, and free its memory for the next trial in this process."""
         points = self._state.points if self._state else []
         self._state = self._progress = None
         self._loaded.clear()
@@ -296,5 +311,5 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
 
 
 def _out_of_memory(error: BaseException) -> str:
-    """Of CUDA's long account of its memory, only what was asked for."""
+    """Return a short reason that keeps only the requested size from CUDA's long out-of-memory message."""
     return f"out of memory: {first_line(error).split(' GPU ')[0]}"

@@ -1,4 +1,4 @@
-"""Ray Tune's part of a sweep: which trials are left, and running them."""
+"""Determines which trials of a sweep remain, and runs them with Ray Tune."""
 
 import signal
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from msae_sweep.track.tracker import Tracker
 
 
 class Tuning:
-    """The trials of one sweep: those that have ended, and the running of the rest."""
+    """Trials of one sweep; `run` runs those that have not ended."""
 
     def __init__(
         self,
@@ -52,20 +52,20 @@ class Tuning:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every trial has ended."""
+        """True if every trial of the sweep has ended."""
         return len(self.records) >= self.n_trials and all(record.finished for record in self.records.values())
 
     def run(self, begin: Callable[[], None]) -> list[TrialRecord]:
-        """Run what is left to run, and again those of the best whose models turn out to be damaged.
+        """Run the trials that remain, and run a block's best trial again if its model turns out to be damaged.
 
         Args:
-            begin: writes what must be on disk before anything about a trial is.
+            begin: called in the record writer's thread before its first write; writes the files of a started sweep.
 
         Returns:
-            Every trial's record; the best ones' models can be read.
+            The records of all trials. The models of the blocks' best trials are readable.
 
         Raises:
-            SweepError: a model that was trained again is damaged again.
+            SweepError: the model of a trial that was trained again is damaged again.
         """
         self._run(begin)
         trained_again: set[str] = set()
@@ -75,7 +75,7 @@ class Tuning:
                 if trial_id in trained_again:
                     raise SweepError(f"{what}; it was trained again just now, so the disk or the store loses data")
                 self._train_again(self.records[trial_id], what)
-            # An interrupted sweep leaves them to the one that resumes it.
+            # An interrupted sweep does not run them now; the run that resumes it does.
             if is_whole:
                 trained_again |= lost.keys()
                 self._run(lambda: None)
@@ -84,14 +84,14 @@ class Tuning:
     def _run(self, begin: Callable[[], None]) -> None:
         config, scheduler = self._config, BlockAsha(self._config.asha)
         if config.search.algorithm != "optuna":
-            # The order of the plan, on disk and in the table.
+            # The records on disk and in the table have the order of the plan.
             self.records = {r.trial_id: self.records.get(r.trial_id, r) for r in plan(config, self._blocks)}
         for record in self.records.values():
             if record.status in ("failed", "running"):
                 record.status, record.reason = "pending", ""
         known = list(self.records.values())
         for record in known:
-            # What an unfinished trial reported before stands too: others may have been judged by it.
+            # Earlier reports of an unfinished trial stay valid too, because other trials may have been judged by them.
             scheduler.enter(
                 self._group(record), record.trial_id, record.index, self._objectives(record), ended=record.finished
             )
@@ -120,7 +120,10 @@ class Tuning:
                         self._preparation.abandon()
 
     def _known_records(self) -> dict[str, TrialRecord]:
-        """Records of an earlier run. A trial whose record or model is damaged or missing counts as not done."""
+        """Return the records of an earlier run.
+
+        A trial whose record or model is damaged or missing counts as not done.
+        """
         records, damaged = self._folder.read_records()
         for trial_id, what in damaged.items():
             self._say(f"{what}: {trial_id} is trained again")
@@ -133,15 +136,18 @@ class Tuning:
         return records
 
     def _train_again(self, record: TrialRecord, what: str) -> None:
-        """Have a trial that ended run once more: from its number follow the same settings, seed, epochs and model."""
+        """Mark an ended trial to be run again.
+
+        Its settings and seed follow from its number, so that it has the same epochs and the same model again.
+        """
         self._say(f"{what}: {record.trial_id} is trained again")
         record.status, record.reason = "pending", ""
 
     def _proposed_before(self, trial_id: str) -> TrialRecord:
-        """A trial as Optuna proposed it, which the journal knows too: proposed again, it could be another one.
+        """Return a trial as Optuna proposed it, from the journal; a new proposal could have other settings.
 
         Raises:
-            SweepError: the journal does not know the trial.
+            SweepError: the journal does not contain the trial.
         """
         event = journal.last(self._folder.path, "trial_started", trial_id=trial_id)
         if event is None:
@@ -188,10 +194,10 @@ class Tuning:
                 trial_dirname_creator=_trial_id,
             ),
             run_config=tune.RunConfig(
-                # Tune's working folders on a node are named by the second in which it starts, and by this.
+                # Tune names its working folders on a node by the second in which it starts, and by this name.
                 name=self._sweep_id,
                 **self._folder.tune_storage,
-                # A finished trial's model lies in the sweep folder; Tune would ask the worker for one more checkpoint.
+                # A finished trial's model is in the sweep folder; by default, Tune would request one more checkpoint.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=resources.max_failures),
                 callbacks=[monitor],
@@ -199,12 +205,12 @@ class Tuning:
                 verbose=0,
             ),
         )
-        # Tune's handlers would swallow the first Ctrl-C after the trials, too.
+        # Tune leaves its signal handlers in place, which would swallow the first Ctrl-C after the trials.
         with _uncounted(), handlers_put_back(signal.SIGINT, signal.SIGUSR1):
             tuner.fit()
 
     def _register(self, record: TrialRecord) -> dict[str, Any]:
-        """A trial that Optuna proposed becomes known, and is written down before it runs."""
+        """Add a trial that Optuna proposed and write its record before it runs; return its config."""
         self.records.setdefault(record.trial_id, record)
         self._folder.save_record(record)
         return self._spec(record)
@@ -223,16 +229,16 @@ class Tuning:
         }
 
     def _turn(self, record: TrialRecord) -> int:
-        """Its place among trials that could start: blocks take turns.
+        """Return the trial's position in the start order, in which blocks take turns.
 
-        But first come as many of the first block as run at once: other blocks are ready seconds later.
+        As many trials of the first block as run at once come first, because other blocks are ready seconds later.
         """
         if record.block == self._blocks[0] and record.index < self._at_once:
             return record.index
         return self._at_once + record.index * len(self._blocks) + self._blocks.index(record.block)
 
     def _params(self, record: TrialRecord) -> dict[str, Any]:
-        """Params of the trial's MLflow run: every training setting, defaults too, and what follows from them."""
+        """Return the params of the trial's MLflow run: every training setting, also defaults, and derived values."""
         training = record.training(self._config.training)
         input_dim = self._preparation.input_dims[record.block]
         return {
@@ -244,7 +250,7 @@ class Tuning:
         }
 
     def _rehearsals(self) -> list[dict[str, Any]]:
-        """Settings of one trial for each shape of step, in the order in which they come."""
+        """Return training settings to warm up with: those of one trial per shape of step, in the trials' order."""
         shapes: dict[str, dict[str, Any]] = {}
         for record in self.records.values():
             training = record.training(self._config.training)
@@ -253,7 +259,10 @@ class Tuning:
         return list(shapes.values())
 
     def _group(self, record: TrialRecord) -> str:
-        """Trials that ASHA may compare: blocks differ in how high R² can go, and so do sets of levels."""
+        """Return the name of the group of trials that ASHA may compare with this one.
+
+        The R² that can be reached differs between blocks, and between sets of levels.
+        """
         return f"block{record.block} k={record.training(self._config.training).levels}"
 
     def _objectives(self, record: TrialRecord) -> dict[int, float]:
@@ -265,9 +274,10 @@ class Tuning:
 
 
 class _InOrder(Domain):  # type: ignore[misc]
-    """Settings of all trials, one after the other.
+    """Tune search-space value that gives the configs of all trials, one after the other.
 
-    A grid of them would do, but Tune copies its whole search space for every trial: of 1,000 trials, 37 ms a trial.
+    A grid of the configs would also work, but Tune copies its whole search space for every trial, which takes 37 ms per
+    trial with 1,000 trials.
     """
 
     def __init__(self, specs: list[dict[str, Any]]) -> None:
@@ -277,12 +287,12 @@ class _InOrder(Domain):  # type: ignore[misc]
         return self
 
     def sample(self, config: Any = None, size: int = 1, random_state: Any = None) -> dict[str, Any]:
-        """The next trial's."""
+        """Return the next trial's config."""
         return next(self._left)
 
 
 class _Failure(tune.Stopper):  # type: ignore[misc]
-    """Ends the sweep in an orderly way where its data cannot be used or its folder cannot be written."""
+    """Tune stopper that ends the sweep in an orderly way if its data cannot be used or its folder cannot be written."""
 
     def __init__(self, scribe: RecordWriter) -> None:
         self._scribe = scribe
@@ -299,9 +309,9 @@ class _Failure(tune.Stopper):  # type: ignore[misc]
 
 
 def _uncounted() -> AbstractContextManager[None]:
-    """Keeps Ray's usage statistics from counting callbacks by kind.
+    """Monkeypatch Ray's usage statistics so that they do not count callbacks by kind.
 
-    Tune would import MLflow's, wandb's and others' integrations for it, 2 s before it starts the first worker.
+    To count them, Tune would import the integrations of MLflow, wandb and others, which delays the first worker by 2 s.
     """
     return patched("ray.air._internal.usage", "tag_callbacks", lambda callbacks: False)
 

@@ -1,1 +1,1 @@
-"""The sweep folder: what a sweep writes, what it is resumed from, and how files get there whole."""
+"""Sweep folders: the files that a sweep writes and is resumed from, and atomic writes of them."""

@@ -1,8 +1,9 @@
-"""One driver a sweep, where the sweep lies in an object store: a store knows no locks, so a driver shows that it lives.
+"""Heartbeat lock: at most one driver per sweep in an object store, which has no locks of its own.
 
-It rewrites a small file every few seconds. Who comes later and finds one looks whether it changes: clocks of different
-machines need not agree for that. A driver that was killed is recognised at once on its own machine, and after
-`DEAD_SECONDS` on another.
+The driver rewrites a small lock file every `BEAT_SECONDS`. A later process that finds the file watches whether it
+changes, so the clocks of the machines need not agree. The lock of a driver that was killed is recognised as stale at
+once on the driver's machine, and after `DEAD_SECONDS` on any other. An extraction holds such a lock in its activation
+folder, too, because some file systems have no locks.
 """
 
 import contextlib
@@ -18,23 +19,26 @@ from msae_sweep.errors import SweepError
 from msae_sweep.paths import StoragePath
 
 BEAT_SECONDS = 10.0
+"""Seconds between two heartbeats."""
 DEAD_SECONDS = 45.0
-"""Longer than a few beats to a store that takes seconds a request."""
+"""Seconds without a heartbeat after which a lock is stale: longer than a few heartbeats, even if the store takes
+seconds per request."""
 
 
 @contextlib.contextmanager
 def held(place: StoragePath) -> Iterator[None]:
-    """Show at `place` that this process drives the sweep, as long as this is open.
+    """Hold the lock file `place` for this process while the context is open.
 
     Raises:
-        SweepError: another process does.
+        SweepError: another process holds the lock.
     """
     _wait_for_the_dead(place)
     me, ended = f"process {os.getpid()} on {socket.gethostname()}", threading.Event()
 
     def beat() -> None:
         while True:
-            # A store that is away for a while is no reason to stop; the mirror says when it is one.
+            # A store that fails for a while does not end the sweep here. `StoreSync` ends it if the store fails for too
+            # long.
             with contextlib.suppress(OSError):
                 place.write(json.dumps({"driver": me, "beat": uuid.uuid4().hex}).encode())
             if ended.wait(BEAT_SECONDS):
@@ -74,7 +78,10 @@ def _read(place: StoragePath) -> dict[str, str]:
 
 
 def _is_dead_here(driver: str) -> bool:
-    """Whether `driver` was a process of this machine that is no more."""
+    """Return whether `driver` names a process of this machine that no longer runs.
+
+    The id of this very process also counts: an earlier process had the same id.
+    """
     pid, _, host = driver.removeprefix("process ").partition(" on ")
     if host != socket.gethostname():
         return False

@@ -1,4 +1,4 @@
-"""The sweep folder: where everything lies that is needed to resume or report, and how it is written.
+"""Read and write a sweep folder, which holds everything that is needed to resume or report a sweep.
 
 {storage}/{name}/
     sweep.yaml                          the resolved search-space file
@@ -6,11 +6,11 @@
     trials/{trial_id}/trial.json        settings, status and every epoch's metrics (driver)
     trials/{trial_id}/state.pt          training state, while the trial is unfinished (trial)
     trials/{trial_id}/model.pt          best weights so far, in the notebook's format (trial)
-    journal/                            what MLflow is to be told, and how far it has been
-    tune/                               Ray Tune's own files; nothing here is read back
+    journal/                            events for MLflow, and how far they have been sent
+    tune/                               Ray Tune's own files, which are never read back
     summary.json  results/  figures/  models/
 
-In an object store it looks the same, but that journal/events.jsonl lies there in pieces (`store_sync.py`).
+In an object store the layout is the same, except that journal/events.jsonl is stored in pieces (`store_sync.py`).
 """
 
 import atexit
@@ -31,18 +31,18 @@ from msae_sweep.sweep_folder import driver_lock, store_sync
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-"""Errors of the system that say that a disk is full, read-only or broken."""
+"""Error numbers of the operating system for a disk that is full, read-only or broken."""
 
 
 class SweepFolder:
-    """Paths of one sweep and atomic writes into it; picklable, and the same on every node that shares the storage.
+    """Paths of one sweep, and atomic writes to them. Picklable, and valid on every node that shares the storage.
 
-    Of a sweep in an object store `path` is a copy on the driver's disk. Others, who get the folder pickled, read and
-    write the store itself, and only by `read` and `write`.
+    For a sweep in an object store, `path` is a copy on the driver's disk. Other processes get the folder pickled; they
+    read and write the store directly, and may use only `read` and `write`.
     """
 
     def __init__(self, path: str | Path, shared: StoragePath | None = None) -> None:
-        """The folder itself; with `shared`, a copy of what lies there."""
+        """Take the folder at `path`; if `shared` is given, `path` is a local copy of the sweep at `shared`."""
         self.path = Path(path).absolute()
         self._shared = shared
         self._mirror: store_sync.StoreSync | None = None
@@ -55,10 +55,13 @@ class SweepFolder:
 
     @classmethod
     def at(cls, where: str | Path) -> "SweepFolder":
-        """The sweep at a path or URI; from a store everything small is fetched, into a folder of this process.
+        """Open the sweep at a path or URI.
+
+        From an object store all small files are fetched into a temporary folder, which is removed when this process
+        exits.
 
         Raises:
-            SweepError: the store cannot be reached, or says no.
+            SweepError: the store cannot be reached, or refuses access.
         """
         place = StoragePath(where)
         if not place.is_remote:
@@ -71,26 +74,26 @@ class SweepFolder:
 
     @classmethod
     def locate(cls, storage: str, name: str) -> "SweepFolder":
-        """The folder of sweep `name` under `storage`.
+        """Open the folder of sweep `name` under `storage`, a folder or URI.
 
         Raises:
-            SweepError: a store that cannot be reached, or says no.
+            SweepError: the store cannot be reached, or refuses access.
         """
         return cls.at(str(Path(storage) / name) if "://" not in storage else (StoragePath(storage) / name).uri)
 
     @property
     def storage(self) -> str:
-        """What `locate` finds this folder under, together with `name`."""
+        """Folder or URI that contains this sweep folder; `locate` finds the sweep by it and `name`."""
         return str(self.path.parent) if self._shared is None else self._shared.parent.uri
 
     @property
     def name(self) -> str:
-        """The sweep's name."""
+        """Name of the sweep."""
         return self.path.name if self._shared is None else self._shared.name
 
     @property
     def tune_storage(self) -> dict[str, Any]:
-        """Where Ray Tune keeps what it wants to keep, as the arguments of its RunConfig."""
+        """Arguments of Ray Tune's RunConfig that place Tune's own files."""
         if self._shared is None:
             return {"storage_path": str(self.path / "tune")}
         from msae_sweep.sweep_folder.tune_filesystem import for_tune
@@ -99,30 +102,30 @@ class SweepFolder:
 
     @property
     def config_file(self) -> Path:
-        """The resolved search-space file."""
+        """Path of the resolved search-space file."""
         return self.path / "sweep.yaml"
 
     def trial(self, trial_id: str) -> Path:
-        """Folder of one trial."""
+        """Return the folder of one trial."""
         return self.path / "trials" / trial_id
 
     def record_file(self, trial_id: str) -> Path:
-        """What the driver knows of a trial."""
+        """Return the path of a trial's record, which the driver writes."""
         return self.trial(trial_id) / "trial.json"
 
     def state_file(self, trial_id: str) -> Path:
-        """Training state of an unfinished trial."""
+        """Return the path of the training state of an unfinished trial."""
         return self.trial(trial_id) / "state.pt"
 
     def model_file(self, trial_id: str) -> Path:
-        """Best model of a trial so far."""
+        """Return the path of a trial's best model so far."""
         return self.trial(trial_id) / "model.pt"
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder; empty where it is not there (yet).
+        """Return the content of a JSON file of the folder; empty if the file does not exist (yet).
 
         Raises:
-            SweepError: it holds something else.
+            SweepError: the file is not valid JSON.
         """
         file = self.path / name
         try:
@@ -136,14 +139,14 @@ class SweepFolder:
         return found
 
     def exists(self) -> bool:
-        """Whether a sweep was started here: its data could be prepared."""
+        """Return whether a sweep was started here: `sweep.yaml` is written once the data has been prepared."""
         return self.config_file.is_file()
 
     def create(self) -> None:
-        """Make the folder.
+        """Create the folder and check that it can be written.
 
         Raises:
-            SweepError: the place cannot be written.
+            SweepError: the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -158,7 +161,9 @@ class SweepFolder:
 
     @contextlib.contextmanager
     def driven(self) -> Iterator[None]:
-        """While this is open, what is written here goes to the store too; at its end all of it is there.
+        """Hold the driver lock and upload everything written to this folder while the context is open.
+
+        On exit all of it is in the object store. For a sweep on a disk, this does nothing.
 
         Raises:
             SweepError: another process drives this sweep, or the store has failed for too long.
@@ -167,7 +172,7 @@ class SweepFolder:
             yield
             return
         with driver_lock.held(self._shared / "journal" / "driver.json"):
-            # Another driver may have gone on with the sweep since it was fetched.
+            # Another driver may have continued the sweep since this copy was fetched.
             store_sync.fetch(self._shared, self.path)
             yield from self._mirrored(self._shared)
 
@@ -175,28 +180,32 @@ class SweepFolder:
         self._mirror = store_sync.StoreSync(self.path, shared)
         try:
             yield
-            # How far MLflow was told: nothing is lost without it but time.
+            # These files say how far events were sent to MLflow. Without them a resumed sweep would only lose time.
             self.written(self.path / "journal" / "cursor.json", self.path / "journal" / "refused.jsonl")
             self._mirror.flush()
         finally:
             self._mirror.close()
 
     def flush(self) -> None:
-        """Wait until what was written is where others find it."""
+        """Wait until everything written so far is in the object store, if the sweep is in one."""
         if self._mirror is not None:
             self._mirror.flush()
 
     def n_events(self, written: int) -> int:
-        """How many of the journal's `written` events are safe from the loss of this machine, if others can be."""
+        """Return how many of the journal's `written` events may be sent to MLflow.
+
+        For a sweep in an object store these are the events that have been uploaded, which survive the loss of this
+        machine. On a disk they are all events.
+        """
         return written if self._mirror is None else min(written, self._mirror.n_events)
 
     def on_events(self, call: Callable[[], None]) -> None:
-        """Have `call` called when there are more such events."""
+        """Register `call`, to be called whenever `n_events` has increased by an upload."""
         if self._mirror is not None:
             self._mirror.on_events = call
 
     def clear_trials(self) -> None:
-        """Remove what trials left of a sweep that never came to exist: another one may take its name."""
+        """Delete trial files of a sweep that ended before it was started, because another sweep may take its name."""
         assert not self.exists(), "a sweep's trials are never removed"
         if (self.path / "trials").exists():
             shutil.rmtree(self.path / "trials")
@@ -204,13 +213,15 @@ class SweepFolder:
             (self._shared / "trials").delete()
 
     def write(self, path: Path, content: bytes | memoryview, *, durable: bool = True) -> None:
-        """Replace a file in one step: readers see the old one or the new one.
+        """Write a file atomically: readers see either the old content or the new.
 
-        `durable` waits until it is safe from a power cut, which takes milliseconds.
+        Args:
+            durable: wait until the file would survive a power cut, which takes milliseconds. This applies to a sweep on
+                a disk only.
 
         Raises:
             StorageError: the disk is full, or the folder is read-only.
-            OSError: the store fails, which may pass.
+            OSError: the object store fails, perhaps only for a while.
         """
         if self._shared is not None and self._mirror is None:
             self._place(path).write(content)
@@ -231,7 +242,7 @@ class SweepFolder:
 
     @contextlib.contextmanager
     def storage_errors(self) -> Iterator[None]:
-        """Turn what a full disk or a folder that became read-only makes anybody raise into a `StorageError`."""
+        """Convert each `OSError` of a full, read-only or broken disk within the context into a `StorageError`."""
         try:
             yield
         except OSError as error:
@@ -240,7 +251,7 @@ class SweepFolder:
             raise self.unwritable(Path(error.filename or self.path), error) from error
 
     def unwritable(self, path: Path, error: OSError) -> StorageError:
-        """The error to raise where writing `path` failed: what failed, and the way out."""
+        """Return the error to raise after a failed write of `path`. Its message gives the cause and the remedy."""
         reason = error.strerror or first_line(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             there = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -252,22 +263,22 @@ class SweepFolder:
         return StorageError(f"{path} cannot be written: {reason}, then go on with: msae-sweep resume {self}")
 
     def written(self, *paths: Path) -> None:
-        """Files were written here by other means than `write`, or removed: bring them to where others find them."""
+        """Queue files for upload to the object store, if any, that were removed or were not written by `write`."""
         if self._mirror is not None:
             self._mirror.changed(*paths)
 
     def read(self, path: Path) -> bytes | None:
-        """A file that another process may have written; None where there is none."""
+        """Return the content of a file that another process may have written; None if there is no file."""
         try:
             return path.read_bytes() if self._shared is None else self._place(path).read()
         except FileNotFoundError:
             return None
 
     def fetch(self, path: Path) -> Path | None:
-        """A file as a path on this machine; None where there is none.
+        """Return a path on this machine with the content of the file at `path`; None if there is no file.
 
-        A file that is only in the store comes as a temporary copy of the same name, alone in a folder. Whoever asked
-        for it removes that folder; otherwise every ended trial would leave its model on the driver's disk.
+        A file that is only in the object store is returned as a temporary copy with the same name, alone in a folder.
+        The caller removes that folder; otherwise every ended trial would leave its model on the driver's disk.
         """
         if path.exists() or self._shared is None:
             return path if path.exists() else None
@@ -279,15 +290,15 @@ class SweepFolder:
         return copy
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         path.unlink(missing_ok=True)
         self.written(path)
 
     def make_durable(self, path: Path) -> None:
-        """Wait until a file is safe from a power cut, whoever wrote it.
+        """Wait until a file would survive a power cut (fsync). Any process may have written the file.
 
         Raises:
-            StorageError: the disk refuses.
+            StorageError: the file cannot be written to the disk.
         """
         try:
             _sync(path)
@@ -295,18 +306,18 @@ class SweepFolder:
             raise self.unwritable(path, error) from error
 
     def write_text(self, path: Path, text: str) -> None:
-        """`write` for text."""
+        """Write a text file atomically, as `write` does."""
         self.write(path, text.encode())
 
     def save_record(self, record: TrialRecord) -> None:
-        """Write a trial's `trial.json`."""
+        """Write the `trial.json` of a trial."""
         self.write_text(self.record_file(record.trial_id), record.to_json())
 
     def load_records(self) -> dict[str, TrialRecord]:
-        """Every trial that was written so far, by trial_id.
+        """Return the records of all trials that were written so far, by trial_id.
 
         Raises:
-            SweepError: a file is damaged.
+            SweepError: a record is damaged.
         """
         records, damaged = self.read_records()
         for what in damaged.values():
@@ -314,7 +325,7 @@ class SweepFolder:
         return records
 
     def read_records(self) -> tuple[dict[str, TrialRecord], dict[str, str]]:
-        """Every trial that was written so far, and what is wrong with each file that is damaged, both by trial_id."""
+        """Return the records written so far, and what is wrong with each damaged record file, both by trial_id."""
         records, damaged = {}, {}
         for file in sorted(self.path.glob("trials/*/trial.json")):
             try:
@@ -324,7 +335,10 @@ class SweepFolder:
         return records, damaged
 
     def models(self) -> set[str]:
-        """Trials of which a model file is there that is not cut off, as far as its size and its end tell."""
+        """Return the ids of trials whose model file exists and does not look cut off.
+
+        On a disk the end of the file is checked, in an object store only that the file is not empty.
+        """
         if self._shared is not None:
             files = (self._shared / "trials").files(recursive=True)
             return {file.parent.name for file, info in files.items() if file.name == "model.pt" and info.size > 0}

@@ -1,4 +1,4 @@
-"""Early stopping: at which rungs trials are judged, by which cutoff, and what stopping them saved.
+"""Early stopping: the rungs at which trials are judged, their cutoffs, and the training that stopping saved.
 
 The scheduler and the report both take objectives from `objectives_at_rungs` and cutoffs from `cutoff`, so the report
 states the cutoffs that the scheduler used.
@@ -13,11 +13,11 @@ from msae_sweep.config import AshaConfig
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 STOPPED_AT = "asha at epoch "
-"""How the reason of a stopped trial begins; the rung follows."""
+"""Beginning of a stopped trial's `reason`; the rung follows it."""
 
 
 def rungs(asha: AshaConfig | None, epochs: int) -> list[int]:
-    """Epochs at which trials of at most `epochs` are judged: grace × factor^i below `epochs`."""
+    """Return the epochs below `epochs` at which trials are judged: grace_epochs × reduction_factor^i."""
     milestones = []
     milestone = asha.grace_epochs if asha else epochs
     while asha and milestone < epochs:
@@ -27,7 +27,7 @@ def rungs(asha: AshaConfig | None, epochs: int) -> list[int]:
 
 
 def objectives_at_rungs(record: TrialRecord, asha: AshaConfig | None, epochs: int) -> dict[int, float]:
-    """Objective at each rung that a trial of at most `epochs` has reached.
+    """Return the objective at each rung that a trial of at most `epochs` has reached.
 
     An epoch that is a rung of other trials only is left out: a trial of 9 epochs is not judged at epoch 9, and no trial
     is compared with it there.
@@ -36,56 +36,59 @@ def objectives_at_rungs(record: TrialRecord, asha: AshaConfig | None, epochs: in
 
 
 def cutoff(predecessors: Iterable[Mapping[int, float]], rung: int, reduction_factor: int) -> float | None:
-    """Objective that a trial needs at `rung` to go on: the top 1/reduction_factor of its predecessors there.
+    """Return the cutoff at `rung`: the objective that a trial needs there to continue.
+
+    It is the lower bound of the top 1/reduction_factor of the trial's predecessors at this rung.
 
     Args:
-        predecessors: objective by rung of every trial with a smaller number.
+        predecessors: objectives by rung, for every trial with a smaller number.
 
     Returns:
-        None where no predecessor was judged at `rung`; the trial then passes.
+        The (1 − 1/reduction_factor) quantile of the predecessors' objectives at `rung`, or None if no predecessor was
+        judged there; the trial then passes.
     """
     reached = [objectives[rung] for objectives in predecessors if rung in objectives]
     return float(np.quantile(reached, 1 - 1 / reduction_factor)) if reached else None
 
 
 class Stop(NamedTuple):
-    """A trial that was stopped at a rung."""
+    """Trial that was stopped at a rung."""
 
     trial_id: str
     rung: int
-    """Epoch."""
+    """Epoch at which the trial was stopped."""
     objective: float
     cutoff: float
-    """Objective that the trial would have needed there to go on."""
+    """Objective that the trial would have needed at this rung to continue."""
 
     @property
     def shortfall(self) -> float:
-        """Amount by which its objective was below the cutoff."""
+        """Amount by which the objective was below the cutoff."""
         return self.cutoff - self.objective
 
 
 class EarlyStopping(NamedTuple):
-    """What early stopping did in one block."""
+    """Effect of early stopping on one group of trials that are judged against each other."""
 
     rungs: list[int]
     """Every epoch at which some trial is judged, ascending."""
     stops: list[Stop]
-    """In the trials' order."""
+    """Stopped trials, in the order of trial numbers."""
     epochs_saved: int
-    """Epochs that the stopped trials would have trained at the most."""
+    """Maximum number of further epochs that the stopped trials would have trained."""
     epochs_trained: int
-    """Of all trials that ended."""
+    """Number of epochs that were trained by all trials that have ended."""
     seconds_saved: float
-    """Training time of the saved epochs, each trial at its own pace."""
+    """Estimated training time of the saved epochs in seconds, from each trial's own mean time per epoch."""
 
 
 def summarise_stops(
     records: Sequence[TrialRecord], asha: AshaConfig | None, epochs: Mapping[str, int]
 ) -> EarlyStopping:
-    """The ladder of one group of trials, which are judged only against each other.
+    """Summarise early stopping in one group of trials, which are judged only against each other.
 
     Args:
-        epochs: the most epochs of each trial, by trial_id.
+        epochs: maximum number of epochs of each trial, by trial_id.
     """
     order = sorted(records, key=lambda record: record.index)
     objectives = [objectives_at_rungs(record, asha, epochs[record.trial_id]) for record in order]

@@ -1,10 +1,10 @@
-"""A sweep folder in an object store: the driver works on a copy on its disk, and a thread brings what changes across.
+"""Synchronise a sweep folder with an object store: the driver writes to a copy on its disk, a thread uploads changes.
 
-A store cannot append, cannot rename, and may take seconds a request. So nothing of the sweep waits for it: what the
-driver writes is written to the copy, and goes to the store in rounds. A round takes every file that changed as it then
-stands, and first of all the journal's new lines, as one more piece of it: so what is in the store at any moment is the
-sweep as it stood at some moment, and no record says that a trial ended of which the journal does not know.
-Workers write their models and states straight into the store.
+An object store cannot append, cannot rename, and may take seconds per request, so the sweep never waits for it. The
+driver writes to the copy, and the thread uploads the changes in rounds. A round first uploads the journal's new lines,
+as one more piece of the journal, and then every file that has changed, as it was when the round began. The store
+therefore always holds the sweep as it was at some moment, and no record says that a trial has ended while the journal
+lacks that event. Workers write their models and states directly to the store.
 """
 
 import threading
@@ -17,21 +17,22 @@ from msae_sweep.errors import StorageError, SweepError, first_line
 from msae_sweep.paths import StoragePath
 
 AT_ONCE = 16
-"""Requests to the store at a time."""
+"""Number of simultaneous requests to the store."""
 
 LISTINGS = 4
-"""How often at the most the store is looked through for what changed during the fetching: a driver may be at work."""
+"""Maximum number of listings of the store in one fetch. Each listing after the first finds files that have changed
+during the fetch, because a driver may be running."""
 
 PATIENCE_SECONDS = 600.0
-"""How long a store may fail before the sweep ends; trials go on meanwhile."""
+"""Seconds that the store may fail before the sweep ends. Trials continue meanwhile."""
 
 EVENTS = "journal/events.jsonl"
 LARGE = ("model.pt", "state.pt")
-"""Names of what is fetched only when it is asked for."""
+"""Names of large files, which `fetch` leaves out; `SweepFolder.read` and `SweepFolder.fetch` get them one by one."""
 
 
 def fetch(shared: StoragePath, copy: Path) -> None:
-    """Bring everything small of a sweep into `copy`; nothing where there is no sweep.
+    """Download all small files of a sweep into `copy`. Do nothing if there is no sweep.
 
     Raises:
         SweepError: the store fails.
@@ -39,7 +40,7 @@ def fetch(shared: StoragePath, copy: Path) -> None:
     contents: dict[Path, bytes] = {}
     known: dict[Path, tuple[int, int]] = {}
     try:
-        # A file that changes while it is read may come torn, so what has changed since is read again.
+        # A file that changes while it is read may arrive incomplete, so files that changed since are read again.
         for _ in range(LISTINGS):
             files = _small_files(shared)
             changed = {way: file for way, (file, *seen) in files.items() if known.get(way) != tuple(seen)}
@@ -60,7 +61,7 @@ def fetch(shared: StoragePath, copy: Path) -> None:
         target.write_bytes(content)
     events = b""
     for start, content in sorted(pieces.items()):
-        # Two drivers may have cut the same lines in different places.
+        # Two drivers may have cut the same lines into different pieces, so pieces can overlap.
         if start <= len(events) < start + len(content):
             events += content[len(events) - start :]
     if events:
@@ -69,7 +70,7 @@ def fetch(shared: StoragePath, copy: Path) -> None:
 
 
 def _small_files(shared: StoragePath) -> dict[Path, tuple[StoragePath, int, int]]:
-    """By their way from `shared`, with size and time."""
+    """Return a sweep's small files by path relative to `shared`, each with its size and modification time."""
     tops = ("sweep.yaml", "identity.json", "data.json", "summary.json", "trials", "journal", "results")
     found = {file.relative_to(shared): (file, info) for file, info in shared.files(recursive=True).items()}
     return {
@@ -80,27 +81,28 @@ def _small_files(shared: StoragePath) -> dict[Path, tuple[StoragePath, int, int]
 
 
 class StoreSync:
-    """Brings what changes in `copy` to `shared`, in a thread."""
+    """Thread that uploads files that change in `copy` to `shared`."""
 
     def __init__(self, copy: Path, shared: StoragePath) -> None:
         self._copy, self._shared = copy, shared
         self._changed: dict[Path, None] = {}
         self._news = threading.Condition()
         self._asked = 0
-        """Counts what was asked of the thread; a round that begins at some count has brought all until then."""
+        """Number of requests to the thread so far. A round uploads everything requested before it starts."""
         self._brought = 0
+        """Value of `_asked` at the start of the last round that has ended."""
         self._closing = False
         self._error: str | None = None
         self._journal_end = self._events_size()
         self.n_events = self._count(0, self._journal_end)
-        """Events of the journal that the store has."""
+        """Number of journal events that are in the store."""
         self.on_events: Callable[[], None] = lambda: None
-        """Called when there are more of them."""
+        """Callback for each increase of `n_events`."""
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
 
     def changed(self, *paths: Path) -> None:
-        """Bring these files across, or remove them there if they are gone; returns at once.
+        """Request the upload of these files, or their removal from the store if they no longer exist; do not wait.
 
         Raises:
             StorageError: the store has failed for too long.
@@ -115,7 +117,7 @@ class StoreSync:
             self._news.notify_all()
 
     def flush(self) -> None:
-        """Wait until everything that was written before this call is there, the journal's last line too.
+        """Wait until everything that was written before this call is in the store, including the journal's last line.
 
         Raises:
             StorageError: the store has failed for too long.
@@ -128,7 +130,7 @@ class StoreSync:
             raise StorageError(self._error)
 
     def close(self) -> None:
-        """Bring what is left across and end; a failure is no more news then."""
+        """Upload the remaining changes and end the thread. A failure is not raised here."""
         with self._news:
             self._closing = True
             self._news.notify_all()
@@ -148,7 +150,7 @@ class StoreSync:
                 self._news.notify_all()
 
     def _patiently(self, batch: list[Path]) -> str | None:
-        """One round, tried again while the store fails; returns why it is given up."""
+        """Run one round, and retry it while the store fails. Return the reason if it is given up, else None."""
         started = time.monotonic()
         while True:
             try:
@@ -157,14 +159,14 @@ class StoreSync:
                 if time.monotonic() - started > PATIENCE_SECONDS:
                     return f"storage: {error}; what is on its way is lost, resume when the store is back"
                 time.sleep(2)
-            except Exception as error:  # a thread that ended would have everybody wait for ever
+            except Exception as error:  # if the thread died, `flush` would wait for ever
                 return f"storage: {type(error).__name__}: {first_line(error)}; what is on its way is lost, resume it"
             else:
                 return None
 
     def _round(self, batch: list[Path]) -> None:
         contents = {path: path.read_bytes() if path.is_file() else None for path in batch}
-        # After the contents: the journal may know more than the records do, never less.
+        # The journal is read after the files, so it may contain events that the records lack, but never the reverse.
         end = self._events_size()
         if end > self._journal_end:
             with open(self._copy / EVENTS, "rb") as file:

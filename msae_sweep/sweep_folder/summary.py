@@ -1,4 +1,4 @@
-"""A finished sweep in one dictionary: `summary.json`, and the notebook's `results/reconstruction.json`."""
+"""Summarise a finished sweep in one dictionary: `summary.json`, and the notebook's `results/reconstruction.json`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from msae_sweep.sweep_folder.trial_record import TrialRecord, ranked
 
 
 class Criterion(NamedTuple):
-    """One of the notebook's success criteria, applied to a trial's best epoch."""
+    """Success criterion of the notebook, applied to a trial's best epoch."""
 
     name: str
     value: float
@@ -16,10 +16,10 @@ class Criterion(NamedTuple):
 
 
 def success_criteria(metrics: Mapping[str, float], k_levels: Sequence[int]) -> list[Criterion]:
-    """R² (k=128) > 0.85, R² (k=16) > 0.40, dead latents < 30%.
+    """Return the success criteria R² (k=128) > 0.85, R² (k=16) > 0.40 and dead latents < 30%, applied to `metrics`.
 
-    Where a sweep has other levels, the largest stands for 128 and the smallest for 16. A single level stands for the
-    nearer of the two, by ratio: for 16 up to k = 45, for 128 from 46.
+    If a sweep has other levels, the largest is used in place of 128 and the smallest in place of 16. A single level is
+    used in place of the nearer of the two by ratio: of 16 up to k = 45, of 128 from k = 46.
     """
     largest, smallest = k_levels[-1], k_levels[0]
     bounds = [(largest, 0.85), (smallest, 0.40)]
@@ -34,7 +34,7 @@ def success_criteria(metrics: Mapping[str, float], k_levels: Sequence[int]) -> l
 
 
 def trial_entry(record: TrialRecord) -> dict[str, Any]:
-    """A trial as `summary.json` has it: `metrics` are those of its best epoch, whose weights its model file holds."""
+    """Return a trial's entry in `summary.json`. Its `metrics` are from the best epoch, as are the saved weights."""
     return {
         "trial_id": record.trial_id,
         "status": record.status,
@@ -51,9 +51,11 @@ def trial_entry(record: TrialRecord) -> dict[str, Any]:
 def block_entry(
     records: list[TrialRecord], k_levels: Mapping[str, Sequence[int]], manifest: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One block: `best` is a trial_id (or None where no trial got through an epoch); trials stand best first.
+    """Return a block's entry in `summary.json`.
 
-    `best_by_k_levels` names the best trial of every set of levels, whose objectives mean different things.
+    `best` is the best trial's trial_id, or None if no trial was completed or stopped early. `trials` begins with these
+    trials, best first. `best_by_k_levels` holds the best trial for each set of levels, because objectives of different
+    levels cannot be compared.
     """
     order = [record for record in ranked(records) if record.has_model]
     rest = [record for record in records if record not in order]
@@ -72,18 +74,18 @@ def block_entry(
 
 
 def best_entry(block: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The winner's entry in a block of a summary."""
+    """Return the entry of the best trial in a block of a summary; None if there is no best trial."""
     return next((trial for trial in block["trials"] if trial["trial_id"] == block["best"]), None)
 
 
 def best_entries(block: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The winners' entries of a block, one for every set of k_levels, smallest k first."""
+    """Return the entries of a block's best trials, one for each set of k_levels, smallest k first."""
     winners = [trial for trial in block["trials"] if trial["trial_id"] in block["best_by_k_levels"].values()]
     return sorted(winners, key=lambda trial: [int(key[4:]) for key in trial["metrics"] if key.startswith("r2_k")])
 
 
 def reconstruction(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The notebook's `results/reconstruction.json`: block → `k16` … `k128` → R² of the block's best trial."""
+    """Return the notebook's `results/reconstruction.json`: block → `k16` … `k128` → R² of the block's best trial."""
     return {
         name: {key.removeprefix("r2_"): value for key, value in best["metrics"].items() if key.startswith("r2_k")}
         for name, block in summary["blocks"].items()

@@ -1,4 +1,4 @@
-"""One trial as it is known to the driver, and as it lies in the sweep folder."""
+"""Record of one trial, which the driver keeps in memory and in the trial's `trial.json`."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,68 +8,69 @@ from msae_sweep.config import TrainingConfig
 
 Status = Literal["pending", "running", "completed", "stopped_early", "diverged", "failed"]
 FINAL: tuple[Status, ...] = ("completed", "stopped_early", "diverged", "failed")
-"""Statuses after which a trial does not go on; `failed` is tried again by a resumed sweep."""
+"""Statuses of a trial that has ended. A resumed sweep runs `failed` trials again."""
 
 
 @dataclass
 class TrialRecord:
-    """A trial's identity, settings and history."""
+    """Identity, settings and history of one trial."""
 
     trial_id: str
-    """`block5-003`: block and number within it; the same number means the same proposal in every block."""
+    """Block and number within the block, e.g. `block5-003`. In random and grid search, trials with the same number have
+    the same proposal in every block."""
     block: int
     index: int
     params: dict[str, Any]
-    """The values that the search proposed, by training key."""
+    """Values that the search proposed, by training key."""
     seed: int
     status: Status = "pending"
     reason: str = ""
-    """Why it ended: `epochs`, `patience`, `asha at epoch 9`, or an error in one line."""
+    """Reason why the trial ended: `epochs`, `patience`, `asha at epoch 9`, or an error in one line."""
     points: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of every epoch, ascending."""
+    """Metrics of every epoch, in ascending order of epochs."""
     seconds: float = 0.0
-    """Training time, waiting not counted."""
+    """Training time in seconds, without waiting."""
 
     @property
     def epochs(self) -> int:
-        """Epochs trained."""
+        """Number of epochs trained so far."""
         return len(self.points)
 
     @property
     def best(self) -> dict[str, float]:
-        """Metrics of the epoch with the highest objective; empty before the first."""
+        """Metrics of the epoch with the highest objective; empty before the first epoch."""
         return max(self.points, key=lambda point: point["objective"], default={})
 
     @property
     def finished(self) -> bool:
-        """Whether it has a status that lasts."""
+        """True if the trial has ended, also if it failed."""
         return self.status in FINAL
 
     @property
     def has_model(self) -> bool:
-        """Whether the trial ended in a way that leaves a model which may be the best."""
+        """True if the trial was completed or stopped early, so that its model may be the best."""
         return self.status in ("completed", "stopped_early")
 
     def add_points(self, points: list[dict[str, float]]) -> list[dict[str, float]]:
-        """Append epochs that are not known yet and return them; a restarted trial reports some twice."""
+        """Append the epochs that are new and return them. A restarted trial reports some epochs twice."""
         new = [point for point in points if point["epoch"] > self.epochs]
         self.points.extend(new)
         return new
 
     def training(self, base: TrainingConfig) -> TrainingConfig:
-        """All settings of this trial."""
+        """Return all training settings of this trial; `base` are the settings that all trials share."""
         return TrainingConfig.model_validate({**base.model_dump(), **self.params, "seed": self.seed})
 
     def to_json(self) -> str:
-        """For `trials/{trial_id}/trial.json`."""
+        """Return the content of `trials/{trial_id}/trial.json`."""
         return json.dumps(vars(self))
 
     @classmethod
     def from_json(cls, text: str) -> "TrialRecord":
-        """Read `to_json` back.
+        """Return the record that `to_json` has written as `text`.
 
         Raises:
-            ValueError, TypeError: it is something else.
+            ValueError, TypeError: the text is not the record of a trial.
         """
         record = cls(**json.loads(text))
         if record.status not in get_args(Status) or not isinstance(record.params, dict):
@@ -80,6 +81,6 @@ class TrialRecord:
 
 
 def ranked(records: list[TrialRecord]) -> list[TrialRecord]:
-    """Trials with at least one epoch, best objective first; equal ones in their numbers' order."""
+    """Return the trials with at least one epoch, best objective first; ties are in the order of trial numbers."""
     measured = [record for record in records if record.points]
     return sorted(measured, key=lambda record: (-record.best["objective"], record.index))

@@ -1,8 +1,8 @@
-"""An object store as Ray Tune gets to see it: without the requests that bring nothing.
+"""File system through which Ray Tune uses an object store without making useless requests.
 
-Tune makes a folder for every trial, five requests each in a store that knows none, and looks at the end for log
-files of every trial, which nobody writes (`cluster.connect` turns them off): four requests each, one after another. For
-1,000 trials these are minutes, in a slow store hours.
+Tune creates a folder for every trial, which takes five requests each although an object store has no folders. At the
+end it looks for log files of every trial, which are never written because `ray_cluster.connect` turns them off: four
+requests each, one after another. For 1,000 trials this takes minutes, and in a slow store hours.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ from pyarrow import NativeFile
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileSystemHandler, FileType, PyFileSystem
 
 NEVER_WRITTEN = ("/result.json", "/progress.csv")
-"""Tune's own logs of a trial."""
+"""Path endings of Tune's own logs of a trial, which are turned off."""
 
 
 def for_tune(store: FileSystem) -> PyFileSystem:
-    """`store`, of which Tune gets this view."""
+    """Return a file system for Tune that passes everything on to `store` except useless requests."""
     return PyFileSystem(_ForTune(store))
 
 
@@ -27,7 +27,7 @@ class _ForTune(FileSystemHandler):  # type: ignore[misc]
         return isinstance(other, _ForTune) and bool(self._store == other._store)
 
     def __ne__(self, other: object) -> bool:
-        # pyarrow asks for both.
+        # pyarrow calls both `__eq__` and `__ne__`.
         return not self == other
 
     __hash__ = None  # type: ignore[assignment]

@@ -1,4 +1,7 @@
-"""The one place where mlflow is imported first: an MLflow client, and what its errors mean."""
+"""The MLflow client and the meaning of its errors.
+
+`connect` sets MLflow's environment variables and is the first function that imports mlflow.
+"""
 
 import logging
 import os
@@ -11,27 +14,30 @@ from msae_sweep.errors import MsaeSweepError
 from msae_sweep.track.uri import redact
 
 _ENVIRONMENT = {
-    # The sender tries again by itself, after looking whether a request that got no answer came through nevertheless.
-    # MLflow's own repetition is blind to that, and would create a run twice.
+    # The sender retries by itself, after it has checked whether a request without an answer was carried out after all.
+    # MLflow's own retries do not check that, and would create a run twice.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    # MLflow waits 120 s. Nobody waits for the sender, but a model of 32 MB must get through to a slow store.
+    # MLflow's default is 120 s. No trial waits for the sender, so the timeout can be long enough to upload a model of
+    # 32 MB to a slow store.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    # A sweep shows its own progress.
+    # A sweep shows its own progress, so MLflow's output is turned off.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-# 4xx answers that say nothing against the request itself: log in first, come back later, not so fast.
+# 4xx statuses that do not mean that the request itself is wrong: a login is required, or the request came too early or
+# too often. Such requests are retried.
 _PASSING_STATUS = (401, 403, 407, 408, 425, 429)
-# What our own reading and exporting of a model raises for this model; clients of cloud stores have their own classes.
+# Exceptions that our own code raises if it cannot read or export this model. They would come again on a retry. Clients
+# of cloud stores raise exceptions of their own classes.
 _OWN_FAULTS = (MsaeSweepError, FileNotFoundError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 
 
 class RejectedByMlflow(Exception):
-    """MLflow will never take this, however often it is sent."""
+    """Raised if MLflow will never accept a request, however often it is sent."""
 
 
 def connect(uri: str) -> Any:
-    """An `MlflowClient` for `uri`; a SQLite file gets its tables here, which takes seconds."""
+    """Return an `MlflowClient` for `uri`. For a new SQLite file this creates the tables, which takes seconds."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -43,7 +49,7 @@ def connect(uri: str) -> Any:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turn errors that would come again for ever into `RejectedByMlflow`; what may pass is raised as it is."""
+    """Turn permanent errors into `RejectedByMlflow`. Errors that a retry may overcome are raised unchanged."""
     try:
         yield
     except Exception as error:
@@ -53,14 +59,14 @@ def refusals() -> Iterator[None]:
 
 
 def is_code(error: Exception, *codes: str) -> bool:
-    """Whether an MLflow error has one of these codes, e.g. RESOURCE_ALREADY_EXISTS."""
+    """Return whether an MLflow error has one of these codes, e.g. RESOURCE_ALREADY_EXISTS."""
     return getattr(error, "error_code", None) in codes
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line without secrets, at most 300 characters."""
+    """Return an error as one line without secrets, at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    # MLflow wraps what requests wraps what urllib3 says of a server that is not there.
+    # For a server that cannot be reached, MLflow wraps an error of requests, which wraps an error of urllib3.
     if silent := re.match(
         r"API request to (\w+://[^/]+)\S* failed with exception .*(Connection|Timeout|timed out)", text
     ):
@@ -72,13 +78,17 @@ def _is_lasting(error: Exception) -> bool:
     status = _http_status(error)
     if status is not None:
         return 400 <= status < 500 and status not in _PASSING_STATUS
-    if isinstance(error, OSError):  # connections; requests' errors are OSErrors too
+    if isinstance(error, OSError):  # e.g. connection errors; errors of requests are OSErrors too
         return isinstance(error, FileNotFoundError)
     return isinstance(error, _OWN_FAULTS)
 
 
 def _http_status(error: Exception) -> int | None:
-    """Status that MLflow's server answered, or would have: its own errors, and those of its artifact proxy."""
+    """Return the HTTP status of an error, or None if the error has none.
+
+    MLflow's own errors have the status that its server answered or would have answered. Errors of its artifact proxy
+    have a response with a status.
+    """
     if hasattr(error, "get_http_status_code"):
         return int(error.get_http_status_code())
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -1,4 +1,4 @@
-"""How far a journal was sent, and to where."""
+"""The sender's cursor: how far a journal was sent, and to which destination."""
 
 import json
 import os
@@ -9,42 +9,42 @@ from typing import Any
 
 @dataclass
 class SentTrial:
-    """What is known of a trial's run."""
+    """A trial's run in MLflow, and how far its metrics were sent."""
 
     run_id: str
     block: int
     epoch: int = 0
-    """Last epoch whose metrics were sent."""
+    """Last epoch whose metrics were sent; 0 before the first."""
 
 
 @dataclass
 class Cursor:
-    """Where the sender stands in the journal; saved after every step, so that a killed sender repeats little: one
-    event, or those behind the models that were being uploaded.
+    """Position of the sender in the journal, saved after every step.
 
-    To lose it costs time and nothing else: everything is sent again, and finds itself there already.
+    After a kill, the sender therefore repeats little: one event, or the events that follow the models that were being
+    uploaded. Losing the cursor costs only time: every event is sent again, and changes nothing that MLflow has already.
     """
 
     destination: str = ""
-    """Tracking URI (without secrets) and experiment for which all this holds."""
+    """Tracking URI (without secrets) and experiment that this cursor belongs to."""
     position: int = 0
-    """Byte position in the journal behind the last event sent."""
+    """Byte offset in the journal just after the last event sent."""
     seq: int = 0
-    """Number of that event."""
+    """Sequence number of the last event sent."""
     refused: int = 0
-    """Parts of events that MLflow refused for themselves."""
+    """Number of parts of events that MLflow rejected permanently."""
     sweep_id: str = ""
     run_id: str = ""
-    """The sweep's own run."""
+    """Run ID of the sweep's own run; empty before it exists."""
     origin: dict[str, str] = field(default_factory=dict)
-    """Tags on commit, command and user, which trials share with their sweep."""
+    """Tags for commit, command and user, which trials share with their sweep."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Data manifest of each block, by block number as text."""
     trials: dict[str, SentTrial] = field(default_factory=dict)
 
     @classmethod
     def load(cls, sweep_folder: Path) -> "Cursor":
-        """The saved cursor; a new one where there is none or it cannot be read."""
+        """Return the saved cursor, or a new one if there is none or it cannot be read."""
         try:
             raw = json.loads(_file(sweep_folder).read_text(encoding="utf-8"))
             trials = {trial_id: SentTrial(**trial) for trial_id, trial in raw.pop("trials").items()}
@@ -53,7 +53,7 @@ class Cursor:
             return cls()
 
     def save(self, sweep_folder: Path) -> None:
-        """Replace the saved cursor in one step."""
+        """Replace the saved cursor atomically."""
         part = _file(sweep_folder).with_suffix(".part")
         part.write_text(json.dumps(asdict(self)), encoding="utf-8")
         os.replace(part, _file(sweep_folder))

@@ -1,4 +1,4 @@
-"""A block's data manifest as an MLflow dataset, so that runs can be filtered by the data they saw."""
+"""Conversion of a block's data manifest to an MLflow dataset, so that runs can be filtered by the data they used."""
 
 import json
 from collections.abc import Mapping
@@ -6,9 +6,10 @@ from typing import Any
 
 
 def dataset_input(block: str, manifest: Mapping[str, Any]) -> Any:
-    """The `DatasetInput` of a block; its digest is the manifest's key, so equal preparation means equal dataset.
+    """Return the `DatasetInput` of a block.
 
-    The profile is the manifest without its list of shard files.
+    The dataset's digest is the manifest's key, so equal preparation gives an equal dataset. The dataset's profile is
+    the manifest without its list of shard files, with the number of rows added.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -19,7 +20,7 @@ def dataset_input(block: str, manifest: Mapping[str, Any]) -> Any:
     profile = {"num_rows": sum(counts), **{key: value for key, value in manifest.items() if key != "shards"}}
     dataset = Dataset(
         name=f"block{block}",
-        digest=str(manifest.get("key", ""))[:36],  # MLflow's limit
+        digest=str(manifest.get("key", ""))[:36],  # MLflow allows at most 36 characters
         source_type="local",
         source=json.dumps({"uri": str(where)}),
         schema=json.dumps({"mlflow_tensorspec": {"features": [spec], "targets": None}}),

@@ -1,4 +1,4 @@
-"""What each event of the journal does in MLflow."""
+"""Handlers that apply each kind of journal event to MLflow."""
 
 import contextlib
 import json
@@ -21,15 +21,18 @@ from msae_sweep.track.runs import SWEEP_TAG, TRIAL_TAG, NewRun, Refuse, Runs
 from msae_sweep.track.uploads import Upload
 
 _MLFLOW_TAGS = {"git_commit": "mlflow.source.git.commit", "command": "mlflow.source.name", "user": "mlflow.user"}
-"""Our tags that MLflow has a column for."""
+"""MLflow's names for those of our tags that have a column of their own in MLflow."""
 _RUN_STATUS = {"completed": "FINISHED", "stopped_early": "FINISHED", "interrupted": "KILLED"}
-"""MLflow's status for ours; any other is FAILED."""
+"""MLflow's run status for each of our statuses. Any other status becomes FAILED."""
 _NOT_A_SCORE = ("learning_rate", "samples_seen", "samples_per_second")
-"""Metrics that say how an epoch ran, not how good it was: there is no `best_…` of them."""
+"""Metrics that describe how an epoch ran and not how good it was. They get no `best_…` metric."""
 
 
 class EventHandlers:
-    """Applies events, each as often as may be; the cursor learns which runs there are and which epochs they have."""
+    """Applies journal events to MLflow. An event may be applied any number of times.
+
+    The cursor is updated with the runs that exist and the epochs that they have.
+    """
 
     def __init__(
         self,
@@ -43,25 +46,27 @@ class EventHandlers:
         """Find the runs that the sweep has already.
 
         Args:
-            refused: told of every part of an event (event, part, reason) that MLflow will never take.
+            refused: called with event, part and reason for every part of an event that MLflow will never accept.
+            fetch: returns a file of the sweep folder as a path on this machine; see `Fetch` in sender.
         """
         self._client, self._runs, self._cursor = client, runs, cursor
         self._folder, self._refused, self._fetch = sweep_folder, refused, fetch
-        # What need not be asked of MLflow, because it was told here: of trials whose run was made here, its params, and
-        # of every trial the times of its epochs.
+        # Values that were sent from here, so that MLflow need not be asked for them: the params of trials whose run was
+        # created here, and the times of every trial's epochs.
         self._made_here: dict[str, Mapping[str, str]] = {}
         self._times: dict[str, dict[int, int]] = defaultdict(dict)
         if cursor.sweep_id:
             self._find_runs()
 
     def apply(self, entries: Sequence[Entry], *, register_as: str | None) -> Upload | None:
-        """Send one event, or several of `metrics` together.
+        """Send one event, or several `metrics` events together.
 
         Args:
-            register_as: the beginning of the registered models' names; None registers none.
+            register_as: beginning of the registered models' names. If it is None, no model is registered.
 
         Returns:
-            What is left of it, for any thread: a model's upload, on which no later event of another trial depends.
+            The upload of a model, which the caller still has to run, in any thread; None if nothing is left to do. No
+            later event of another trial depends on the upload.
         """
         entry = entries[0]
         try:
@@ -112,7 +117,10 @@ class EventHandlers:
             self._log_datasets(entry, run_id, [block])
 
     def _metrics(self, entries: Sequence[Entry]) -> None:
-        """Epochs that were sent before are left out: a resumed sweep reports some again, at other times."""
+        """Log the metrics of epochs that were not sent before.
+
+        A resumed sweep reports some epochs again, with other times, and these are left out.
+        """
         points: dict[str, list[Any]] = defaultdict(list)
         epochs: dict[str, int] = {}
         for entry in entries:
@@ -132,10 +140,11 @@ class EventHandlers:
             trial.epoch = epochs[trial_id]
 
     def _trial_ended(self, entry: Entry) -> Upload | None:
-        """Status first, so that it is right even where the upload, which is returned, has to wait.
+        """End a trial's run, and return the upload of its model; None if the trial has no model.
 
-        A run's plain metrics end with its last epoch. Those of its best epoch, which the model is from, are logged as
-        `best_…` too, and under their plain names on the logged model.
+        The status is sent first, so that it is right even while the upload has to wait. The run's metrics under their
+        plain names end with the last epoch. The metrics of the best epoch, which the model is from, are also logged as
+        `best_…` on the run, and under their plain names on the logged model.
         """
         event = entry.event
         trial = self._cursor.trials.get(event["trial_id"])
@@ -161,7 +170,7 @@ class EventHandlers:
 
     @contextlib.contextmanager
     def _file(self, name: str) -> Iterator[Path]:
-        """A file of the sweep folder; a copy that was fetched for it is removed afterwards."""
+        """Provide a file of the sweep folder. If a temporary copy was fetched for this, remove the copy afterwards."""
         path = self._folder / name
         found = self._fetch(path) or path
         try:
@@ -173,7 +182,11 @@ class EventHandlers:
     def _log_model(
         self, trial: SentTrial, path: Path, params: Mapping[str, str] | None, metrics: Sequence[Any], step: int
     ) -> None:
-        """`params`: of a run that was made here, else None."""
+        """Upload the trial's model file and history as artifacts of its run, and log the model.
+
+        Args:
+            params: the run's params if the run was created here; None if they have to be read from MLflow.
+        """
         file = model_file.load(path)
         with tempfile.TemporaryDirectory() as folder:
             history, notebook_file = Path(folder) / "history.json", Path(folder) / f"msae_block{trial.block}.pt"
@@ -245,7 +258,7 @@ class EventHandlers:
 
     @contextlib.contextmanager
     def _part(self, entry: Entry, name: str) -> Iterator[None]:
-        """A part of an event on which the rest does not depend: refused, it alone is left out."""
+        """Send a part of an event on which the rest does not depend. If MLflow rejects it, only it is left out."""
         try:
             with refusals():
                 yield
@@ -258,7 +271,7 @@ def _texts(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _metrics(values: Mapping[str, Any], *, time_ms: int, step: int) -> list[Any]:
-    """MLflow metrics of the finite numbers among `values`: MLflow would draw NaN as 0."""
+    """Return MLflow metrics of the finite numbers among `values`. MLflow would draw NaN as 0."""
     from mlflow.entities import Metric
 
     return [

@@ -1,13 +1,13 @@
-"""What MLflow is to be told, on disk before anything else: an append-only file of events, one JSON object a line.
+"""Journal of the events for MLflow: an append-only file with one JSON object a line, written before anything is sent.
 
 {sweep folder}/journal/
-    events.jsonl    the events, in order; written by the sweep's driver alone
-    cursor.json     how far they were sent, and to where (cursor.py)
-    refused.jsonl   what MLflow refused for itself, and why
-    lock            held by whoever sends
+    events.jsonl    the events, in order; only the sweep's driver writes them
+    cursor.json     how far the events were sent, and to which destination (cursor.py)
+    refused.jsonl   the parts of events that MLflow rejected permanently, and the reasons
+    lock            the lock of the process that sends the events
 
-A driver killed in the middle of a line leaves it torn: readers stop before it, and the next driver cuts it off.
-Nothing here knows MLflow.
+A driver that is killed while it writes a line leaves an incomplete line. Readers stop before that line, and the next
+driver removes it. This module does not depend on MLflow.
 """
 
 import contextlib
@@ -25,36 +25,39 @@ from msae_sweep.errors import SweepError, TrackingError
 from msae_sweep.track.uri import redact
 
 UNREADABLE = "unreadable"
-"""Kind of an event whose line is not JSON."""
+"""Kind of an event whose line is not a JSON object with a kind."""
 
 
 class Entry(NamedTuple):
-    """One event and its place in the journal."""
+    """An event and its position in the journal."""
 
     seq: int
-    """Counts from 1."""
+    """Sequence number, counted from 1."""
     event: dict[str, Any]
     end: int
-    """Byte position behind the line."""
+    """Byte offset just after the event's line."""
 
     @property
     def kind(self) -> str:
-        """`sweep_started`, `trial_started`, `metrics`, `trial_ended`, `sweep_ended` or `artifacts`."""
+        """Kind of the event.
+
+        One of `sweep_started`, `trial_started`, `metrics`, `trial_ended`, `sweep_ended`, `artifacts` and `unreadable`.
+        """
         return str(self.event["event"])
 
 
 class Journal:
-    """Appends events; one writer a sweep."""
+    """Appends events to a sweep's journal. A journal has at most one writer at a time."""
 
     def __init__(self, sweep_folder: Path) -> None:
-        """Open for appending, after whatever is there.
+        """Open the journal for appending after the events that it has already.
 
         Raises:
-            SweepError: another process writes it, so the sweep is running already.
+            SweepError: another process has the journal open, so the sweep is running already.
         """
         folder = sweep_folder / "journal"
         folder.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: what a full disk refuses must not be tried again, and refused again, when the file is closed.
+        # Unbuffered: a write that failed on a full disk must not be retried, and fail again, when the file is closed.
         self._file = open(_events(sweep_folder), "ab", buffering=0)  # noqa: SIM115 - open as long as the sweep runs
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,17 +66,19 @@ class Journal:
             raise SweepError(f"{sweep_folder}: this sweep is being run by another process; wait for it") from None
         end = 0
         self.seq = 0
-        """Number of the last event."""
+        """Sequence number of the last event; 0 if there is none."""
         for entry in read(sweep_folder):
             self.seq, end = entry.seq, entry.end
         self._file.truncate(end)
         self._end = end
 
     def append(self, event: str, *, durable: bool = False, **fields: Any) -> None:
-        """Write one event, without the secrets of any URI in it; `durable` waits until it is safe from a power cut.
+        """Append one event, without the secrets of any URI in it.
+
+        With `durable`, wait until the event is safe from a power cut.
 
         Raises:
-            OSError: the disk is full, or cannot be written any more; the event is not in the journal then.
+            OSError: the disk is full or can no longer be written. The event is then not in the journal.
         """
         record = {"seq": self.seq + 1, "time_ms": int(time.time() * 1000), "event": event, **fields}
         line = redact(json.dumps(record, ensure_ascii=False, default=_plain)).encode() + b"\n"
@@ -84,7 +89,7 @@ class Journal:
             if durable:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            # Half a line must not stand before the next one.
+            # An incomplete line must not remain in front of the next event.
             with contextlib.suppress(OSError):
                 self._file.truncate(self._end)
             error.filename = error.filename or str(self._file.name)
@@ -92,12 +97,15 @@ class Journal:
         self.seq, self._end = self.seq + 1, self._end + len(line)
 
     def close(self) -> None:
-        """Let another process write."""
+        """Close the journal, so that another process can write to it."""
         self._file.close()
 
 
 def read(sweep_folder: Path, position: int = 0, seq: int = 0) -> Iterator[Entry]:
-    """Whole events behind byte `position`, which follows event number `seq`; nothing where there is no journal."""
+    """Yield the complete events after byte offset `position`, at which event number `seq` ends.
+
+    If there is no journal, yield nothing.
+    """
     try:
         file = open(_events(sweep_folder), "rb")  # noqa: SIM115 - closed by the `with` below
     except FileNotFoundError:
@@ -112,7 +120,7 @@ def read(sweep_folder: Path, position: int = 0, seq: int = 0) -> Iterator[Entry]
 
 
 def last(sweep_folder: Path, kind: str, **fields: Any) -> dict[str, Any] | None:
-    """The last event of a kind in which `fields` are as given; None where there is none."""
+    """Return the last event of a kind whose `fields` have the given values, or None if there is none."""
     found = None
     for entry in read(sweep_folder):
         if entry.kind == kind and all(entry.event.get(key) == value for key, value in fields.items()):
@@ -121,10 +129,10 @@ def last(sweep_folder: Path, kind: str, **fields: Any) -> dict[str, Any] | None:
 
 
 def lock(sweep_folder: Path) -> IO[str]:
-    """The right to send this sweep's events, held until the returned file is closed.
+    """Take the lock for sending this sweep's events. It is held until the returned file is closed.
 
     Raises:
-        TrackingError: another process holds it.
+        TrackingError: another process holds the lock.
     """
     file = open(sweep_folder / "journal" / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - open while the lock is held
     try:
@@ -155,5 +163,5 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy and torch scalars as Python's; anything else as text."""
+    """Convert a NumPy or torch scalar to a Python number, and anything else to text."""
     return value.item() if hasattr(value, "item") else str(value)

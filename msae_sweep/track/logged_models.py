@@ -1,9 +1,9 @@
-"""A trial's model in MLflow: logged so that it loads in a fresh process without this package, and the registry.
+"""Trial models as MLflow logged models, which load in a fresh process without this package, and the model registry.
 
-The model is saved as an exported graph (`pt2`): no pickle, so nothing of it runs when it is loaded, and no import of
-msae_sweep. At 256 × 4096 an export takes 0.09 s (the first 2 s), so models of one shape share one, which each fills
-with its own tensors; the file has 8 MB. Pickle takes 0.01 s, runs code when it is loaded, and only works where this
-package is installed.
+A model is saved as an exported graph (`pt2`). It contains no pickle, so loading it runs no code from it and imports
+nothing of msae_sweep. At 256 × 4096 the file has 8 MB, and an export takes 0.09 s (the first one 2 s). Models of one
+shape therefore share one export, and each fills it with its own tensors. Pickle would take 0.01 s, but it runs code
+when it is loaded, and works only where this package is installed.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ from msae_sweep.track.uri import redact, resolve_uri
 NAME = "model"
 """Name of a trial's logged model: `runs:/{run_id}/model`."""
 GRAPH = "data/*.pt2"
-"""Where MLflow puts the exported graph in a model's folder."""
+"""Glob pattern of the exported graph in a model's folder, as MLflow writes it."""
 MOST_BYTES_KEPT = 64 << 20
-"""A larger model is exported anew each time; up to eight smaller ones of different shapes are kept as exported."""
+"""Size above which a model is exported anew each time. Exports of up to eight smaller shapes are kept."""
 _EXPORTING = threading.Lock()
-"""torch exports one model at a time, and the first of a shape once, whoever asks."""
+"""Lock for exports: torch can export only one model at a time, and a shape is exported once for all threads."""
 CHAMPION = "champion"
-"""Alias of the registered version that the last finished sweep found best."""
+"""Alias of the registered version that was best in the sweep that finished last."""
 
 
 def find_model(client: Any, experiment_id: str, run_id: str) -> Any | None:
-    """The logged model of a run, ready or not; None where there is none.
+    """Return the logged model of a run, ready or not; None if there is none.
 
-    A creation that was answered too late leaves a second, empty one, which is deleted.
+    If MLflow answered an earlier creation too late, the run has a second, empty logged model, which is deleted.
     """
     mine = f"source_run_id = '{run_id}' AND name = '{NAME}'"
     found = sorted(client.search_logged_models([experiment_id], filter_string=mine), key=is_ready, reverse=True)
@@ -57,34 +57,35 @@ def find_model(client: Any, experiment_id: str, run_id: str) -> Any | None:
 
 
 def is_ready(model: Any) -> bool:
-    """Whether a logged model is complete."""
+    """Return whether a logged model is complete."""
     return str(model.status) == "READY"
 
 
 class RunOfModel(NamedTuple):
-    """What logging a model asks of its run."""
+    """Properties of a run that `log_model` needs."""
 
     experiment_id: str
     run_id: str
     params: Mapping[str, str]
     model_ids: Sequence[str] = ()
-    """Of the models that it names as its outputs."""
+    """IDs of the logged models that the run lists as its outputs."""
     may_have_model: bool = True
+    """False if the run certainly has no logged model yet, so that MLflow need not be asked."""
 
     @classmethod
     def read(cls, client: Any, run_id: str) -> "RunOfModel":
-        """Of a run that MLflow has."""
+        """Read the properties of a run from MLflow."""
         run = client.get_run(run_id)
         outputs = run.outputs.model_outputs if run.outputs else []
         return cls(run.info.experiment_id, run_id, dict(run.data.params), [output.model_id for output in outputs])
 
 
 def log_model(client: Any, run: RunOfModel, file: ModelFile, metrics: Sequence[Any], step: int) -> None:
-    """Log `file` as the model of `run`, from the epoch `step`; a second call changes nothing.
+    """Log `file`, the model after epoch `step`, as the logged model of `run`. A second call changes nothing.
 
     Args:
-        metrics: that epoch's `Metric`s. MLflow files those that the run has already, with the same step and time, for
-            the model only.
+        metrics: the `Metric`s of that epoch. If the run already has a metric with the same step and time, MLflow adds
+            it to the model only.
     """
     from mlflow.entities import LoggedModelOutput, Metric
 
@@ -108,7 +109,10 @@ def log_model(client: Any, run: RunOfModel, file: ModelFile, metrics: Sequence[A
 
 
 def save_model(file: ModelFile, path: Path, *, model_id: str | None = None, run_id: str | None = None) -> None:
-    """Write MLflow's model folder: raw activations [batch, input_dim] in, raw reconstruction at the largest k out."""
+    """Write an MLflow model folder.
+
+    The model's input is raw activations [batch, input_dim]; its output is their raw reconstruction at the largest k.
+    """
     from mlflow.models import Model
 
     shape = _Shape(file.model.input_dim, file.model.hidden_dim, file.model.k_levels, file.model.weighting)
@@ -126,7 +130,7 @@ def save_model(file: ModelFile, path: Path, *, model_id: str | None = None, run_
 
 
 class _Shape(NamedTuple):
-    """What an exported graph depends on; all else about a model is in its tensors."""
+    """Settings that determine an exported graph. Everything else about a model is in its tensors."""
 
     input_dim: int
     hidden_dim: int
@@ -135,18 +139,18 @@ class _Shape(NamedTuple):
 
 
 class _Export(NamedTuple):
-    """A model folder whose tensors are those of nobody."""
+    """Exported model folder with placeholder tensors."""
 
     folder: tempfile.TemporaryDirectory[str]
     tensors: dict[str, str]
-    """Parts of the graph's archive that hold nothing but a tensor's numbers → the tensor's name."""
+    """Maps each part of the graph's archive that holds only a tensor's numbers to the tensor's name."""
 
 
 @lru_cache(maxsize=8)
 def _kept_export(shape: _Shape) -> _Export | None:
-    """Export one model of a shape, for all models of it: filling one takes a sixth of an export's time.
+    """Export one model of a shape, and keep it for all models of that shape.
 
-    None where the graph's archive is not one that can be filled.
+    Filling a kept export takes a sixth of the time of an export. If the graph's archive cannot be filled, return None.
     """
     model = MSAE(shape.input_dim, shape.hidden_dim, list(shape.k_levels), shape.weighting)
     folder = tempfile.TemporaryDirectory(prefix="msae-export-")
@@ -160,16 +164,20 @@ def _kept_export(shape: _Shape) -> _Export | None:
 
 @cache
 def get_ready() -> None:
-    """Export a small model, once, while there is nothing else to do: the first takes 3 s and more, most of it imports.
+    """Export a small model while there is nothing else to do. Only the first call in a process does this.
 
-    What fails here fails again, and is told, with the first model that is to be logged.
+    The first export takes 3 s and more, most of it for imports. An error here is ignored, because it comes again, and
+    is then reported, when the first model is logged.
     """
     with _EXPORTING, contextlib.suppress(Exception):
         _kept_export(_Shape(2, 4, (1,), "uniform"))
 
 
 def _tensors_in(graph: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Which part of an exported graph's archive holds which tensor; empty unless each has one of its size."""
+    """Map each part of an exported graph's archive that holds a tensor to the tensor's name.
+
+    The result is empty unless every tensor has a part of the tensor's size.
+    """
     with zipfile.ZipFile(graph) as archive:
         sizes = {part.filename: part.file_size for part in archive.infolist()}
         described = next((name for name in sizes if name.endswith("/data/weights/model_weights_config.json")), None)
@@ -183,15 +191,15 @@ def _tensors_in(graph: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, str
 
 
 def _tensors(file: ModelFile) -> dict[str, np.ndarray]:
-    """The tensors of a model as it is exported, by the names that they have there."""
+    """Return the tensors of a model as it is exported, by their names in the export."""
     tensors = file.standardised().state_dict()
     return {name: np.ascontiguousarray(tensor.numpy(), np.float32) for name, tensor in tensors.items()}
 
 
 def _fill(export: _Export, file: ModelFile, path: Path) -> None:
-    """A copy of the exported folder, with the model's tensors in its graph.
+    """Copy the exported folder to `path`, with the model's tensors in its graph.
 
-    torch's own `export.save` takes 0.14 s where this takes 0.02 s: it copies the graph and serialises it each time.
+    This takes 0.02 s. torch's own `export.save` takes 0.14 s, because it copies and serialises the graph each time.
     """
     source = Path(export.folder.name) / "model"
     shutil.copytree(source, path, ignore=shutil.ignore_patterns("*.pt2"))
@@ -216,27 +224,31 @@ def _export(file: ModelFile, path: Path) -> None:
             path,
             mlflow_model=description,
             signature=ModelSignature(inputs=rows, outputs=rows),
-            # Two rows, because export takes a dimension of 1 for a constant.
+            # Two rows, because torch's export treats a dimension of size 1 as a constant.
             input_example=np.zeros((2, file.model.input_dim), np.float32),
-            # Without the local part of the version (+cpu, +cu128): it names no package that an index has.
+            # Without the local part of the version (+cpu, +cu128), because package indexes have no such version.
             pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in ("torch", "numpy")],
             serialization_format="pt2",
         )
-    # An exported graph stays on the device of its export, and pyfunc would ask for a GPU wherever there is one.
+    # An exported graph stays on the device of its export, but pyfunc would use a GPU on every machine that has one.
     description.flavors["python_function"]["config"] = {"device": "cpu"}
     description.save(str(path / "MLmodel"))
 
 
 def _unchecked_requirements() -> AbstractContextManager[None]:
-    """Keeps MLflow from looking whether what is installed is what we have just read from it.
+    """Keep MLflow from checking the requirements against the installed packages.
 
-    It would look at every file of every installed package for that, 2 s and more before the first model.
+    The check is needless, because the versions were just read from the installed packages. MLflow would look at every
+    file of every installed package, which takes 2 s and more before the first model.
     """
     return patched("mlflow.utils.environment", "warn_dependency_requirement_mismatches", lambda requirements: None)
 
 
 def register(client: Any, model: Any, name: str, tags: Mapping[str, str]) -> str:
-    """Make `model` a version of the registered model `name` and return its number; a run gets one version only."""
+    """Register `model` as a version of the registered model `name`, and return the version's number.
+
+    A run gets only one version: if it has one already, return that version's number.
+    """
     try:
         client.create_registered_model(name)
     except Exception as error:
@@ -248,14 +260,14 @@ def register(client: Any, model: Any, name: str, tags: Mapping[str, str]) -> str
         return str(versions[0].version)
     number = client.create_model_version(
         name,
-        # Not `models:/…`: MLflow would look that up at its global tracking URI, which is not ours to set.
+        # Not `models:/…`, because MLflow would look that up at its global tracking URI, which we must not set.
         model.artifact_location,
         run_id,
         tags=dict(tags),
         await_creation_for=0,
         model_id=model.model_id,
     ).version
-    # By this tag the model's page shows where it is registered.
+    # MLflow's page of the logged model reads this tag to show where the model is registered.
     client.set_logged_model_tags(
         model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": number}])}
     )
@@ -263,17 +275,17 @@ def register(client: Any, model: Any, name: str, tags: Mapping[str, str]) -> str
 
 
 def register_champion(client: Any, model: Any, name: str, tags: Mapping[str, str]) -> None:
-    """`register`, and move the alias `champion` there.
+    """Register `model` as `register` does, and move the alias `champion` to its version.
 
-    The alias goes to the sweep that finished last, not to the best of all sweeps: R² of other data, splits or levels
-    cannot be compared. Older winners stay as versions, with their sweep and R² as tags.
+    The alias belongs to the sweep that finished last and not to the best of all sweeps, because R² values of different
+    data, splits or levels cannot be compared. Older winners stay as versions, with their sweep and R² as tags.
     """
     number = register(client, model, name, tags)
     client.set_registered_model_alias(name, CHAMPION, number)
 
 
 class Fetched(NamedTuple):
-    """A model that MLflow holds."""
+    """A model that was read from MLflow."""
 
     file: ModelFile
     block: int
@@ -281,18 +293,18 @@ class Fetched(NamedTuple):
 
 
 def fetch(model_uri: str, tracking_uri: str | None = None) -> Fetched:
-    """The model that a `models:/…` or `runs:/…` URI names, with its normalisation and history.
+    """Return the model that a `models:/…` or `runs:/…` URI names, with its normalisation and history.
 
-    It is read from the notebook's file that lies with the run that made it: an exported graph may hold pickles, and
-    torch runs them when it loads one.
+    The model is read from the file in the notebook's format, which is an artifact of the run that made it. The exported
+    graph is not used, because a graph from elsewhere may hold pickles, and torch runs their code when it loads it.
 
     Args:
         tracking_uri: as in `resolve_uri`.
 
     Raises:
-        TrackingError: no store there, no answer from it, or no such model.
-        ConfigError: a tracking URI that MLflow cannot use.
-        DataError: the file is not an MSAE's.
+        TrackingError: the store does not exist or does not answer, or it has no such model.
+        ConfigError: MLflow cannot use the tracking URI.
+        DataError: the file does not hold an MSAE.
     """
     uri = resolve_uri(tracking_uri)
     require_store(uri)
@@ -308,7 +320,7 @@ def fetch(model_uri: str, tracking_uri: str | None = None) -> Fetched:
     except MsaeSweepError:
         raise
     except Exception as error:
-        # Each kind of store has its own errors for a model that is not there and a server that does not answer.
+        # Each kind of store raises its own errors for a missing model and for a server that does not answer.
         raise TrackingError(f"{model_uri}: not to be had from {redact(uri)}: {one_line(error)}") from None
 
 
@@ -316,10 +328,10 @@ _MODEL_FILE = re.compile(r"msae_block(\d+)\.pt")
 
 
 def require_store(uri: str) -> None:
-    """Whether reading from a resolved tracking URI can make sense; connecting would make an empty SQLite file.
+    """Check that a resolved tracking URI names no missing SQLite file, because connecting would create an empty one.
 
     Raises:
-        TrackingError: a SQLite file that is not there.
+        TrackingError: the URI names a SQLite file that does not exist.
     """
     database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     if uri.startswith("sqlite:///") and not database.is_file():
@@ -327,7 +339,7 @@ def require_store(uri: str) -> None:
 
 
 def _source_run(client: Any, model_uri: str) -> str:
-    """The run that made a model."""
+    """Return the ID of the run that made a model."""
     if match := re.fullmatch(r"runs:/([^/]+)(/.*)?", model_uri):
         return str(client.get_run(match[1]).info.run_id)
     if match := re.fullmatch(r"models:/(m-[^/@]+)", model_uri):

@@ -1,10 +1,10 @@
-"""MLflow's own pages on a sweep: the comparison of its trials, and a server for a store that has none.
+"""MLflow's pages for a sweep: a comparison of its trials, and a local server for a store that has no server.
 
-The comparison is the experiment's page of charts, as its Share button would save it: a tag of the experiment,
-`mlflow.sharedViewState.KEY`, holds filter, order and charts as JSON, and the address names the key:
-`#/experiments/ID/runs?compareRunsMode=CHART&viewStateShareKey=KEY`. Neither is documented; both were read off MLflow
-3.17.2 (its page's own code) and are tested with a browser in `tests/track/check_ui.py`. A page that does not know the
-key opens on the experiment without the charts.
+The comparison is the experiment's page of charts, in the form in which its Share button would save it. A tag of the
+experiment, `mlflow.sharedViewState.KEY`, holds filter, order and charts as JSON, and the page's address contains the
+key: `#/experiments/ID/runs?compareRunsMode=CHART&viewStateShareKey=KEY`. MLflow documents neither the tag nor the
+address. Both were read from the page's own code in MLflow 3.17.2, and are tested with a browser in
+`tests/track/check_ui.py`. If the page does not know the key, it shows the experiment without the charts.
 """
 
 import errno
@@ -34,22 +34,24 @@ from msae_sweep.track.runs import SWEEP_TAG, TRIAL_TAG
 from msae_sweep.track.uri import redact, resolve_uri
 
 START_SECONDS = 120.0
-"""How long a server may take until it answers; about 5 s on an idle machine, more where the database is new."""
+"""Longest time to wait for a server's first answer. It takes about 5 s on an idle machine, more for a new database."""
 SPREAD, LEAST_TRIALS = 4.0, 4
-"""A trial is far below the rest where it is this many times as far below the median as the best is above it; asked only
-of so many trials or more."""
+"""Definition of a trial that is far below the rest: its distance below the median is more than SPREAD times the
+distance of the best trial above the median. It is applied only to LEAST_TRIALS trials or more."""
 PARAMS = ("block", "learning_rate", "expansion_factor", "weighting")
-"""Axes of the comparison, left to right; the dead share and R² at every k follow."""
+"""First axes of the comparison, from left to right. The dead ratio and R² at every k follow."""
 
 
 def comparison(sweep_folder: Path | None, tracking: TrackingConfig, where: str = "SWEEP") -> str:
-    """Path of the page, below a server's address, that compares the trials of a sweep; of MLflow itself without one.
+    """Return the URL path, below a server's address, of the page that compares the trials of a sweep.
+
+    If `sweep_folder` is None, return the path of MLflow's start page.
 
     Args:
-        where: how the user names the sweep, for messages.
+        where: the user's name for the sweep, for messages.
 
     Raises:
-        TrackingError: MLflow does not answer, or has nothing of the sweep.
+        TrackingError: MLflow does not answer, or has no trials of the sweep.
     """
     if sweep_folder is None:
         return "/"
@@ -79,11 +81,13 @@ def comparison(sweep_folder: Path | None, tracking: TrackingConfig, where: str =
 
 
 def view_state(parent_run_id: str, metrics: Sequence[str], least: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """The page's state: the trials of one sweep, best first, with parallel coordinates from `PARAMS` to `metrics`.
+    """Return the page's state: the trials of one sweep, best first, in a chart of parallel coordinates.
+
+    The axes of the chart are `PARAMS`, then `metrics`.
 
     Args:
-        least: metrics with the value above which trials are shown. The filter stands in the page's search box, where
-            whoever wants to see the others deletes it.
+        least: lower bounds by metric; only trials above them are shown. The page's search box shows this filter, and a
+            user who wants to see the other trials can delete it there.
     """
     section, title = "msae-sweep-trials", "Trials compared"
     if least:
@@ -136,15 +140,15 @@ def serve(
     open_browser: bool = False,
     say: Callable[[str], object] = print,
 ) -> None:
-    """Show the comparison: on the tracking server there is, else on one of our own until Ctrl-C.
+    """Show the comparison on the configured tracking server; if the store has none, start a server until Ctrl-C.
 
     Args:
-        where: how the user names the sweep, for messages.
-        port: 0 takes a free one.
+        where: the user's name for the sweep, for messages.
+        port: port of a server that is started here; 0 means any free port.
 
     Raises:
-        ConfigError: a store that has no pages of MLflow's own.
-        TrackingError: MLflow has nothing of the sweep, or the server does not start.
+        ConfigError: the store does not have MLflow's own pages, or `host` or `port` cannot be used.
+        TrackingError: MLflow has no trials of the sweep, or the server does not start.
     """
     uri = resolve_uri(tracking.uri)
     scheme = uri.partition(":")[0]
@@ -181,19 +185,19 @@ def _runs(client: Any, experiment_id: str, sweep_id: str) -> list[Any]:
 
 
 def _metric_keys(trials: Iterable[Any]) -> list[str]:
-    """The dead share, and R² at every k that all trials have; mean R² where they have no k in common."""
+    """Return the dead ratio and R² at every k that all trials have, or mean R² if they have no k in common."""
     known = [set(run.data.metrics) for run in trials if run.data.metrics]
     common = set.intersection(*known) if known else set()
     levels = sorted((int(key[4:]), key) for key in common if key.startswith("r2_k"))
-    # The lines take their colour from the last one.
+    # MLflow colours the lines by the last metric.
     return ["dead_ratio", *([key for _, key in levels] or ["r2_mean"])]
 
 
 def _far_below(trials: Iterable[Any], keys: Sequence[str]) -> dict[str, float]:
-    """For each R² with trials far below the rest, a bound between these and the others.
+    """Return, for each R² in which some trials are far below the rest, a bound between these trials and the others.
 
-    The axes of MLflow's parallel coordinates span all values and cannot be limited: one trial of R² −9 leaves a
-    twentieth of an axis for all others.
+    The axes of MLflow's parallel coordinates span all values and cannot be limited. One trial with an R² of −9 would
+    leave a twentieth of an axis for all others.
     """
     bounds = {}
     for key in keys:
@@ -202,15 +206,15 @@ def _far_below(trials: Iterable[Any], keys: Sequence[str]) -> dict[str, float]:
             continue
         middle, top = values[len(values) // 2], values[-1]
         bound = middle - SPREAD * max(top - middle, 0.01)
-        if values[0] < min(bound, 0.0):  # below 0 it is worse than the mean of all rows
+        if values[0] < min(bound, 0.0):  # below 0, R² is worse than predicting the mean of all rows
             bounds[key] = min(bound, 0.0)
     return bounds
 
 
 def _start(uri: str, host: str, port: int, log: IO[str]) -> subprocess.Popen[str]:
-    """MLflow's server on a store; its URI may hold a password, so it is not on the command line."""
+    """Start MLflow's server on a store. The URI may hold a password, so it is not passed on the command line."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    # Without jobs (they serve MLflow's tracing of language models) it is two processes instead of nine.
+    # Without job execution, which only MLflow's tracing of language models needs, it is two processes, not nine.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
     return subprocess.Popen(
         command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -218,10 +222,10 @@ def _start(uri: str, host: str, port: int, log: IO[str]) -> subprocess.Popen[str
 
 
 def _wait(server: subprocess.Popen[str], address: str, log: IO[str]) -> None:
-    """Until it answers.
+    """Wait until the server answers.
 
     Raises:
-        TrackingError: it ended, or takes too long.
+        TrackingError: the server ended, or takes too long.
     """
     deadline = time.monotonic() + START_SECONDS
     while True:
@@ -238,7 +242,7 @@ def _wait(server: subprocess.Popen[str], address: str, log: IO[str]) -> None:
 
 
 def _stop(server: subprocess.Popen[str]) -> None:
-    """End the server with all that it started."""
+    """Stop the server and all processes that it started."""
     for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
         try:
             os.killpg(server.pid, number)
@@ -251,22 +255,22 @@ def _stop(server: subprocess.Popen[str]) -> None:
 
 def _show(url: str, open_browser: bool, say: Callable[[str], object]) -> None:
     say(url)
-    # Elsewhere webbrowser may find one that runs in the terminal.
+    # Without a screen, webbrowser may open a browser that runs in the terminal.
     has_screen = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if open_browser and has_screen:
         webbrowser.open(url)
 
 
 def _free_port(host: str, port: int) -> int:
-    """`port`, or one that is free now for 0.
+    """Return `port`, or a port that is free now if `port` is 0.
 
     Raises:
-        ConfigError: no such address on this machine, or the port is taken.
+        ConfigError: this machine does not have the address `host`, or the port is taken.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # A port that a server has just left may be taken again.
+            # A port that another server has just stopped using may be used again.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             return int(probe.getsockname()[1])

@@ -1,4 +1,7 @@
-"""A model from elsewhere, e.g. the notebook, in MLflow: a run like a trial's, and a version beside the sweeps' own."""
+"""Import of a model from elsewhere, e.g. the notebook, into MLflow.
+
+The model gets a run like a trial's, and a version of the registered model that also holds the versions of sweeps.
+"""
 
 import hashlib
 import json
@@ -18,24 +21,24 @@ from msae_sweep.track.runs import SWEEP_TAG, TRIAL_TAG, NewRun, Runs
 from msae_sweep.track.uri import artifact_root, redact, resolve_uri
 
 IMPORT_TAG = "msae_sweep.imported_sha256"
-"""Which weights a run was made for: the same file imported again finds its run."""
+"""Tag with the digest of the weights that a run was created for. A repeated import finds its run by this tag."""
 
 
 class Import(NamedTuple):
-    """What is to be registered."""
+    """A model to be imported, with the metrics and tags of its run."""
 
     file: ModelFile
     block: int
     name: str
-    """Of its run."""
+    """Name of the run."""
     metrics: Mapping[str, float]
-    """As a trial has them: `r2_k16`, `dead_ratio`, …"""
+    """Metrics by the names that a trial's metrics have: `r2_k16`, `dead_ratio`, …"""
     tags: Mapping[str, str]
-    """Where it is from, and what it was measured on."""
+    """Tags that say where the model comes from and on which rows it was measured."""
 
 
 class Imported(NamedTuple):
-    """Where it is now."""
+    """The registered model version and the run of an imported model."""
 
     model: str
     """Name of the registered model."""
@@ -52,16 +55,16 @@ def register_import(
     sweep_id: str | None = None,
     champion: bool = False,
 ) -> Imported:
-    """Log a model with its metrics and register it as a version of `{model_name}-block{B}`; repeating it adds nothing.
+    """Log a model with its metrics and register it as a version of `{model_name}-block{B}`. Repeating it adds nothing.
 
     Args:
         tracking_uri: as in `resolve_uri`.
-        sweep_id: the sweep in whose run its run is nested, so that MLflow compares it with the trials.
-        champion: give it the alias, too, which else stays where it is.
+        sweep_id: sweep in whose run the new run is nested, so that MLflow compares the model with the sweep's trials.
+        champion: move the alias `champion` to this version. Otherwise the alias stays where it is.
 
     Raises:
-        TrackingError: MLflow does not answer or refuses, or it has no run of that sweep.
-        ConfigError: a tracking URI that MLflow cannot use.
+        TrackingError: MLflow does not answer, rejects the model, or has no run of that sweep.
+        ConfigError: MLflow cannot use the tracking URI.
     """
     uri = resolve_uri(tracking_uri)
     try:
@@ -97,7 +100,8 @@ def _run(client: Any, runs: Runs, what: Import, parent: str | None) -> str:
     known = client.search_runs([runs.experiment_id], mine)
     run = NewRun(what.name, time_ms, tags, {key: str(value) for key, value in params.items()})
     run_id = known[0].info.run_id if known else runs.begin("", run, _refuse)
-    # Under both names that trials have: their plain metrics are their epochs', `best_…` those of the model's epoch.
+    # Trials have metrics under two names: the plain names for every epoch, and `best_…` for the epoch of their model.
+    # An imported model gets both, so that it can be compared with them.
     metrics = [Metric(key, value, time_ms, 0) for key, value in what.metrics.items()]
     both = metrics + [Metric(f"best_{m.key}", m.value, time_ms, 0) for m in metrics]
     before = known[0].data.metrics if known else {}

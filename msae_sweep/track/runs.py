@@ -1,7 +1,7 @@
-"""Runs of one sweep in MLflow: created at most once, and filled without doubling anything.
+"""The MLflow runs of one sweep, which are created at most once and filled without duplicates.
 
-Every method may be called again with the same arguments and then changes nothing: runs are found by their tags before
-they are created, MLflow keeps equal metric rows once, params that are there already are left alone.
+Every method may be called again with the same arguments and then changes nothing: runs are looked up by their tags
+before they are created, MLflow keeps equal metric rows only once, and existing params are left unchanged.
 """
 
 import json
@@ -15,18 +15,18 @@ from msae_sweep.track.connection import RejectedByMlflow, is_code, refusals
 SWEEP_TAG = "msae_sweep.sweep_id"
 TRIAL_TAG = "msae_sweep.trial_id"
 _BATCH = {"metrics": 1000, "params": 100, "tags": 100}
-"""Most entities that MLflow takes in one `log_batch`."""
+"""Largest number of entities that MLflow accepts in one `log_batch`."""
 
 MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS = 6000, 8000
-"""MLflow's limits. It would cut longer values itself, with a warning on the user's terminal for each; and a resumed
-sweep would then take what was cut for changed."""
+"""MLflow's limits on the length of values. MLflow would cut longer values itself, with a warning on the user's terminal
+for each. A resumed sweep would then take the cut values for changed ones."""
 
 Refuse = Callable[[str, str], None]
-"""Told of a part that MLflow will never take, and of its reason."""
+"""Callback that receives the name of a part that MLflow will never accept, and the reason."""
 
 
 class NewRun(NamedTuple):
-    """What a run begins with."""
+    """Name, start time, tags and params with which a run begins."""
 
     name: str
     time_ms: int
@@ -35,20 +35,20 @@ class NewRun(NamedTuple):
 
 
 class Runs:
-    """The experiment, and the runs in it that belong to one sweep."""
+    """An experiment and the runs in it that belong to one sweep."""
 
     def __init__(self, client: Any, experiment: str, artifact_location: str | None) -> None:
         """Find the experiment, or create it.
 
         Raises:
-            TrackingError: it was deleted.
+            TrackingError: the experiment was deleted.
         """
         self._client = client
         self.experiment_id = self._ensure_experiment(experiment, artifact_location)
         self._known: dict[str, str] = {}
 
     def is_alive(self, run_id: str) -> bool:
-        """Whether a run is there and not deleted."""
+        """Return whether a run exists and is not deleted."""
         try:
             return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
         except Exception as error:
@@ -57,12 +57,12 @@ class Runs:
             raise
 
     def find(self, sweep_id: str, sent: set[str]) -> None:
-        """Learn which runs the sweep has, by trial (`""` is its own), and delete twins.
+        """Look up the run of every trial of the sweep and the sweep's own run (trial ID `""`), and delete duplicates.
 
-        A twin comes of a creation that the server carried out after the sender had ceased to wait for it; it is empty.
+        An empty duplicate results if the server creates a run after the sender has stopped waiting for the answer.
 
         Args:
-            sent: ids of runs that were filled, which are never taken for twins.
+            sent: IDs of runs that were filled. They are never treated as duplicates.
         """
         twins: dict[str, list[Any]] = defaultdict(list)
         token = None
@@ -83,14 +83,14 @@ class Runs:
                     self._client.delete_run(run.info.run_id)
 
     def knows(self, trial_id: str) -> bool:
-        """Whether the trial has a run, so far as was looked or begun."""
+        """Return whether `find` or `begin` has found or created a run of the trial."""
         return trial_id in self._known
 
     def begin(self, trial_id: str, run: NewRun, refuse: Refuse) -> str:
-        """Create a run with its params, or go on with the one there is, which keeps the params it began with.
+        """Create a run with its params, or continue the trial's existing run, which keeps its first params.
 
         Returns:
-            Its run id.
+            ID of the run.
         """
         from mlflow.entities import Param
 
@@ -111,23 +111,26 @@ class Runs:
         return run_id
 
     def end(self, run_id: str, status: str, time_ms: int, tags: Mapping[str, str], refuse: Refuse) -> None:
-        """Set the last tags and MLflow's own status."""
+        """Set a run's last tags, and end it with one of MLflow's statuses."""
         self.log(run_id, refuse, tags=_tags(tags))
         self._client.set_terminated(run_id, status, end_time=time_ms)
 
     def log(self, run_id: str, refuse: Refuse, **entities: Sequence[Any]) -> None:
-        """`log_batch` of `metrics`, `params` or `tags`, in as many calls as MLflow's limits ask for."""
+        """Log `metrics`, `params` or `tags` with as many calls of `log_batch` as MLflow's limits require."""
         for kind, sequence in entities.items():
             for start in range(0, len(sequence), _BATCH[kind]):
                 self._log_batch(run_id, refuse, kind, sequence[start : start + _BATCH[kind]])
 
     def time_of(self, run_id: str, epoch: int) -> int | None:
-        """When the metrics of an epoch were logged; what is filed again about it takes the same time."""
+        """Return the timestamp (ms) with which the metrics of an epoch were logged, or None if they were not.
+
+        Metrics that are logged again for the epoch must have the same timestamp.
+        """
         history = self._client.get_metric_history(run_id, "epoch")
         return next((metric.timestamp for metric in history if metric.step == epoch), None)
 
     def _log_batch(self, run_id: str, refuse: Refuse, kind: str, batch: Sequence[Any]) -> None:
-        """Halve a refused batch until the entity is found that MLflow does not take; the others get through."""
+        """Log a batch. If MLflow rejects it, halve it until the rejected entity is found, and log all others."""
         try:
             with refusals():
                 self._client.log_batch(run_id, synchronous=True, **{kind: batch})
@@ -147,7 +150,7 @@ class Runs:
             except Exception as error:
                 if not is_code(error, "RESOURCE_ALREADY_EXISTS"):
                     raise
-                found = self._client.get_experiment_by_name(name)  # another sweep was quicker
+                found = self._client.get_experiment_by_name(name)  # another sweep created it in the meantime
         if found.lifecycle_stage != "active":
             raise TrackingError(f"experiment {name} is deleted; restore it, or set another tracking.experiment")
         return str(found.experiment_id)

@@ -1,4 +1,4 @@
-"""Sends a sweep's journal to MLflow, as far and as soon as MLflow lets it."""
+"""Sender that sends a sweep's journal to MLflow, and retries after a pause whenever MLflow fails."""
 
 import json
 import logging
@@ -20,33 +20,42 @@ from msae_sweep.track.uploads import Uploads
 from msae_sweep.track.uri import artifact_root, redact
 
 COALESCE_SECONDS = 1.0
-"""Events of this time are sent together: one `log_batch` a trial instead of one a report."""
+"""Time for which new events are collected before they are sent together.
+
+This makes one `log_batch` per trial instead of one per report."""
 LONGEST_PAUSE_SECONDS = 30.0
-"""Pauses after failures double from one second up to this."""
+"""Longest pause after a failure. Pauses double from one second up to this."""
 LAST_TRIES = 3
-"""Failures in a row after which a sender that is asked to finish gives up."""
+"""Number of failures in a row after which a sender that was asked to finish gives up."""
 Fetch = Callable[[Path], Path | None]
-"""Gives a file of the sweep folder as a path on this machine: itself, a temporary copy alone in a folder, or None."""
+"""Function that returns a file of the sweep folder as a path on this machine.
+
+The path is the file's own, or that of a temporary copy alone in a folder, or None if there is no such file."""
 _MOST_TOGETHER = 200
-"""Events of metrics sent in one go."""
+"""Largest number of `metrics` events that are sent together."""
 UPLOADS_AT_ONCE = 4
-"""Models on their way to a server. One after another, 0.52 trials/s went to a server on PostgreSQL and an S3 store, and
-two thirds of the two cores that all of them shared were idle. A SQLite file has one writer, and nobody to wait for."""
+"""Number of models that are uploaded to a server in parallel.
+
+With one upload at a time, a server on PostgreSQL and an S3 store received 0.52 trials/s, and two thirds of the two
+cores that all of them shared were idle. A SQLite file gets one upload at a time, because it allows one writer and there
+is no server to wait for."""
 
 
 class TrackingStatus(NamedTuple):
-    """How the sending stands."""
+    """Progress of sending a journal to MLflow."""
 
     sent: int
+    """Number of events that were sent."""
     pending: int
+    """Number of events that may be sent and were not sent yet."""
     refused: int
-    """Parts of events that MLflow will never take; see `journal/refused.jsonl`."""
+    """Number of parts of events that MLflow will never accept; `journal/refused.jsonl` lists them."""
     last_error: str
-    """One line; empty while all goes well."""
+    """Last error in one line; empty if sending succeeds."""
 
 
 class Sender:
-    """Reads the journal behind the cursor and replays it; one at a time for a sweep."""
+    """Sends the journal's events after the cursor to MLflow. At most one sender per sweep sends at a time."""
 
     def __init__(
         self,
@@ -56,10 +65,11 @@ class Sender:
         n_events: Callable[[], int],
         fetch: Fetch = lambda path: path,
     ) -> None:
-        """Connect to nothing yet.
+        """Load the cursor, without connecting to MLflow yet.
 
         Args:
-            n_events: how many events the journal has that may be sent.
+            n_events: returns the number of events in the journal that may be sent.
+            fetch: see `Fetch`.
         """
         self._fetch = fetch
         self._folder, self._uri, self._tracking, self._n_events = sweep_folder, uri, tracking, n_events
@@ -74,7 +84,7 @@ class Sender:
 
     @property
     def status(self) -> TrackingStatus:
-        """Safe to ask from any thread."""
+        """Progress of the sending. It may be read from any thread."""
         sent = self._cursor.seq
         return TrackingStatus(sent, max(0, self._n_events() - sent), self._cursor.refused, self._last_error)
 
@@ -84,20 +94,21 @@ class Sender:
         wake: threading.Event,
         on_progress: Callable[[TrackingStatus], None] = lambda status: None,
     ) -> None:
-        """Send whatever comes until `closing` is set; then what is left, unless MLflow fails three times in a row.
+        """Send new events until `closing` is set. Then send what is left, unless MLflow fails three times in a row.
 
         Args:
-            wake: set by whoever appended an event.
+            closing: set by the caller when no more events will be appended.
+            wake: set by the caller after an event was appended.
             on_progress: called after every step and every failure.
         """
         failures = 0
         while True:
-            is_last = closing.is_set()  # asked before sending, so that the last pass sees every event
+            is_last = closing.is_set()  # read before sending, so that the last pass sees every event
             wake.clear()
             try:
                 self._send(on_progress)
             except Exception as error:
-                # Whatever it was, the events lie on disk and trials go on.
+                # No error is fatal here, because the events are on disk and the trials continue.
                 self._replay, self._last_error = None, one_line(error)
                 failures += 1
                 on_progress(self.status)
@@ -136,39 +147,45 @@ class Sender:
                 self._move_on(self._uploads.at_once, on_progress)
             self._move_on(0, on_progress)
         finally:
-            # After a failure nothing may still be on its way when the events are sent again.
+            # After a failure, no upload may still be running when the events are sent again.
             self._uploads.drop()
 
     def _needs_all_before(self, entries: list[Entry]) -> bool:
-        """Whether an event asks for models that may be under way, or goes on with a trial whose model is."""
+        """Return whether events must wait until all earlier ones are sent, uploads included.
+
+        This is so if they may need any trial's model, or if they belong to a trial whose model is being uploaded.
+        """
         of_trials = all(entry.kind in ("trial_started", "metrics", "trial_ended") for entry in entries)
         return not of_trials or self._uploads.concern({str(entry.event.get("trial_id")) for entry in entries})
 
     def _move_on(self, at_most: int, on_progress: Callable[[TrackingStatus], None]) -> None:
-        """Move the cursor behind what is sent, and wait while more than `at_most` uploads are under way."""
+        """Move the cursor past the events that are sent, and wait while more than `at_most` uploads are running."""
         for entry in self._uploads.done(at_most):
             self._cursor.position, self._cursor.seq = entry.end, entry.seq
             self._cursor.save(self._folder)
             on_progress(self.status)
 
     def _connect(self) -> EventHandlers:
-        """Anew after every failure: then the runs are looked up, and none is created twice."""
+        """Connect to MLflow and look up the sweep's runs.
+
+        This is repeated after every failure, so that no run is created twice.
+        """
         client = connect(self._uri)
         runs = Runs(client, self._tracking.experiment, artifact_root(self._uri))
-        self._cursor = self._load_cursor()  # again, now under the lock
+        self._cursor = self._load_cursor()  # loaded again, because the lock is held now
         if self._cursor.run_id and not runs.is_alive(self._cursor.run_id):
-            # The database was replaced or the sweep's run deleted: everything has to be sent anew.
+            # The database was replaced or the sweep's run was deleted, so every event has to be sent again.
             self._cursor = Cursor(self._destination)
         return EventHandlers(client, runs, self._cursor, self._folder, self._refused, self._fetch)
 
     def _load_cursor(self) -> Cursor:
-        """The saved cursor, if it is of this destination and of this journal."""
+        """Return the saved cursor if it belongs to this destination and this journal, else a new one."""
         cursor = Cursor.load(self._folder)
         fits = cursor.destination == self._destination and cursor.seq <= self._n_events()
         return cursor if fits else Cursor(self._destination)
 
     def _groups(self) -> Iterator[list[Entry]]:
-        """Consecutive events of metrics together, every other event alone."""
+        """Yield consecutive `metrics` events together, and every other event alone."""
         group: list[Entry] = []
         last = self._n_events()
         for entry in journal.read(self._folder, self._cursor.position, self._cursor.seq):
@@ -185,11 +202,11 @@ class Sender:
             yield group
 
     def _refused(self, entry: Entry, part: str, reason: str) -> None:
-        """Write down what MLflow will never take, and say so once."""
+        """Record a part of an event that MLflow will never accept. Log a warning for the first one."""
         if _is_exiting():
             raise TrackingError("the process is ending")
-        with self._refusing:  # uploads have threads of their own
-            # What lies behind a model that failed is sent, and refused, again.
+        with self._refusing:  # uploads call this from threads of their own
+            # After a failed upload, the events that follow it are sent again, and their parts are rejected again.
             if (entry.seq, part) not in self._told:
                 self._told.add((entry.seq, part))
                 self._write_refused(entry, part, reason)
@@ -207,5 +224,5 @@ class Sender:
 
 
 def _is_exiting() -> bool:
-    """Whether Python is shutting down: then thread pools, and with them uploads, fail in ways that say nothing."""
+    """Return whether Python is shutting down. Thread pools then fail, and uploads with them, with misleading errors."""
     return not threading.main_thread().is_alive()

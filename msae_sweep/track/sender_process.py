@@ -1,12 +1,12 @@
-"""Who runs a sweep's sender beside its driver: a process of its own, or a thread.
+"""Classes that run a sweep's sender beside its driver, in a child process or in a thread.
 
-MLflow's client and the reading of models are a few tenths of a second of Python a trial. In a thread of the driver they
-would hold up Ray Tune's loop, which has every trial's next step to decide: so a sweep takes the process.
+MLflow's client and the reading of models take a few tenths of a second of Python per trial. In a thread of the driver
+they would delay Ray Tune's loop, which decides the next step of every trial. A sweep therefore uses the child process.
 
-The two talk in lines of JSON, over the child's standard input and output. To the child: what to send, how many events
-there are, that no more will come, and files that it asked for. From it: how the sending stands, and files that it wants
-to be there. A driver that dies closes the pipe, and the child ends at once, in the middle of anything: the cursor bears
-that. A child that dies is started again.
+The driver and the child exchange lines of JSON over the child's standard input and output. The driver sends the task,
+the number of events in the journal, a message that no more events will come, and the paths of files that the child
+asked for. The child sends the progress and requests for files. If the driver dies, its pipe closes, and the child ends
+at once, whatever it is doing; the saved cursor makes that safe. If the child dies, the driver starts it again.
 """
 
 import contextlib
@@ -41,38 +41,41 @@ GoesOn = Callable[[], bool]
 
 
 class SenderRunner(Protocol):
-    """A sender at work."""
+    """Interface of the classes that run a sender beside the driver."""
 
     def __init__(
         self, sweep_folder: Path, uri: str, tracking: TrackingConfig, n_events: Callable[[], int], fetch: Fetch
     ) -> None:
-        """Begin; see `Sender`."""
+        """Start the sender. The arguments are those of `Sender`."""
 
     @property
     def status(self) -> TrackingStatus:
-        """How it stands; safe to ask from any thread."""
+        """Progress of the sending. It may be read from any thread."""
 
     def wake(self) -> None:
-        """There are more events; may be called from any thread."""
+        """Notify the sender of new events. This may be called from any thread."""
 
     def finish(self, timeout_seconds: float, goes_on: GoesOn = lambda: True) -> None:
-        """No more will come: send what is left, at most so long, and less where MLflow keeps failing; then end.
+        """Send the remaining events and end; no events may follow.
+
+        The wait lasts at most `timeout_seconds`, and less if MLflow keeps failing.
 
         Args:
-            goes_on: asked every second; False ends the waiting.
+            goes_on: called every second; if it returns False, the wait ends.
         """
 
 
 class SenderThread:
-    """In a thread of this process."""
+    """Runs the sender in a thread of this process."""
 
     def __init__(
         self, sweep_folder: Path, uri: str, tracking: TrackingConfig, n_events: Callable[[], int], fetch: Fetch
     ) -> None:
-        """Begin; see `Sender`."""
+        """Start the sender. The arguments are those of `Sender`."""
         self._sender = Sender(sweep_folder, uri, tracking, n_events, fetch)
         self._closing, self._wake = threading.Event(), threading.Event()
-        # A daemon, so that a sender stuck in a request cannot keep the process alive; the cursor bears being cut off.
+        # A daemon thread, so that a sender stuck in a request cannot keep the process alive. Because of the saved
+        # cursor, the sender may be interrupted at any point.
         self._thread = threading.Thread(
             target=self._sender.run, args=(self._closing, self._wake), name="mlflow-sender", daemon=True
         )
@@ -80,31 +83,35 @@ class SenderThread:
 
     @property
     def status(self) -> TrackingStatus:
-        """See `SenderRunner`."""
+        """Progress of the sending. It may be read from any thread."""
         return self._sender.status
 
     def wake(self) -> None:
-        """See `SenderRunner`."""
+        """Notify the sender of new events. This may be called from any thread."""
         self._wake.set()
 
     def finish(self, timeout_seconds: float, goes_on: GoesOn = lambda: True) -> None:
-        """See `SenderRunner`."""
+        """Send the remaining events and end, as described in `SenderRunner.finish`."""
         self._closing.set()
         self._wake.set()
         _join(self._thread, timeout_seconds, goes_on)
 
 
 class SenderProcess:
-    """In a process of its own. Two threads here talk to it and listen, so that nobody else ever waits for it."""
+    """Runs the sender in a child process.
+
+    One thread here writes to the child and another one reads from it, so that no other thread waits for the child.
+    """
 
     def __init__(
         self, sweep_folder: Path, uri: str, tracking: TrackingConfig, n_events: Callable[[], int], fetch: Fetch
     ) -> None:
-        """Begin; see `Sender`."""
+        """Start the sender. The arguments are those of `Sender`."""
         self._n_events, self._fetch = n_events, fetch
-        # Models on their way are written to files first, which must not outlive a child that was killed.
+        # The child writes models to temporary files before it uploads them. They must not outlive a killed child.
         self._scratch = tempfile.TemporaryDirectory(prefix="msae-sender-")
-        # Through the pipe, not on the command line: a URI may hold a password, and anybody may read command lines.
+        # Sent through the pipe and not on the command line: a URI may hold a password, and any user can read command
+        # lines.
         self._task = {
             "folder": str(sweep_folder),
             "uri": uri,
@@ -121,15 +128,15 @@ class SenderProcess:
 
     @property
     def status(self) -> TrackingStatus:
-        """See `SenderRunner`."""
+        """Progress of the sending. It may be read from any thread."""
         return self._said._replace(pending=max(0, self._n_events() - self._said.sent))
 
     def wake(self) -> None:
-        """See `SenderRunner`."""
+        """Notify the sender of new events. This may be called from any thread."""
         self._news.set()
 
     def finish(self, timeout_seconds: float, goes_on: GoesOn = lambda: True) -> None:
-        """See `SenderRunner`."""
+        """Send the remaining events and end, as described in `SenderRunner.finish`."""
         self._closing.set()
         self._news.set()
         _join(self._listener, timeout_seconds, goes_on)
@@ -139,7 +146,7 @@ class SenderProcess:
         self._scratch.cleanup()
 
     def _start(self) -> subprocess.Popen[str]:
-        # The same modules as here, also where the package lies in a folder that only this process was told of.
+        # The child imports the same modules as this process, even from a folder that only this process's path has.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
             [sys.executable, "-c", _CHILD],
@@ -147,14 +154,14 @@ class SenderProcess:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path, "TMPDIR": self._scratch.name},
-            process_group=0,  # what a terminal interrupts
+            process_group=0,  # a group of its own, because a terminal's Ctrl-C goes to a whole process group
         )
         self._tell(process, self._task | {"events": self._n_events()})
         return process
 
     def _tell(self, process: subprocess.Popen[str], message: dict[str, Any]) -> None:
         assert process.stdin is not None
-        # One that ended reads no more; what it missed, its successor is told.
+        # A child that has ended no longer reads. Its successor gets the messages that it missed.
         with self._writing, contextlib.suppress(OSError, ValueError):
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
@@ -164,7 +171,7 @@ class SenderProcess:
         while not closing:
             self._news.wait()
             self._news.clear()
-            closing = self._closing.is_set()  # asked before the number, so that the last one holds every event
+            closing = self._closing.is_set()  # read first, so that the last number counts every event
             self._tell(self._process, {"events": self._n_events(), "closing": closing})
 
     def _listen(self) -> None:
@@ -184,11 +191,11 @@ class SenderProcess:
             self._closing.wait(min(2.0**deaths, LONGEST_PAUSE_SECONDS))
             deaths += 1
             self._process = self._start()
-            # What was told the last one meanwhile.
+            # The new child must get what was meanwhile sent to its predecessor.
             self._tell(self._process, {"events": self._n_events(), "closing": self._closing.is_set()})
 
     def _reaped(self) -> int:
-        """Exit status of the child, of which nothing is left afterwards."""
+        """Wait for the child to end, close its pipes, and return its exit status."""
         code = self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
@@ -205,24 +212,30 @@ class SenderProcess:
 
 
 def _join(thread: threading.Thread, timeout_seconds: float, goes_on: GoesOn) -> None:
-    """Wait for a thread's end, at most so long and only while `goes_on` says so."""
+    """Wait until a thread ends, at most `timeout_seconds` and only while `goes_on` returns True."""
     deadline = time.monotonic() + timeout_seconds
     while thread.is_alive() and (left := deadline - time.monotonic()) > 0 and goes_on():
         thread.join(min(left, 1.0))
 
 
 class _Driver:
-    """The driver, as the child knows it."""
+    """The child's connection to the driver."""
 
     def __init__(self, lines: IO[str], out: IO[str], scratch: str) -> None:
-        """`scratch`: what to delete when it is gone."""
+        """Wrap the child's input and output.
+
+        Args:
+            lines: messages from the driver, one a line.
+            out: file to which messages for the driver are written.
+            scratch: folder of temporary files, which is deleted if the driver ends.
+        """
         self._lines, self._out, self._scratch = lines, out, scratch
         self.n_events = 0
         self.closing, self.wake = threading.Event(), threading.Event()
         self._answers: queue.SimpleQueue[dict[str, str | None]] = queue.SimpleQueue()
 
     def hear(self) -> None:
-        """Follow what it says, to the end."""
+        """Handle the driver's messages until the driver closes the pipe; then end this process."""
         for line in self._lines:
             message = json.loads(line)
             if "fetched" in message or "fault" in message:
@@ -235,11 +248,15 @@ class _Driver:
         self._end_with_it()
 
     def say(self, status: TrackingStatus) -> None:
-        """How the sending stands."""
+        """Send the progress of the sending to the driver."""
         self._write(status._asdict())
 
     def fetch(self, path: Path) -> Path | None:
-        """Ask it for a file of the sweep folder."""
+        """Ask the driver for a file of the sweep folder, and return its path, or None if there is no such file.
+
+        Raises:
+            OSError: the driver could not fetch the file.
+        """
         self._write({"wanted": str(path)})
         answer = self._answers.get()
         if "fault" in answer:
@@ -254,17 +271,17 @@ class _Driver:
             self._end_with_it()
 
     def _end_with_it(self) -> None:
-        """It is gone; what the sender is in the middle of is not to be waited for."""
+        """End this process at once because the driver has ended. Do not wait for what the sender is doing."""
         shutil.rmtree(self._scratch, ignore_errors=True)
         os._exit(1)
 
 
 def main() -> None:
-    """What the child does."""
+    """Run the child process: read the task, and send events until the driver asks to finish."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no message
-    # Where Lightning is installed, MLflow would import it before the first model, for a callback that nobody uses here:
-    # 10 s.
+    os.dup2(2, 1)  # what a library prints goes to stderr, so that it cannot be taken for a message
+    # If Lightning is installed, MLflow would import it before the first model, for a callback that is not used here.
+    # That import takes 10 s.
     sys.modules["pytorch_lightning"] = None  # type: ignore[assignment]
     task = json.loads(sys.stdin.readline())
     driver = _Driver(sys.stdin, out, task["scratch"])
@@ -280,5 +297,6 @@ def main() -> None:
     threading.Thread(target=driver.hear, daemon=True).start()
     sender.run(driver.closing, driver.wake, driver.say)
     driver.say(sender.status)
-    # All is said and on disk. Python would first take MLflow and torch apart, for 2 s in which the sweep waits.
+    # All messages are sent and all files are on disk. A normal exit would first tear down MLflow and torch, which takes
+    # 2 s for which the sweep would wait.
     os._exit(0)

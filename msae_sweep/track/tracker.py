@@ -1,9 +1,8 @@
-"""The sweep's side of tracking: says what happened, and never waits for MLflow.
+"""Tracker of a sweep, which records events in the journal and never waits for MLflow.
 
-Each call appends an event to the journal in the sweep folder (well under a millisecond) and returns; a process beside
-the driver sends it.
-MLflow being slow, down, or wrong costs no trial anything. The one error that a call can raise is the `OSError` of a
-sweep folder that cannot be written, where nothing else of the sweep could be kept either.
+Each call appends an event to the journal in the sweep folder (well under a millisecond) and returns. A process beside
+the driver sends the event. If MLflow is slow, down, or wrong, no trial is delayed. The only error that a call can raise
+is the `OSError` of a sweep folder that cannot be written; then nothing else of the sweep could be stored either.
 """
 
 import contextlib
@@ -23,21 +22,22 @@ from msae_sweep.track.sender_process import SenderProcess, SenderRunner
 from msae_sweep.track.uri import redact, resolve_uri
 
 SAY_SECONDS, SILENT_SECONDS = 5.0, 30.0
-"""A sweep that ends says after so many seconds without a word from MLflow that it waits, and gives it up after so many;
-one request may take 20 s. A server that is slow, but takes one event after the other, is waited for."""
+"""Limits at a sweep's end, in seconds in which no event was sent. After SAY_SECONDS a message says that the sweep waits
+for MLflow. After SILENT_SECONDS it stops waiting if the last attempt failed; one request may take 20 s. It goes on
+waiting for a server that is slow but accepts one event after the other."""
 
 
 class SyncReport(NamedTuple):
-    """What became of a journal."""
+    """Result of sending a journal to MLflow."""
 
     sent: int
-    """Events that MLflow has now."""
+    """Number of events that MLflow has now."""
     pending: int
-    """Events that it has not."""
+    """Number of events that MLflow does not have yet."""
     refused: int
-    """Parts of events that it will never take."""
+    """Number of parts of events that MLflow will never accept."""
     reason: str
-    """Why some are pending, in one line; empty otherwise."""
+    """Reason in one line why events are pending; empty if none are."""
 
     def __str__(self) -> str:
         line = f"{self.sent} events sent to MLflow, {self.pending} left"
@@ -46,23 +46,30 @@ class SyncReport(NamedTuple):
 
 
 class Shared(Protocol):
-    """A sweep folder that is a copy of one in an object store."""
+    """Interface of a sweep folder that may be a copy of one in an object store."""
 
     def n_events(self, written: int) -> int:
-        """How many of the journal's `written` events the store has."""
+        """Return how many of the journal's `written` events may be sent: those that are in the object store already."""
 
     def on_events(self, call: Callable[[], None]) -> None:
-        """Have `call` called when it has more."""
+        """Register `call` to be called when more events are in the object store."""
 
     def fetch(self, path: Path) -> Path | None:
-        """A file of the folder, or a temporary copy of it alone in a folder; None where there is none."""
+        """Return the path of a file of the folder, or of a temporary copy of it alone in a folder; None if missing."""
 
 
 class Tracker:
-    """Writes a sweep's journal and has it sent. `start` makes one; it is for one thread, and `close` ends it."""
+    """Writes a sweep's journal and runs the sender that sends it.
+
+    Create a tracker with `start`, use it in one thread only, and end it with `close`.
+    """
 
     def __init__(self, sweep_folder: Path, sweep_id: str, written: Journal, sending: SenderRunner, where: str) -> None:
-        """`where`: MLflow's address, without secrets."""
+        """Store the parts that `start` creates.
+
+        Args:
+            where: MLflow's address, without secrets.
+        """
         self._folder, self._sweep_id, self._journal, self._sending = sweep_folder, sweep_id, written, sending
         self._where = where
 
@@ -77,14 +84,15 @@ class Tracker:
         sending: type[SenderRunner] | None = None,
         written: Journal | None = None,
     ) -> "Tracker":
-        """Begin to track a sweep, or go on with one: then with the same folder and `sweep_id`.
+        """Start to track a sweep, or continue with a resumed one, which must have the same folder and `sweep_id`.
 
         Args:
-            sending: who runs the sender, by default a process of its own.
-            written: the sweep's journal, where this process has it open already.
+            shared: the sweep folder, if it may be a copy of one in an object store.
+            sending: class that runs the sender; by default `SenderProcess`, which uses a child process.
+            written: the sweep's journal, if this process has it open already.
 
         Raises:
-            ConfigError: a tracking URI that MLflow cannot use.
+            ConfigError: MLflow cannot use the tracking URI.
             SweepError: another process runs this sweep.
         """
         uri = resolve_uri(tracking.uri)
@@ -94,14 +102,15 @@ class Tracker:
         if shared is None:
             sent: SenderRunner = begin(sweep_folder, uri, tracking, lambda: written.seq, lambda path: path)
         else:
-            # What MLflow was told must never be lost, or a resumed sweep would tell it differently.
+            # An event may be sent only when it is in the object store. Otherwise it could be lost after MLflow got it,
+            # and the resumed sweep would send MLflow something else.
             sent = begin(sweep_folder, uri, tracking, lambda: shared.n_events(written.seq), shared.fetch)
             shared.on_events(sent.wake)
         return cls(sweep_folder, sweep_id, written, sent, redact(uri))
 
     @property
     def status(self) -> TrackingStatus:
-        """How the sending stands, for a live display."""
+        """Progress of the sending, for a live display."""
         return self._sending.status
 
     def sweep_started(
@@ -113,11 +122,12 @@ class Tracker:
         config_yaml: str,
         datasets: Mapping[int, Mapping[str, Any]],
     ) -> None:
-        """The sweep begins, or goes on. A run that exists keeps its params; changed ones become a tag.
+        """Record that the sweep starts or is resumed. An existing run keeps its params; changed params become a tag.
 
         Args:
             params: the resolved configuration, flattened: `training.epochs` ….
-            tags: `git_commit`, `command`, versions and the like; user, torch and mlflow are added.
+            tags: `git_commit`, `command`, versions and the like. The user and the versions of torch and mlflow are
+                added here.
             datasets: data manifest of each block.
         """
         known = {package: version(package) for package in ("torch", "mlflow")}
@@ -135,11 +145,14 @@ class Tracker:
         )
 
     def trial_started(self, *, trial_id: str, block: int, params: Mapping[str, Any]) -> None:
-        """A trial begins, or goes on after a resume; `params` are all its settings, defaults too."""
+        """Record that a trial starts, or continues after a resume. `params` are all its settings, defaults included."""
         self._append("trial_started", trial_id=trial_id, block=block, params=dict(params))
 
     def metrics(self, *, trial_id: str, points: Sequence[Mapping[str, Any]]) -> None:
-        """Epochs of a trial, ascending, each with `epoch`, `time_ms` and its metrics; those said before are dropped."""
+        """Record epochs of a trial, ascending, each with `epoch`, `time_ms` and its metrics.
+
+        Epochs that were recorded before are not sent to MLflow again.
+        """
         self._append("metrics", trial_id=trial_id, points=[dict(point) for point in points])
 
     def trial_ended(
@@ -152,13 +165,13 @@ class Tracker:
         model_file: Path | None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """A trial ended.
+        """Record that a trial ended.
 
         Args:
             status: completed, stopped_early, diverged or failed.
-            best: metrics of its best epoch, with `epoch`; empty where it finished none.
-            model_file: that epoch's model in the notebook's format; it is read when its turn to be sent comes.
-            tags: more to put on the run, e.g. device and kernel.
+            best: metrics of the trial's best epoch, with `epoch`; empty if it finished no epoch.
+            model_file: model of that epoch in the notebook's format. The file is read only when this event is sent.
+            tags: additional tags for the run, e.g. device and kernel.
         """
         self._append(
             "trial_ended",
@@ -179,13 +192,13 @@ class Tracker:
         champions: Mapping[int, str],
         metrics: Mapping[str, float],
     ) -> None:
-        """The sweep ended, for good (`completed`) or to be resumed (`interrupted`).
+        """Record that the sweep ended, either finally (`completed`) or to be resumed later (`interrupted`).
 
         Args:
-            artifacts: files of the sweep folder to go with its run, at the same relative paths.
-            champions: each block's best trial, to be registered as `{model_name}-block{B}` with the alias
+            artifacts: files of the sweep folder to be logged as artifacts of its run, at the same relative paths.
+            champions: best trial of each block. Its model is registered as `{model_name}-block{B}` with the alias
                 `champion`.
-            metrics: of the sweep's own run, e.g. `block5/r2_k128`.
+            metrics: metrics of the sweep's own run, e.g. `block5/r2_k128`.
         """
         self._append(
             "sweep_ended",
@@ -199,16 +212,20 @@ class Tracker:
         )
 
     def artifacts(self, files: Iterable[Path]) -> None:
-        """More files of the sweep folder to go with its run, also after its end, at the same relative paths."""
+        """Record more files of the sweep folder to be logged as artifacts of its run, at the same relative paths.
+
+        This is possible after the sweep's end too.
+        """
         self._append("artifacts", files=[self._relative(path) for path in files])
 
     def close(self, *, timeout_seconds: float, say: Callable[[str], object] = lambda line: None) -> SyncReport:
-        """Wait until everything is sent, at most so long, and less where MLflow keeps failing; then let go.
+        """Wait until every event is sent, then stop the sender and close the journal.
 
-        What is pending then is sent by `sync`, or when the sweep is resumed.
+        The wait lasts at most `timeout_seconds`, and less if MLflow keeps failing. Events that are still pending then
+        can be sent with `sync`, or are sent when the sweep is resumed.
 
         Args:
-            say: told in one line when MLflow has been silent for some seconds.
+            say: called with a one-line message when the sending has made no progress for some seconds.
         """
         self._sending.finish(timeout_seconds, _Patience(self, self._where, say).lasts)
         self._journal.close()
@@ -219,19 +236,19 @@ class Tracker:
         self._sending.wake()
 
     def _relative(self, path: Path) -> str:
-        """Relative to the sweep folder, so that a folder that was moved can still be sent."""
+        """Return a path relative to the sweep folder, so that the journal of a moved folder can still be sent."""
         return path.absolute().relative_to(self._folder).as_posix()
 
 
 class _Patience:
-    """How long a closing tracker waits for a silent MLflow."""
+    """Decides how long a closing tracker waits for an MLflow that does not answer."""
 
     def __init__(self, tracker: Tracker, where: str, say: Callable[[str], object]) -> None:
         self._tracker, self._where, self._say = tracker, where, say
         self._sent, self._since, self._said = tracker.status.sent, time.monotonic(), False
 
     def lasts(self) -> bool:
-        """Whether to wait on: it has sent something lately, or not yet failed."""
+        """Return whether to continue to wait: an event was sent recently, or the last attempt has not failed."""
         status = self._tracker.status
         if status.sent != self._sent:
             self._sent, self._since = status.sent, time.monotonic()
@@ -253,14 +270,15 @@ def sync(
     fetch: Fetch = lambda path: path,
     on_progress: Callable[[TrackingStatus], None] = lambda status: None,
 ) -> SyncReport:
-    """Send what a sweep's journal holds and MLflow has not; may be repeated, also after a driver was killed.
+    """Send the events of a sweep's journal that MLflow does not have. May be repeated, also after a driver was killed.
 
     Args:
-        uri: where to; as in `resolve_uri`. Another place than before gets the whole sweep.
+        uri: destination, as in `resolve_uri`. A destination other than the last one gets the whole sweep.
+        fetch: see `Fetch` in sender.
         on_progress: called after every step and every failure.
 
     Raises:
-        ConfigError: a tracking URI that MLflow cannot use.
+        ConfigError: MLflow cannot use the tracking URI.
     """
     sweep_folder = Path(sweep_folder).absolute()
     n_events = sum(1 for _ in journal.read(sweep_folder))

@@ -1,4 +1,7 @@
-"""Models on their way to MLflow, beside the events that follow: an upload takes longer than all else of a trial."""
+"""Model uploads that run in parallel to the events that follow them.
+
+Sending a model takes longer than sending everything else of a trial.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,23 +14,27 @@ Upload = Callable[[], None]
 
 
 class _Step(NamedTuple):
-    """An event whose quick part was sent."""
+    """An event that was sent except for its upload, if it has one."""
 
     entry: Entry
     upload: Future[None] | None
 
 
 class Uploads:
-    """Events in their order, some with an upload that is under way; used by one thread."""
+    """Queue of events in their order, some with a running upload. Only one thread may use it."""
 
     def __init__(self, at_once: int) -> None:
-        """`at_once`: with 1, an upload is done where it is added."""
+        """Start a thread pool for uploads.
+
+        Args:
+            at_once: largest number of uploads that run in parallel. With 1 there is no pool, and `add` runs the upload.
+        """
         self.at_once = at_once
         self._pool = ThreadPoolExecutor(at_once, "upload") if at_once > 1 else None
         self._steps: deque[_Step] = deque()
 
     def add(self, entry: Entry, upload: Upload | None) -> None:
-        """Begin the upload of an event, where it has one."""
+        """Append an event, and start its upload if it has one."""
         if upload is not None and self._pool is None:
             upload()
             upload = None
@@ -35,13 +42,13 @@ class Uploads:
         self._steps.append(_Step(entry, future))
 
     def concern(self, trial_ids: set[str]) -> bool:
-        """Whether one of these trials has an upload under way."""
+        """Return whether the queue holds an upload of one of these trials."""
         return any(step.upload is not None and step.entry.event.get("trial_id") in trial_ids for step in self._steps)
 
     def done(self, at_most: int) -> Iterator[Entry]:
-        """The events in order up to the first whose upload is under way; wait while more than `at_most` are.
+        """Remove and yield the events in order, up to the first whose upload is still running.
 
-        What an upload failed of is raised here.
+        Wait while more than `at_most` uploads are running. If an upload failed, its exception is raised here.
         """
         while self._steps:
             upload = self._steps[0].upload
@@ -52,7 +59,7 @@ class Uploads:
             yield self._steps.popleft().entry
 
     def drop(self) -> None:
-        """Forget all; those that have begun are waited for."""
+        """Remove all events, cancel the uploads that have not started, and wait for those that have."""
         uploads = [step.upload for step in self._steps if step.upload is not None]
         self._steps.clear()
         wait([upload for upload in uploads if not upload.cancel()])

@@ -1,4 +1,4 @@
-"""Where MLflow is: the tracking URI, resolved once, and shown without its secrets."""
+"""Resolution of the MLflow tracking URI, and removal of secrets before a URI is shown."""
 
 import os
 import re
@@ -10,23 +10,23 @@ from urllib.parse import urlsplit
 from msae_sweep.errors import ConfigError
 
 _SQLITE = "sqlite:///"
-# What MLflow registers by itself (`mlflow.tracking._tracking_service.utils`); `+driver` may follow a database.
+# Schemes that MLflow registers itself (`mlflow.tracking._tracking_service.utils`). `+driver` may follow a database's.
 _DATABASES = ("postgresql", "mysql", "mssql")
 _DATABRICKS = ("databricks", "databricks-uc", "uc")
 _WRITE = "write sqlite:///mlflow.db, the http:// address of a tracking server, or a database's URI"
-# Neither part crosses a quote, a blank or a backslash, so that both are safe on a line of JSON that holds YAML.
+# Neither pattern matches across a quote, a blank or a backslash, so both are safe on a line of JSON that holds YAML.
 _USER_INFO = re.compile(r"(?<=://)[^/\s\"'\\]*@")
 _SECRET_PARAMETER = re.compile(r"([?&](?:password|passwd|pwd|token|secret|access_key|sig)=)[^&\s\"'\\]+", re.IGNORECASE)
 
 
 def resolve_uri(configured: str | None, environ: Mapping[str, str] = os.environ) -> str:
-    """The tracking URI: `configured`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder.
+    """Return the tracking URI: `configured`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder.
 
-    A SQLite path is made absolute, because the working folder is not the same everywhere in a sweep.
+    A SQLite path is made absolute, because the processes of a sweep have different working folders.
 
     Raises:
-        ConfigError: a folder or `file:` URI, which MLflow no longer writes to; a scheme that MLflow does not know; or a
-            URI that lacks its host or path.
+        ConfigError: the URI is a folder or a `file:` URI, to which MLflow no longer writes; or MLflow does not know its
+            scheme; or its host or path is missing.
     """
     uri = configured or environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
     scheme = _scheme(uri)
@@ -43,7 +43,7 @@ def resolve_uri(configured: str | None, environ: Mapping[str, str] = os.environ)
 
 
 def _scheme(uri: str) -> str:
-    """The scheme, lower-case; empty for a path (on Windows, too, where a drive looks like one)."""
+    """Return the scheme in lower case, or "" for a path (also on Windows, where a drive looks like a scheme)."""
     if uri in _DATABRICKS:
         return uri
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
@@ -52,7 +52,7 @@ def _scheme(uri: str) -> str:
 
 def _absolute(uri: str) -> str:
     if not uri.startswith(_SQLITE):
-        if "+" in uri.partition(":")[0]:  # with a driver, whose path is its own affair
+        if "+" in uri.partition(":")[0]:  # each driver has its own form of path
             return uri
         raise ConfigError(f"{_named(uri)}: SQLite wants three slashes before a path; {_WRITE}")
     path, mark, query = uri.removeprefix(_SQLITE).partition("?")
@@ -65,14 +65,14 @@ def _check_address(uri: str) -> None:
     try:
         parts = urlsplit(uri)
         is_address = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a bracket that is not closed, a port that is no number up to 65535
+    except ValueError:  # e.g. a bracket that is not closed, or a port that is not a number up to 65535
         is_address = False
     if not is_address:
         raise ConfigError(f"{_named(uri)} has no host, or no port that can be; write e.g. http://mlflow:5000")
 
 
 def _plugins() -> set[str]:
-    """Schemes of the tracking stores that installed packages bring along."""
+    """Return the schemes of the tracking stores that installed packages add to MLflow."""
     return {entry.name for entry in entry_points(group="mlflow.tracking_store")}
 
 
@@ -81,9 +81,10 @@ def _named(uri: str) -> str:
 
 
 def artifact_root(uri: str) -> str | None:
-    """Where a new experiment keeps its artifacts: beside a SQLite file; None leaves it to the server.
+    """Return the URI of the artifact folder of a new experiment: `mlartifacts` beside a SQLite file.
 
-    Without it MLflow takes a folder relative to the working folder of whoever asks first.
+    For any other store, return None, which leaves the choice to the server. Without an explicit URI for a SQLite file,
+    MLflow would take a folder relative to the working folder of the process that creates the experiment.
     """
     if not uri.startswith(_SQLITE):
         return None
@@ -92,5 +93,5 @@ def artifact_root(uri: str) -> str | None:
 
 
 def redact(text: str) -> str:
-    """`text` with `***` for user and password, or a token, in any URI within it."""
+    """Return `text` with `***` in place of user and password, or of a token, in every URI in it."""
     return _SECRET_PARAMETER.sub(r"\1***", _USER_INFO.sub("***@", text))

@@ -43,7 +43,7 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 240) -> No
 
 
 CHANGES = ["data.blocks=[5]", "training.epochs=24", "asha.grace_epochs=3", "training.early_stopping_patience=null",
-           "data.planted.rows=5000", "resources.checkpoint_seconds=0.5"]  # fmt: skip
+           "data.planted.rows=3000", "resources.checkpoint_seconds=0.5"]  # fmt: skip
 
 
 def options(changes: list[str]) -> list[str]:

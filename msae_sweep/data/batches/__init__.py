@@ -1,1 +1,1 @@
-"""Shards to batches on the trial's device: resident, or streamed in windows."""
+"""Batches on the trial's device, made from shards: resident in its memory, or streamed in windows."""

@@ -1,4 +1,4 @@
-"""Shards to batches: one tensor on the device where it fits, else a shuffled stream of windows."""
+"""Batches from shards: all rows in one tensor on the device if they fit, otherwise a shuffled stream of windows."""
 
 import functools
 import os
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class Loaded(NamedTuple):
-    """Batches, and why they are kept as they are."""
+    """Batches, and the reason why they are resident or streamed."""
 
     batches: WindowBatches
     reason: str
@@ -37,19 +37,19 @@ class Loaded(NamedTuple):
 def make_batches(
     shards: Sequence[Shard], n_rows: int, input_dim: int, batch_size: int, device: torch.device, budget_bytes: int
 ) -> Loaded:
-    """Resident batches where the rows take at most `budget_bytes` of the device, streamed ones otherwise."""
+    """Return resident batches if the rows take at most `budget_bytes` of the device, streamed batches otherwise."""
     need = 4 * n_rows * input_dim
     sizes = f"{need / 2**20:,.0f} MiB of rows, {budget_bytes / 2**20:,.0f} MiB allowed on {device}"
     if need <= budget_bytes:
         return Loaded(ResidentBatches.load(shards, n_rows, input_dim, batch_size, device), f"resident: {sizes}")
-    # On the device lie two windows; the rest is for drawing an order and for the batches gathered from them.
+    # The device holds two windows; the rest of the budget is for drawing orders and for the batches gathered.
     window_bytes = min(WINDOW_BYTES, budget_bytes // 4)
     streamed = StreamedBatches(shards, n_rows, input_dim, batch_size, device, window_bytes)
     return Loaded(streamed, f"streamed: {sizes}")
 
 
 def default_budget(device: torch.device, share: float = 1.0) -> int:
-    """Bytes that data may take: half of the device's free memory (on a CPU, of the machine's), times `share`."""
+    """Return the bytes that data may take: half of a GPU's free (or the machine's total) memory, times `share`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.5 * share)
@@ -57,17 +57,17 @@ def default_budget(device: torch.device, share: float = 1.0) -> int:
 
 
 class _Drawn(NamedTuple):
-    """An epoch's order, drawn before it is asked for."""
+    """Order of an epoch's rows, drawn before it is requested."""
 
     of: tuple[int, int]
-    """Epoch and seed."""
+    """Epoch and seed of the order."""
     order: Tensor
     done: torch.cuda.Event | None
-    """Before which the order must not be read; None on a CPU, where it was drawn at once."""
+    """Event to wait for before the order is read; None without CUDA, where the order is drawn at once."""
 
 
 class ResidentBatches(WindowBatches):
-    """All rows in one tensor on the device."""
+    """Batches of rows that all lie in one tensor on the device."""
 
     def __init__(self, x: Tensor, batch_size: int) -> None:
         self.x, self.n_rows, self.batch_size = x, len(x), batch_size
@@ -77,9 +77,9 @@ class ResidentBatches(WindowBatches):
     def load(
         cls, shards: Sequence[Shard], n_rows: int, input_dim: int, batch_size: int, device: torch.device
     ) -> "ResidentBatches":
-        """Copy the shards into place one after another, so that only one of them is held besides.
+        """Copy the shards into one tensor, one after another, so that only one of them is held in addition.
 
-        On the CPU a single shard is used where it lies, shared with every other process on the node.
+        On the CPU, a single shard is not copied; its memory is shared with every other process on the node.
         """
         if len(shards) == 1 and device.type == "cpu":
             return cls(_tensor(shards[0]()), batch_size)
@@ -93,11 +93,11 @@ class ResidentBatches(WindowBatches):
         return cls(x, batch_size)
 
     def with_batch_size(self, batch_size: int) -> "ResidentBatches":
-        """The same rows, not copied, in batches of another size."""
+        """Return the same rows, not copied, in batches of another size."""
         return ResidentBatches(self.x, batch_size)
 
     def windows(self, epoch: int, seed: int) -> Generator[Window, None, None]:
-        """One window, all rows in a fresh order, so the rows left over differ from epoch to epoch."""
+        """Yield one window with all rows in a new order, so the rows left over differ from epoch to epoch."""
         whole = self.n_rows - self.n_rows % self.batch_size
         if not whole:
             return
@@ -108,12 +108,13 @@ class ResidentBatches(WindowBatches):
         if drawn.done is not None:
             stream = torch.cuda.current_stream(self.x.device)
             stream.wait_event(drawn.done)
-            # Its memory belongs to the stream that drew it, and must not be used again before this one is done.
+            # The order's memory belongs to the stream that drew it, and must not be reused before the current stream is
+            # done with it.
             drawn.order.record_stream(stream)
         yield Window(self.x, drawn.order[:whole])
 
     def expect(self, epoch: int, seed: int) -> None:
-        """Draw the order; on CUDA beside what is queued on the current stream."""
+        """Draw the order of an epoch's rows; on CUDA, on a stream of its own beside the current stream's work."""
         key, device = order_key(seed, epoch), self.x.device
         if device.type != "cuda":
             self._drawn = _Drawn((epoch, seed), permutation(self.n_rows, key, device), None)
@@ -125,27 +126,33 @@ class ResidentBatches(WindowBatches):
         self._drawn = _Drawn((epoch, seed), order, done)
 
     def pieces(self) -> Generator[Tensor, None, None]:
-        """The tensor itself."""
+        """Yield the tensor itself, as a single piece."""
         yield self.x
 
 
 @functools.cache
 def _drawing_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all trials of a process: the memory that a stream once took stays its own."""
+    """Return the stream that orders are drawn on, the same one for all trials of a process.
+
+    Memory that torch once allocated for a stream stays reserved for that stream, so a stream per trial would waste it.
+    """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def machine_bytes() -> int:
-    """Memory of the machine, or of the container where that has a limit."""
+    """Return the bytes of the machine's memory, or the container's limit if that is lower."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no cgroup v2 here, or the word "max"
+    except (OSError, ValueError):  # no cgroup v2 here, or the file contains "max" (no limit)
         return machine
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """A tensor over an array's memory; object-store arrays are read-only, and nothing here writes to them."""
+    """Return a tensor that shares an array's memory.
+
+    Arrays from the object store are read-only, and nothing here writes to them.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

@@ -1,8 +1,9 @@
-"""Shards to windows on the device: threads gather rows into pinned memory, a CUDA stream of its own moves them on.
+"""Prefetch of windows: threads gather rows from shards into pinned memory, and a CUDA stream copies them to the device.
 
-Threads touch host memory only. Every CUDA call is made by the consumer when it asks for a window, so that a CUDA graph
-may be captured meanwhile, and no thread needs to know the current device. The calls only queue work, so a consumer runs
-ahead of the GPU: while the GPU uses a window, the next one is being copied and those after it are being gathered.
+The threads touch host memory only. The consumer makes every CUDA call, when it requests a window. A CUDA graph may
+therefore be captured while the threads work, and no thread needs to know the current device. The calls only queue work,
+so the consumer runs ahead of the GPU: while the GPU uses a window, the next one is being copied and those after it are
+being gathered.
 """
 
 import os
@@ -19,41 +20,43 @@ from torch import Tensor
 from msae_sweep.data.batches.windows import Window, permutation
 
 HOST_WINDOWS = 3
-"""On the host: one that is copied to the device, one that is being filled, and one that evens out their speeds."""
+"""Number of windows on the host: one is copied to the device, one is filled, and one evens out their speeds."""
 
 DEVICE_WINDOWS = 2
-"""On a GPU: one that is used, and one that is copied meanwhile."""
+"""Number of windows on a GPU: one is used while the other is copied."""
 
 
 class Segment(NamedTuple):
-    """Rows of some shards."""
+    """Rows to gather from a list of shards."""
 
     arrays: list[Float32[np.ndarray, "_ input_dim"]]
+    """Rows of each shard."""
     starts: Int64[np.ndarray, " shards_and_one"]
-    """Of each array in the shards laid end to end, and their total."""
+    """Offset of each array in the concatenation of all arrays, followed by the total number of rows."""
     rows: Int64[np.ndarray, " n"]
-    """Numbers of rows in the shards laid end to end, ascending."""
+    """Row numbers in the concatenation of all arrays, ascending."""
 
 
 class WindowContents(NamedTuple):
-    """What a window is to hold."""
+    """Plan of the contents of one window."""
 
     segments: list[Segment]
     n_rows: int
     n_ordered: int
     """Length of the window's `order`."""
     key: int
-    """With `first`, of the permutation that `order` is cut from."""
+    """Key of the permutation that `order` is cut from; the permutation also depends on `first`."""
     first: int
 
 
 def copying_threads(device: torch.device) -> int:
-    """Threads that gather rows.
+    """Return the number of threads that gather rows.
 
-    For a GPU as many as there are cores beside the consumer's, 8 at the most, however few threads torch has been given:
-    a step of 0.2 ms at 4096 × 256 eats 20 GB/s, one core gathers 4 to 6, and a trial on a GPU leaves its cores idle.
-    The work is the same however many share it; they sleep when the host's windows are full. Elsewhere a step takes a
-    hundred times as long as gathering its batch, and torch's threads want the cores: one.
+    For a GPU, this is the number of cores minus one for the consumer, at most 8, however few threads torch may use: a
+    step of 0.2 ms at 4096 × 256 consumes 20 GB/s, one core gathers 4 to 6 GB/s, and a trial on a GPU leaves its cores
+    idle. The total work does not depend on the number of threads, and the threads sleep when the host's windows are
+    full. Elsewhere it is 1, because a step takes a hundred times as long as gathering its batch, and torch's threads
+    need the cores.
     """
     if device.type != "cuda":
         return 1
@@ -62,19 +65,20 @@ def copying_threads(device: torch.device) -> int:
 
 
 class _Slot(NamedTuple):
-    """A window's place on a GPU."""
+    """Memory on a GPU for one window."""
 
     rows: Tensor
     order: Tensor
     used: torch.cuda.Event
-    """Recorded on the consumer's stream; whoever writes here next waits for it."""
+    """Event recorded on the consumer's stream after the last use; the next copy into this memory waits for it."""
 
 
 class WindowBuffers:
-    """Memory that windows of at most `n_rows` pass through, made once because pinning takes longer than filling.
+    """Reusable memory for windows of at most `n_rows` rows, allocated once because pinning takes longer than filling.
 
-    On the host 3 windows (pinned for a GPU, where torch rounds each up to a power of two), on a GPU 2 of them and
-    16 bytes a row. A CPU's windows are used where they were gathered.
+    The host holds 3 windows, pinned if they are for a GPU, in which case torch rounds each up to a power of two. A GPU
+    holds 2 windows, and 16 bytes per window row for their orders. On a CPU, a window is used in the memory that it was
+    gathered into.
     """
 
     def __init__(self, n_rows: int, input_dim: int, device: torch.device) -> None:
@@ -90,20 +94,21 @@ class WindowBuffers:
     def _slot(self, input_dim: int, stream: torch.cuda.Stream) -> _Slot:
         rows = torch.empty(self.n_rows, input_dim, device=self.device)
         order = torch.empty(self.n_rows, dtype=torch.int64, device=self.device)
-        for tensor in (rows, order):  # freed, it is not given away before the copying into it is done
+        # Without this, torch could reuse the memory of a freed tensor before the copy into it is done.
+        for tensor in (rows, order):
             tensor.record_stream(stream)
         used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        # What torch freed and gave out again may still be read by work that is queued here.
+        # This memory may come from a freed tensor that work queued on the current stream still reads.
         used.record(torch.cuda.current_stream(self.device))
         return _Slot(rows, order, used)
 
 
 class _Arrived(NamedTuple):
-    """A window whose copying is queued."""
+    """Window whose copy to the device is queued; on a CPU, a window that has been gathered."""
 
     window: Window
     host: Tensor
-    """Where it was gathered."""
+    """Host memory that the window was gathered into."""
     slot: _Slot | None
     copied: torch.cuda.Event | None
 
@@ -112,10 +117,10 @@ _Filled = tuple[WindowContents, Tensor, list[Future[None]]]
 
 
 class WindowPrefetcher:
-    """The windows of a plan, one after another; the threads run ahead by as many as the host's buffers hold.
+    """Prefetcher of a plan's windows, in order; its threads run ahead by as many windows as the host's buffers hold.
 
-    Only one thread may ask for windows. An exception in a thread is raised where the window that it concerns is asked
-    for. Dropped without being closed, it leaves nothing behind either.
+    Only one thread may request windows. An exception in a thread is raised when the window that it concerns is
+    requested. A prefetcher that is dropped without being closed also leaves nothing behind.
     """
 
     def __init__(self, plan: Generator[WindowContents, None, None], buffers: WindowBuffers, n_threads: int) -> None:
@@ -131,10 +136,14 @@ class WindowPrefetcher:
             self._refill(host)
 
     def next(self) -> Window | None:
-        """The next window, ready for work on the current stream; None after the last. Takes the last one back."""
+        """Return the next window, ready for work on the current stream, or None after the last window.
+
+        The window returned before is released.
+        """
         self.release()
         arrived, self._ahead = self._ahead or self._arrive(), None
-        # Queued now where it can be, so that a consumer who waits for its own work finds the next window copied.
+        # If the following window has been gathered, its copy is queued now: it then runs while the consumer waits for
+        # its own work.
         if self._is_filled():
             self._ahead = self._arrive()
         if arrived is None:
@@ -145,14 +154,14 @@ class WindowPrefetcher:
         return arrived.window
 
     def release(self) -> None:
-        """Take back the window that was given last; all work on it is queued on the current stream."""
+        """Take back the window that was returned last; all work on it must be queued on the current stream."""
         if self._held is not None:
             arrived, self._held = self._held, None
             self._take_back(arrived)
             self._refill(arrived.host)
 
     def close(self) -> None:
-        """Stop the threads and wait for them; the buffers may be used by another pipeline then."""
+        """Stop the threads and wait for them; after that, another prefetcher may use the buffers."""
         self._planner.shutdown(cancel_futures=True)
         self._copiers.shutdown(cancel_futures=True)
         self._plan.close()
@@ -163,7 +172,7 @@ class WindowPrefetcher:
         self._filled.clear()
 
     def _take_back(self, arrived: _Arrived) -> None:
-        """Make its slot wait for the work on it, and wait until its host memory has been copied."""
+        """Make the next copy into the window's slot wait for the work on it; wait until its host memory is copied."""
         if arrived.slot is not None and arrived.copied is not None:
             arrived.slot.used.record(torch.cuda.current_stream(self.buffers.device))
             arrived.copied.synchronize()
@@ -172,7 +181,7 @@ class WindowPrefetcher:
         self._filled.append(self._planner.submit(self._fill, host))
 
     def _fill(self, host: Tensor) -> _Filled | None:
-        """On the planner's thread: start gathering the plan's next window into `host`."""
+        """Start to gather the plan's next window into `host`; runs on the planner's thread."""
         contents = next(self._plan, None)
         if contents is None:
             return None
@@ -180,14 +189,14 @@ class WindowPrefetcher:
         return contents, host, [self._copiers.submit(_gather, contents.segments, out, i, n) for i in range(n)]
 
     def _is_filled(self) -> bool:
-        """Whether `_arrive` would neither wait nor raise."""
+        """Return whether `_arrive` would neither wait nor raise."""
         if not self._filled or not self._filled[0].done() or self._filled[0].exception():
             return False
         filled = self._filled[0].result()
         return filled is None or all(copy.done() and not copy.exception() for copy in filled[2])
 
     def _arrive(self) -> _Arrived | None:
-        """Wait until the next window is gathered, and queue its copying to the device."""
+        """Wait until the next window is gathered, and queue its copy to the device."""
         filled = self._filled.popleft().result() if self._filled else None
         if filled is None:
             return None
@@ -199,7 +208,7 @@ class WindowPrefetcher:
             return _Arrived(Window(rows.to(device), _order(contents, device)), host, None, None)
         slot = self.buffers.slots[self._n_arrived % DEVICE_WINDOWS]
         self._n_arrived += 1
-        # Waiting for a blocking event leaves the core to the threads.
+        # A wait for a blocking event sleeps, which leaves the core to the threads.
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self.buffers.stream):
             self.buffers.stream.wait_event(slot.used)
@@ -217,13 +226,13 @@ def _order(contents: WindowContents, device: torch.device) -> Tensor:
 
 
 def _gather(segments: list[Segment], out: Float32[np.ndarray, "_ input_dim"], share: int, n_shares: int) -> None:
-    """Copy one share of a window's rows; numpy lets go of the GIL while it copies."""
+    """Copy one share of a window's rows into `out`; numpy releases the GIL while it copies."""
     at = 0
     for arrays, starts, rows in segments:
         low, high = (len(rows) * i // n_shares for i in (share, share + 1))
         cuts = np.searchsorted(rows[low:high], starts) + low
         for array, start, a, b in zip(arrays, starts[:-1], cuts[:-1], cuts[1:], strict=True):
             if a < b:
-                # Any other mode has numpy write to a copy of `out` first.
+                # With any other mode, numpy writes to a copy of `out` first.
                 array.take(rows[a:b] - start, axis=0, out=out[at + a : at + b], mode="clip")
         at += len(rows)

@@ -1,4 +1,4 @@
-"""Batches of rows that are more than the device may hold: random runs of rows pass through it in small windows."""
+"""Batches of data that exceed the device budget: random runs of rows pass through the device in small windows."""
 
 import contextlib
 import copy
@@ -18,46 +18,51 @@ from msae_sweep.data.batches.prefetch import Segment, WindowBuffers, WindowConte
 from msae_sweep.data.batches.windows import Window, WindowBatches, order_key, permutation
 
 Shard = Callable[[], np.ndarray]
-"""Fetches one shard [rows, input_dim], read-only float32, contiguous."""
+"""Function that fetches one shard [rows, input_dim], a read-only, contiguous float32 array."""
 
 WINDOW_BYTES = 64 << 20
-"""Rows in a window: at 4096 × 256, 16 steps or 3.5 ms of a fast GPU.
+"""Bytes of rows in a window: at 4096 × 256, these are 16 steps or 3.5 ms of a fast GPU.
 
-Training begins when the first window is there, so a window is few milliseconds of copying, where data that just exceed
-the budget are perhaps 22 ms of training (450 MB). It must still outlast what a window costs whatever its size: beside
-an H100, 446,396 × 256 were gathered by eight threads and copied in 38 ms by windows of 32 MiB, in 24 by 64, and no
-faster by 128 MiB. A power of two, because torch pins powers of two.
+Training begins when the first window has arrived. Copying a window should therefore take few milliseconds, because an
+epoch of data that just exceed the budget (450 MB) takes perhaps 22 ms. A window must still be large enough to outweigh
+its fixed cost: beside an H100, eight threads gathered and copied 446,396 × 256 in 38 ms with windows of 32 MiB, in
+24 ms with 64 MiB, and no faster with 128 MiB. The size is a power of two, because torch pins powers of two.
 """
 
 MIX_BYTES = 512 << 20
-"""Shards whose rows are mixed: they are held by reference where they lie in shared memory, so this costs no copy."""
+"""Bytes of the shards whose rows are mixed with each other.
+
+Shards in shared memory are held by reference, so mixing them costs no copy."""
 
 RUN_BYTES = 16 << 10
-"""Neighbouring rows that stay in one window.
+"""Bytes of neighbouring rows that stay together in one window; such a group of rows is called a run.
 
-Chosen by measurement, 1 KiB rows of 14 shards gathered into windows on two cores: 4.2 GB/s in runs of 1 row, 4.6 of 4,
-6.0 of 16, 6.2 of 64 and of 1024 rows; copying whole shards 6.8.
+Chosen by measurement, with rows of 1 KiB from 14 shards gathered into windows on two cores: 4.2 GB/s with runs of
+1 row, 4.6 GB/s with 4 rows, 6.0 with 16, 6.2 with 64 and also with 1024; copying whole shards reached 6.8 GB/s.
 """
 
 RUNS_A_WINDOW = 64
-"""At least; where rows or windows are so small that `RUN_BYTES` would leave fewer, runs are shorter."""
+"""Minimum number of runs in a window.
+
+If a window is so small that it holds fewer runs of `RUN_BYTES`, runs are shorter, but never shorter than one row."""
 
 
 class StreamedBatches(WindowBatches):
-    """Rows that pass through two windows on the device, gathered from shared memory by threads that run ahead.
+    """Batches whose rows pass through two windows on the device; threads prefetch them from shared memory.
 
-    Every window holds random runs of `RUN_BYTES` from a group of random shards of `MIX_BYTES` together, so its rows are
-    mixed nearly as those of resident batches are, however small it is. It holds whole batches; only an epoch's last
-    rows, others in every epoch, are left out.
+    Every window holds random runs of `RUN_BYTES` from a group of random shards, which are `MIX_BYTES` in total. Its
+    rows are therefore mixed nearly as well as those of resident batches, however small the window is. A window holds
+    whole batches; only the last rows of an epoch, which differ from epoch to epoch, are left out.
 
-    The threads run on into the next epoch of the same seed, so that its first windows are there when it is asked for:
-    without that it would begin with gathering one, 3.5 ms, a seventh of an epoch just above the budget.
-    What they have begun is dropped when anything else is asked for, and with it an exception that nobody has met.
+    The threads continue with the next epoch of the same seed, so that its first windows are ready when it is requested.
+    Otherwise every epoch would begin by gathering a window, which takes 3.5 ms, or a seventh of an epoch if the data
+    just exceed the budget. If anything else is requested, the work that has begun is dropped, and with it any exception
+    that has not been raised yet.
 
-    Held at most, from the first iteration on and by all batch sizes together: on a GPU 2 windows, and up to 64 bytes a
-    row of a window for its order; on the host 3 windows, and references to two groups of shards (three while a window
-    straddles two), which are copies where the shards lie on other nodes, with 8 bytes a row for their order. A window
-    is one batch where that is larger.
+    Maximum memory, from the first iteration on and shared by all batch sizes: on a GPU, 2 windows and up to 64 bytes
+    per row of a window for its order; on the host, 3 windows and references to two groups of shards (three while a
+    window straddles two groups), with 8 bytes per row for their order. References to shards on other nodes are copies.
+    If a batch is larger than a window, the window is one batch.
     """
 
     def __init__(
@@ -82,18 +87,18 @@ class StreamedBatches(WindowBatches):
         self._kept = _Kept()
 
     def with_batch_size(self, batch_size: int) -> "StreamedBatches":
-        """The same shards and buffers in batches of another size."""
+        """Return batches of another size that share the shards and buffers of these."""
         other = copy.copy(self)
         other.batch_size = batch_size
         return other
 
     def expect(self, epoch: int, seed: int) -> None:
-        """Nothing: the next epoch's first windows are gathered while this one's last are used, whoever asks."""
+        """Do nothing: while an epoch's last windows are used, the threads gather the next epoch's first anyway."""
 
     def windows(self, epoch: int, seed: int) -> Generator[Window, None, None]:
-        """See `WindowBatches`."""
+        """See `WindowBatches.windows`."""
         size = self._whole_window()
-        # A last window that holds no batch is left out.
+        # The last window is left out if it holds no whole batch.
         n_windows = self.n_rows // size + (self.n_rows % size >= self.batch_size)
         if not n_windows:
             return
@@ -114,7 +119,7 @@ class StreamedBatches(WindowBatches):
             self._kept.keep(pipeline, (epoch + 1, seed, self.batch_size) if ended else None)
 
     def pieces(self) -> Generator[Tensor, None, None]:
-        """See `WindowBatches`."""
+        """See `WindowBatches.pieces`."""
         self._kept.going_on_to(None)
         pipeline = WindowPrefetcher(self._plans.in_order(self._whole_window()), self._buffers(), self._n_threads)
         try:
@@ -124,7 +129,7 @@ class StreamedBatches(WindowBatches):
             self._kept.keep(pipeline, None)
 
     def _whole_window(self) -> int:
-        """Rows in a window: whole batches, so that none is cut."""
+        """Return the number of rows in a window: a multiple of the batch size, so that no batch is cut."""
         return max(1, self._window_rows // self.batch_size) * self.batch_size
 
     def _buffers(self) -> WindowBuffers:
@@ -141,14 +146,14 @@ _Wanted = tuple[int, int, int]
 
 @dataclass
 class _Kept:
-    """What one iteration leaves for the next: the pipeline that has begun the next epoch, or only its buffers."""
+    """State that one iteration leaves to the next: a prefetcher that has begun the next epoch, or only its buffers."""
 
     buffers: WindowBuffers | None = None
     pipeline: WindowPrefetcher | None = None
     goes_on_to: _Wanted | None = None
 
     def going_on_to(self, wanted: _Wanted | None) -> WindowPrefetcher | None:
-        """The pipeline, if this is what it has begun; another one is closed."""
+        """Return the kept prefetcher if it has begun `wanted`; otherwise close it, keep its buffers, return None."""
         pipeline, self.pipeline = self.pipeline, None
         if pipeline is None or wanted == self.goes_on_to:
             return pipeline
@@ -156,7 +161,10 @@ class _Kept:
         return None
 
     def keep(self, pipeline: WindowPrefetcher, goes_on_to: _Wanted | None) -> None:
-        """Keep a pipeline that goes on; of one that does not, or of a second one, only the buffers."""
+        """Keep a prefetcher that has begun the epoch `goes_on_to`.
+
+        If `goes_on_to` is None, or another prefetcher is kept already, close this one and keep only its buffers.
+        """
         if goes_on_to is not None and self.pipeline is None:
             self.pipeline, self.goes_on_to = pipeline, goes_on_to
         else:
@@ -165,44 +173,45 @@ class _Kept:
 
 
 class _Group(NamedTuple):
-    """Shards whose rows are mixed."""
+    """Shards whose rows are mixed with each other."""
 
     shards: list[int]
+    """Numbers of the shards."""
     runs_key: int | None
-    """Of the order of their runs; None leaves it."""
+    """Key of the order of the group's runs; with None, rows stay in their original order."""
     rows_key: int
-    """Of the order of rows in the epoch's windows."""
+    """Key of the order of rows in the epoch's windows."""
     is_last: bool
-    """Of its epoch."""
+    """True for the last group of an epoch."""
 
 
 class _Fetched(NamedTuple):
-    """A group's shards, and the order in which their rows come into windows."""
+    """Shards of a group, and the order in which their rows are put into windows."""
 
     group: _Group
     arrays: list[np.ndarray]
     starts: Int64[np.ndarray, " shards_and_one"]
-    """Of each shard in all of them laid end to end, and their total."""
+    """Offset of each shard in the concatenation of all shards, followed by the total number of rows."""
     rows: Int64[np.ndarray, " n"]
-    """Numbers of rows in the shards laid end to end."""
+    """Row numbers in the concatenation of all shards, in the order in which they are put into windows."""
 
 
 class _Plans(NamedTuple):
-    """What windows are to hold. Apart from `StreamedBatches`, so that no plan keeps the buffers it is used with."""
+    """Plans of the contents of windows; separate from `StreamedBatches`, so that no plan keeps buffers alive."""
 
     shards: list[Shard]
     n_rows: int
     shards_mixed: int
     run: int
-    """Neighbouring rows that stay together."""
+    """Number of neighbouring rows that stay together."""
 
     def epochs(self, epoch: int, seed: int, size: int, batch_size: int) -> Generator[WindowContents, None, None]:
-        """Windows of `size` rows of this epoch, then of the next, without end."""
+        """Yield windows of `size` rows of this epoch, then of the next, without end; an epoch's last may be smaller."""
         with contextlib.closing(self._fetched(self._random_groups(epoch, seed))) as fetched:
             yield from self._windows(fetched, size, batch_size)
 
     def in_order(self, size: int) -> Generator[WindowContents, None, None]:
-        """Windows of `size` rows, the last smaller, of every shard in turn."""
+        """Yield windows of `size` rows of every shard in turn; the last window may be smaller."""
         last = len(self.shards) - 1
         groups = (_Group([i], None, 0, i == last) for i in range(last + 1))
         with contextlib.closing(self._fetched(groups)) as fetched:
@@ -227,7 +236,7 @@ class _Plans(NamedTuple):
 
         for group, arrays, starts, rows in fetched:
             while len(rows):
-                # Ascending, so that each shard's lie together; `Window.order` shuffles them.
+                # Ascending order keeps the rows of each shard together; `Window.order` shuffles them.
                 segments.append(Segment(arrays, starts, np.sort(rows[: size - n])))
                 rows = rows[size - n :]
                 n += len(segments[-1].rows)
@@ -241,19 +250,21 @@ class _Plans(NamedTuple):
                 segments, n, first = [], 0, 0
 
     def _mixed(self, n_rows: int, key: int | None) -> Int64[np.ndarray, " n_rows"]:
-        """The rows of a group in the order in which they come into windows."""
+        """Return the row numbers of a group in the order in which they are put into windows."""
         if key is None:
             return np.arange(n_rows)
         runs = permutation(-(-n_rows // self.run), key, torch.device("cpu")).numpy()
         rows = (runs[:, None] * self.run + np.arange(self.run)).ravel()
-        # The run at the shards' end may be shorter; a mask over all rows would take longer than the rest of this.
+        # The run at the end of the shards may be shorter, so the row numbers beyond the end are deleted. A mask over
+        # all rows would take longer than the rest of this function.
         end = (int(np.flatnonzero(runs == len(runs) - 1)[0]) + 1) * self.run
         return np.delete(rows, slice(end - (len(rows) - n_rows), end))
 
     def _fetched(self, groups: Iterable[_Group]) -> Generator[_Fetched, None, None]:
-        """Groups, their shards, and their rows in order; the next group is made ready while one is used.
+        """Yield each group with its shards and the order of its rows; the next group is prepared while one is used.
 
-        By one thread: a shard on this node takes 0.15 ms, and four threads took 0.4 ms a shard in Ray's locks.
+        One thread does this: a shard on this node takes 0.15 ms, and with four threads it took 0.4 ms, spent in Ray's
+        locks.
         """
         reader = ThreadPoolExecutor(1, "shard-reader")
         coming: deque[Future[_Fetched]] = deque()
@@ -268,7 +279,10 @@ class _Plans(NamedTuple):
             reader.shutdown(cancel_futures=True)
 
     def _in_order_of(self, group: _Group, fetched: list[Future[np.ndarray]]) -> _Fetched:
-        """On the reader's thread, when it has fetched the group's shards: an order of 450,000 rows takes it 8 ms."""
+        """Return a group with its shards and the order of its rows.
+
+        This runs on the reader's thread, after it has fetched the group's shards; to order 450,000 rows takes 8 ms.
+        """
         arrays = [array.result() for array in fetched]
         starts = np.cumsum([0, *map(len, arrays)])
         return _Fetched(group, arrays, starts, self._mixed(int(starts[-1]), group.runs_key))

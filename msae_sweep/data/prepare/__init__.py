@@ -1,1 +1,1 @@
-"""Row ranges to standardised shards: split, statistics, and the pipeline of Ray Data."""
+"""Preparation of row ranges into standardised shards: split, statistics, and the Ray Data pipeline."""

@@ -1,4 +1,4 @@
-"""Whether a block's activations are still those that a sweep was prepared from."""
+"""Check whether a block's activations are still those that a sweep was prepared from."""
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -15,15 +15,15 @@ def what_changed(
     origin: Mapping[str, Any],
     say: Callable[[str], None] = lambda line: None,
 ) -> str | None:
-    """One line that names what changed in a block since it was prepared; None where its rows are the same.
+    """Return a line that names what changed in a block since it was prepared, or None if its rows are the same.
 
-    Headers, sizes and times are compared. Where nothing but the times of files differ, as after a copy, the rows are
+    Headers, file sizes and modification times are compared. If only the times differ, as after a copy, the rows are
     read and compared.
 
     Args:
         manifest: manifest of the prepared block.
-        origin: `PreparedBlock.origin`; empty where an earlier version prepared the block.
-        say: takes a line for the user before rows are read.
+        origin: `PreparedBlock.origin`; empty if an earlier version prepared the block.
+        say: called with a line for the user before rows are read.
     """
     before = manifest["source"]
     if source.fingerprint(info.block) == before["fingerprint"]:
@@ -50,7 +50,7 @@ def what_changed(
 
 
 def _content(source: Source, info: BlockInfo, split: Mapping[str, Any]) -> str:
-    """Digest of a block's rows and of the side that each is on, as the preparation takes it."""
+    """Return the digest of a block's rows and of each row's side of the split, computed as the preparation does."""
     ranges = source.row_ranges(info.block, rows_per_range(info))
     job = Job(source, ranges, split["by"], split["seed"], split["val_split"])
     parts = []

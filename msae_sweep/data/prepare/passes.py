@@ -1,6 +1,7 @@
-"""What one task does with one row range: measure it (pass 1), standardise it (pass 2), or read back its shard.
+"""Tasks on one row range: measure it (pass 1), standardise it (pass 2), or read back its shard.
 
-Plain functions of a batch `{"i": [number of the range]}`, as Ray Data calls them; they know nothing of Ray.
+The tasks are plain functions of a batch `{"i": [number of the range]}`, the form in which Ray Data calls them. This
+module does not import Ray.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from msae_sweep.data.sources.base import BlockInfo, RowRange, Source
 
 
 class Job(NamedTuple):
-    """What the tasks of both passes need; travels to the workers."""
+    """Arguments that the tasks of both passes share; they are sent to the workers."""
 
     source: Source
     ranges: list[RowRange]
@@ -23,7 +24,7 @@ class Job(NamedTuple):
     val_split: float
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of range i, whether each is held out, and whether each is finite."""
+        """Return the rows of range i, a mask of the held-out rows, and a mask of the finite rows."""
         row_range = self.ranges[i]
         x, groups = self.source.read(row_range)
         ids = groups if self.split_by == "game_id" else np.arange(row_range.first_row, row_range.first_row + len(x))
@@ -33,23 +34,28 @@ class Job(NamedTuple):
 
 
 def rows_per_range(info: BlockInfo) -> int:
-    """A 64th of the block, but 32 to 64 MiB of float32; by the data alone, as the order of streaming depends on it.
+    """Return the number of rows in a range: a 64th of the block, but at least 32 and at most 64 MiB of float32.
 
-    Measured on two cores at 500,000 × 256: 8 MiB ranges take 7.1 s in all, as each task costs some 20 ms of its own.
+    The number depends on the data alone, because the order of streaming depends on it. Measured on two cores at
+    500,000 × 256: ranges of 8 MiB take 7.1 s in total, because each task has an overhead of some 20 ms.
     """
     row_bytes = 4 * info.input_dim
     return max(1, min(max(info.n_rows // 64, (32 << 20) // row_bytes), (64 << 20) // row_bytes))
 
 
 def range_digest(x: np.ndarray, held_out: np.ndarray) -> str:
-    """Changes with any bit of a range's rows, and with the side that a row is on."""
+    """Return a digest that changes with any bit of a range's rows and with any row's side of the split."""
     sha = hashlib.sha256(np.ascontiguousarray(x).data)
     sha.update(np.ascontiguousarray(held_out).data)
     return sha.hexdigest()
 
 
 def measure(batch: dict[str, np.ndarray], job: Job) -> dict[str, object]:
-    """Digest, counts, the place of non-finite rows (-1: none), and the moments of the finite training rows."""
+    """Return a range's digest, its row counts, where its non-finite rows are, and the moments of its training rows.
+
+    `bad_first` and `bad_last` are the positions of the first and last non-finite row in the range, or -1 if there is
+    none. Only finite rows count towards `n_train`, `n_val` and the moments.
+    """
     i = int(batch["i"][0])
     x, held_out, finite = job.read(i)
     bad = np.flatnonzero(~finite)
@@ -70,7 +76,7 @@ def measure(batch: dict[str, np.ndarray], job: Job) -> dict[str, object]:
 def standardise_range(
     batch: dict[str, np.ndarray], job: Job, folder: ShardFolder, mean: np.ndarray, std: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The range's finite rows standardised, training rows first; written to `folder`, and returned as a shard."""
+    """Standardise the range's finite rows, training rows first; write them to `folder` and return them as a shard."""
     i = int(batch["i"][0])
     x, held_out, finite = job.read(i)
     order = np.concatenate([np.flatnonzero(~held_out & finite), np.flatnonzero(held_out & finite)])
@@ -80,7 +86,7 @@ def standardise_range(
 
 
 def read_shard(batch: dict[str, np.ndarray], folder: ShardFolder) -> dict[str, np.ndarray]:
-    """A shard that was written before."""
+    """Return a range's shard, which an earlier preparation wrote to `folder`."""
     i = int(batch["i"][0])
     return _shard(folder.shard(i), i)
 

@@ -1,4 +1,7 @@
-"""Prepared shards on disk: a folder per block and key, whole once its manifest stands in it. Knows nothing of Ray."""
+"""Prepared shards on disk: a folder per block and key, which is complete once it contains its manifest.
+
+This module does not import Ray.
+"""
 
 import io
 import json
@@ -14,19 +17,21 @@ from msae_sweep.paths import StoragePath
 
 
 class ShardFolder:
-    """`shard-{i}.npy` per range of the source, `stats.npy`, `origin.json`, and `manifest.json`, written last.
+    """Folder of a prepared block: shards, statistics, origin and manifest.
 
-    Every file appears whole or not at all, so that two sweeps may prepare the same data at once: both write the same.
+    The files are one `shard-{i}.npy` per range of the source that has usable rows, `stats.npy`, `origin.json` and
+    `manifest.json`. The manifest is written last. Every file is written atomically, so two sweeps may prepare the same
+    data at the same time: both write the same content.
     """
 
     def __init__(self, path: StoragePath) -> None:
         self.path = path
 
     def create(self) -> None:
-        """Make the folder.
+        """Create the folder; in an object store there is nothing to create.
 
         Raises:
-            SweepError: not possible there.
+            SweepError: the folder cannot be created.
         """
         if self.path.is_remote:
             return
@@ -36,7 +41,10 @@ class ShardFolder:
             raise SweepError(f"storage: {self.path} cannot be made: {error.strerror}") from None
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest of a finished preparation whose files are all there; None where it must be made (again)."""
+        """Return the manifest of a finished preparation, or None if the block must be prepared (again).
+
+        It must be prepared again if a shard or the statistics are missing or shorter than the manifest requires.
+        """
         try:
             manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read())
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -49,11 +57,11 @@ class ShardFolder:
         return manifest if whole else None
 
     def save_manifest(self, manifest: dict[str, Any]) -> None:
-        """Mark the preparation as finished."""
+        """Write the manifest, which marks the preparation as finished."""
         self._write_json("manifest.json", manifest)
 
     def origin(self) -> dict[str, Any]:
-        """Return what `save_origin` wrote; empty where an earlier version prepared the rows."""
+        """Return what `save_origin` wrote; an empty dict if an earlier version prepared the rows."""
         try:
             found: dict[str, Any] = json.loads((self.path / "origin.json").read())
         except (FileNotFoundError, ValueError):
@@ -61,11 +69,11 @@ class ShardFolder:
         return found
 
     def save_origin(self, origin: dict[str, Any]) -> None:
-        """Write down the source's files and the digest of their rows."""
+        """Write the list of the source's files and the digest of their rows."""
         self._write_json("origin.json", origin)
 
     def shard(self, i: int, rows: slice = slice(None)) -> Float32[np.ndarray, "rows input_dim"]:
-        """Shard `i`, or some rows of it; of a file on a disk no others are read."""
+        """Return shard `i`, or only the given rows of it; from a disk, no other rows are read."""
         return _loaded(self._shard(i), rows)
 
     def save_shard(self, i: int, z: Float32[np.ndarray, "rows input_dim"]) -> None:
@@ -73,7 +81,7 @@ class ShardFolder:
         self._write(self._shard(i), z)
 
     def stats(self) -> tuple[Float32[np.ndarray, " input_dim"], Float32[np.ndarray, " input_dim"]]:
-        """Mean and std, as `save_stats` had them."""
+        """Return mean and std as `save_stats` wrote them."""
         mean, std = _loaded(self.path / "stats.npy")
         return mean, std
 
@@ -105,7 +113,7 @@ class ShardFolder:
             finally:
                 part.unlink(missing_ok=True)
         except OSError as error:
-            # numpy reports a short write, which is a full disk, without the system's word for it.
+            # numpy reports a short write, which means a full disk, without the system's error message.
             short = "requested" in str(error) and "written" in str(error)
             reason = f"no space left ({error})" if short else error.strerror or str(error)
             raise SweepError(f"storage: {file} cannot be written: {reason}") from None

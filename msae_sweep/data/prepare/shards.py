@@ -1,18 +1,19 @@
-"""Ray Data prepares activations once: row ranges → split → statistics → standardised shards, on disk and in memory.
+"""Prepare activations once with Ray Data: row ranges → split → statistics → standardised shards on disk and in memory.
 
-Two passes, each a Ray Data pipeline with one task a row range:
+There are two passes, each a Ray Data pipeline with one task per row range:
 
-1. read the ranges, find non-finite rows, split, and sum the training rows' moments in float64 (merged on the driver as
-   they stream in, so that its memory does not grow with the data);
-2. read them again, standardise, write each range as one float32 `.npy` (training rows first, then validation rows) and
-   keep it in the object store of the node that made it.
+1. Read the ranges, find non-finite rows, split, and sum the training rows' moments in float64. The driver merges the
+   moments as they stream in, so that its memory does not grow with the data.
+2. Read the ranges again, standardise them, write each range as one float32 `.npy` (training rows first, then validation
+   rows), and keep it in the object store of the node that made it.
 
-A block is measured while those before it are being standardised, because much of a pass's time is Ray Data's own, in
-which cores and disk are idle.
+A block is measured while the blocks before it are being standardised, because much of a pass's time is overhead of Ray
+Data, during which cores and disk are idle.
 
-A later sweep reads the files instead; a shard that is lost with its node is made again by lineage, either way. The
-source is read twice rather than materialised raw in between: that would need as much object store again, and spill,
-while a second read of an npy or HDF5 file costs less than the statistics do.
+A later sweep reads the files instead of preparing again. In both cases, a shard that is lost with its node is restored
+by lineage reconstruction. The source is read twice; the raw rows are not materialised between the passes. That would
+need the same amount of object store again, and spill, whereas a second read of an npy or HDF5 file costs less than the
+statistics do.
 """
 
 import contextlib
@@ -43,47 +44,51 @@ from msae_sweep.errors import DataError, MsaeSweepError
 from msae_sweep.paths import StoragePath
 
 FORMAT = 1
-"""Part of every key: raised when shards are written differently, so that old ones are not taken for new ones."""
+"""Format version of the shards, which is part of every key.
+
+It is raised when shards are written differently, so that old shards are not mistaken for new ones."""
 
 RANGES_A_WORKER = 4
-"""A worker is worth starting for so many row ranges: it imports for seconds, while a range of 32 MiB takes a tenth of
-one, and trials' workers that start meanwhile wait for the same cores and disk."""
+"""Number of row ranges that make it worthwhile to start one more worker. A worker imports for seconds, while a range of
+32 MiB takes a tenth of a second, and trial workers that start at the same time wait for the same cores and disk."""
 
 STANDARDISED_AT_ONCE = 3
-"""Blocks in the second pass; another is not measured before the first of them is ready."""
+"""Maximum number of blocks in the second pass. When it is reached, the next block is measured only after the oldest of
+them is ready."""
 
 PROGRESS_SECONDS = 10
-"""Between two lines about a pass that goes on."""
+"""Minimum number of seconds between two progress lines about the first pass. Its end is reported if it took longer than
+this."""
 
 
 @dataclass(frozen=True)
 class PreparedBlock:
-    """One block's standardised rows in the cluster's object stores; picklable, a few kilobytes."""
+    """Standardised rows of one block, held in the cluster's object stores; picklable, a few kilobytes."""
 
     block: int
     input_dim: int
     n_train: int
     n_val: int
     mean: Float32[np.ndarray, " input_dim"]
-    """Of the training rows, raw units."""
+    """Mean of the training rows, or the given mean (`data.use_given_stats`), in raw units."""
     std: Float32[np.ndarray, " input_dim"]
-    """The same; 1 for constant channels, which standardise to 0."""
+    """Std of the training rows, or the given std, in raw units; 1 for constant channels, which standardise to 0."""
     manifest: dict[str, Any]
-    """Source fingerprint, split, counts, shards: the `manifest.json` beside the shards."""
+    """Content of the `manifest.json` beside the shards: source fingerprint, split, counts and list of shards."""
     refs: list[ray.ObjectRef]
-    """A shard each: training rows, then validation rows."""
+    """References to the shards, one each; a shard holds training rows, then validation rows."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """The source's files and the digest of their rows, for `data.changes`."""
+    """Files of the source and the digest of their rows, for `data.prepare.changes`."""
 
     def train_shards(self) -> list[Callable[[], np.ndarray]]:
-        """Functions that fetch the training rows [rows, input_dim] of a shard each.
+        """Return one function per shard with training rows, which fetches these rows [rows, input_dim].
 
-        Read-only, and zero-copy where the shard is on this node.
+        The arrays are read-only, and zero-copy if the shard is on this node.
         """
         return [functools.partial(_fetch, ref, i, 0, n) for ref, i, n, _ in self._shards() if n]
 
     def val_shards(self) -> list[Callable[[], np.ndarray]]:
-        """The same for the validation rows."""
+        """Return functions like those of `train_shards`, but for the validation rows."""
         return [functools.partial(_fetch, ref, i, n, n + n_val) for ref, i, n, n_val in self._shards() if n_val]
 
     def _shards(self) -> Iterator[tuple[ray.ObjectRef, int, int, int]]:
@@ -99,23 +104,23 @@ def prepare(
     on_progress: Callable[[str], None] = lambda line: None,
     on_ready: Callable[[PreparedBlock], None] = lambda prepared: None,
 ) -> dict[int, PreparedBlock]:
-    """Standardised shards of every wanted block; those prepared before under the same key are only loaded.
+    """Return the standardised shards of every wanted block; a block prepared before under the same key is only loaded.
 
     Args:
-        storage: shards lie in `{storage}/prepared/block{B}-{key}/`; an object store, or a path that every node shares.
-        batch_size: the largest in the sweep; fewer training rows are an error.
-        on_progress: told a line now and then, in any thread.
-        on_ready: told of each block when it is ready, in any thread.
+        storage: an object store, or a path that every node shares; shards lie in `{storage}/prepared/block{B}-{key}/`.
+        batch_size: the largest batch size in the sweep; fewer training rows are an error.
+        on_progress: called with a progress line from time to time, from any thread.
+        on_ready: called with each block when it is ready, from any thread.
 
     Raises:
-        DataError: the rows cannot be used; the message names file and rows.
+        DataError: the rows cannot be used; the message names the file and the rows.
         SweepError: `storage` cannot be written.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
-    # What fails comes out as an exception; Ray Data would print it besides.
+    # A failure is raised as an exception; Ray Data would print it as well.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     source = open_source(config)
     under_way: dict[int, Future[PreparedBlock]] = {}
@@ -127,13 +132,17 @@ def prepare(
             finish = _begin(source, info, config, storage, batch_size, on_progress)
             under_way[info.block] = _in_background(finish, on_ready)
     finally:
-        # Also where one cannot be used: those before it serve a later sweep, and Ray must not end under a thread.
+        # Wait also if a block cannot be used: the blocks before it serve a later sweep, and Ray must not be shut down
+        # while a thread uses it.
         wait(under_way.values())
     return {block: future.result() for block, future in under_way.items()}
 
 
 def reusable(config: DataConfig, storage: str) -> dict[int, dict[str, Any]]:
-    """Manifests of the wanted blocks that were prepared before and would only be loaded, by block; nothing is made."""
+    """Return the manifests of the wanted blocks that were prepared before and would only be loaded, by block number.
+
+    Nothing is prepared or loaded by this call.
+    """
     source = open_source(config)
     folders = {info.block: _folder(source, info, config, storage) for info in select(source.infos(), config)}
     manifests = {block: folder.manifest() for block, (folder, _) in folders.items()}
@@ -141,7 +150,7 @@ def reusable(config: DataConfig, storage: str) -> dict[int, dict[str, Any]]:
 
 
 def _folder(source: Source, info: BlockInfo, config: DataConfig, storage: str) -> tuple[ShardFolder, str]:
-    """Where a block's shards lie, and their key."""
+    """Return the folder of a block's shards, and the block's key."""
     key = _key(source, info, config)
     return ShardFolder(StoragePath(storage) / "prepared" / f"block{info.block}-{key}"), key
 
@@ -154,7 +163,7 @@ def _begin(
     batch_size: int,
     on_progress: Callable[[str], None],
 ) -> Callable[[], PreparedBlock]:
-    """Measure a block, where that has not been done; returns what is left to be done."""
+    """Measure a block unless it was prepared before, and return a function that does the rest of its preparation."""
     started = time.monotonic()
     folder, key = _folder(source, info, config, storage)
     manifest = folder.manifest()
@@ -186,7 +195,7 @@ def _begin(
 def _in_background(
     finish: Callable[[], PreparedBlock], on_ready: Callable[[PreparedBlock], None]
 ) -> Future[PreparedBlock]:
-    """In a daemon thread: a driver that is interrupted does not wait for data."""
+    """Call `finish`, then `on_ready`, in a daemon thread, so that an interrupted driver does not wait for data."""
     future: Future[PreparedBlock] = Future()
 
     def run() -> None:
@@ -212,25 +221,25 @@ def _split_by(info: BlockInfo, config: DataConfig) -> str:
 
 
 class _Measured(NamedTuple):
-    """What the first pass found."""
+    """Results of the first pass over a block."""
 
     job: Job
     counts: dict[int, tuple[int, int]]
-    """Training and validation rows of each range."""
+    """Number of training rows and of validation rows in each range, by range number."""
     mean: np.ndarray
     std: np.ndarray
-    """0 for constant channels."""
+    """Standard deviation per channel; 0 for constant channels."""
     n_train: int
     n_val: int
     n_dropped: int
     content: str
-    """Digest of the rows."""
+    """Digest of the rows and of each row's side of the split."""
 
 
 def _measure(
     source: Source, info: BlockInfo, config: DataConfig, folder: ShardFolder, on_progress: Callable[[str], None]
 ) -> _Measured:
-    """The first pass, and whether the rows can be used."""
+    """Run the first pass, and raise an error if the rows cannot be used."""
     folder.create()
     ranges = source.row_ranges(info.block, rows_per_range(info))
     split_by = _split_by(info, config)
@@ -282,9 +291,9 @@ def _measure(
 def _standardise(
     measured: _Measured, info: BlockInfo, config: DataConfig, folder: ShardFolder, key: str
 ) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
-    """The second pass; the manifest is written last, as the mark that the shards are whole."""
+    """Run the second pass; the manifest is written last, because it marks the shards as complete."""
     job, counts, mean, std, n_train, n_val, n_dropped, content = measured
-    # A range without a usable row makes no shard.
+    # A range without usable rows gives no shard.
     kept = [i for i in range(len(job.ranges)) if sum(counts[i])]
     with _plain_errors():
         made = _over(
@@ -317,7 +326,7 @@ def _standardise(
 
 
 def _over(numbers: Iterable[int], function: Callable[..., dict[str, Any]]) -> ray.data.Dataset:
-    """A Ray Data pipeline that calls `function` for each number, in a task of its own."""
+    """Return a Ray Data pipeline that calls `function` for each number, in a separate task."""
     items = [{"i": i} for i in numbers]
     at_once = ray.data.TaskPoolStrategy(size=max(1, -(-len(items) // RANGES_A_WORKER)))
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -326,7 +335,7 @@ def _over(numbers: Iterable[int], function: Callable[..., dict[str, Any]]) -> ra
 
 
 def _load(folder: ShardFolder, manifest: dict[str, Any]) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
-    """Shards that were written before, into the object stores."""
+    """Load shards that were written before into the object stores; return their manifest and references."""
     with _plain_errors():
         numbers = [i for i, _, _ in manifest["shards"]]
         made = _over(numbers, functools.partial(read_shard, folder=folder)).materialize()
@@ -364,14 +373,16 @@ def _some(numbers: list[int]) -> str:
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What a task raised on purpose comes out as it was raised.
+    """Re-raise an error that a task raised on purpose with its own class, without Ray's wrapper around it.
 
-    It is read from the text of Ray's error: only some of Ray Data's ways out keep the exception itself.
+    The error is restored from the text of Ray's error, because only some code paths of Ray Data keep the exception
+    object itself.
     """
     try:
         yield
     except Exception as error:
-        # A task's exception can be of its own kind and of Ray's at once, with a trace as its text.
+        # A task's exception can be an instance of its own class and of RayTaskError at once; its text is then a
+        # traceback.
         if isinstance(error, MsaeSweepError) and not isinstance(error, ray.exceptions.RayTaskError):
             raise
         ours = re.findall(r"^msae_sweep\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)

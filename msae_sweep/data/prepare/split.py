@@ -1,4 +1,4 @@
-"""Which side a row is on, and the statistics of the training side: numpy only, the same on every node."""
+"""Train/validation split of the rows, and moments of the training rows, in numpy alone and equal on every node."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,11 @@ from jaxtyping import Bool, Float, Float64, Int64
 
 
 def is_validation(ids: Int64[np.ndarray, " rows"], seed: int, val_split: float) -> Bool[np.ndarray, " rows"]:
-    """Whether each row (or group) is held out: a hash of (id, seed), so neither order nor cutting nor nodes matter."""
+    """Return whether each row (or group) is held out for validation.
+
+    The decision is a hash of (id, seed), so it depends neither on the order of the rows, nor on how they are cut into
+    ranges, nor on the node.
+    """
     with np.errstate(over="ignore"):
         seeded = _splitmix64(np.array([seed % 2**64], dtype=np.uint64))
         hashed = _splitmix64(ids.view(np.uint64) ^ seeded)
@@ -15,7 +19,10 @@ def is_validation(ids: Int64[np.ndarray, " rows"], seed: int, val_split: float) 
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit integers whose output bits look random. Source: Steele et al. 2014, OOPSLA."""
+    """Apply splitmix64, a bijection of 64-bit integers whose output bits look random.
+
+    Source: Steele et al. 2014, OOPSLA.
+    """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -23,7 +30,10 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 class RunningMoments(NamedTuple):
-    """Count, mean and summed squared deviation per channel, in float64; merging loses no digits to a large mean."""
+    """Count, mean and sum of squared deviations per channel, in float64.
+
+    A large mean does not reduce the precision of a merge.
+    """
 
     n: int
     mean: Float64[np.ndarray, " input_dim"]
@@ -31,10 +41,14 @@ class RunningMoments(NamedTuple):
 
     @classmethod
     def of(cls, x: Float[np.ndarray, "rows input_dim"]) -> "RunningMoments":
-        """Of some finite rows; none give zeros. Values near the end of float64 overflow to a non-finite std."""
+        """Return the moments of finite rows; without rows, all moments are 0.
+
+        Values near the limit of float64 overflow to a non-finite std.
+        """
         moments = cls(0, np.zeros(x.shape[1]), np.zeros(x.shape[1]))
-        # In tiles that stay in the cache: each is read from memory once, and every sum is float64. Sums are taken about
-        # the tile's first row: a constant channel comes out with exactly 0, whatever its value.
+        # The rows are processed in tiles that stay in the CPU cache, so that each row is read from memory once while
+        # every sum is float64. Sums are taken relative to the tile's first row, so that a constant channel gives
+        # exactly 0, whatever its value.
         for start in range(0, len(x), 1024):
             rows = x[start : start + 1024]
             origin = rows[0].astype(np.float64)
@@ -46,7 +60,7 @@ class RunningMoments(NamedTuple):
         return moments
 
     def merge(self, other: "RunningMoments") -> "RunningMoments":
-        """Of both sets of rows. Source: Chan, Golub and LeVeque 1979."""
+        """Return the moments of both sets of rows together. Source: Chan, Golub and LeVeque 1979."""
         n = self.n + other.n
         if n == 0:
             return self
@@ -61,7 +75,7 @@ class RunningMoments(NamedTuple):
             )
 
     def std(self) -> Float64[np.ndarray, " input_dim"]:
-        """Population standard deviation; exactly 0 where a channel is constant."""
+        """Return the population standard deviation per channel; exactly 0 for a constant channel."""
         return np.sqrt(self.m2 / max(self.n, 1))
 
 
@@ -70,10 +84,11 @@ def standardise(
     mean: Float[np.ndarray, " input_dim"],
     std: Float[np.ndarray, " input_dim"],
 ) -> Float[np.ndarray, "rows input_dim"]:
-    """(x − mean) / std as float32; channels whose std is 0 become 0, never NaN."""
+    """Return (x − mean) / std as float32; channels whose std is 0 become 0, never NaN."""
     scale = np.divide(1.0, std, out=np.zeros_like(std), where=std > 0)
     z = np.empty(x.shape, dtype=np.float32)
-    # In tiles that stay in the cache: the difference is taken in float64, where a large mean costs no digits.
+    # The rows are processed in tiles that stay in the CPU cache. The difference is taken in float64, so that a large
+    # mean costs no precision.
     tile = np.empty((1024, x.shape[1]))
     for start in range(0, len(x), len(tile)):
         rows = x[start : start + len(tile)]

@@ -1,1 +1,1 @@
-"""Activations on disk: npy, HDF5, Parquet and planted data, cut into row ranges."""
+"""Readers of activations (npy, HDF5, Parquet and planted data), which cut each block into row ranges."""

@@ -1,7 +1,7 @@
-"""Where activations come from: one interface over the notebook's folder, HDF5, Parquet or Arrow, and planted data.
+"""Interface of all activation sources: the notebook's folder, HDF5, Parquet or Arrow, and planted data.
 
-A source knows its blocks from headers alone and reads one row range at a time, so that nothing is ever loaded whole.
-Sources are picklable: Ray's workers open the files themselves.
+A source finds its blocks by reading file headers only, and reads one row range at a time, so no block is ever loaded
+whole. Sources are picklable, because Ray's workers open the files themselves.
 """
 
 import hashlib
@@ -17,24 +17,24 @@ from jaxtyping import Float, Int64
 from msae_sweep.errors import DataError
 
 FLOATS = ("float16", "float32", "float64")
-"""Types that activations may have."""
+"""Names of the dtypes that activations may have."""
 
 
 class BlockInfo(NamedTuple):
-    """What the headers say of one block."""
+    """Properties of one block, read from file headers."""
 
     block: int
     where: str
-    """The file, dataset or column, for messages."""
+    """Location of the block (a folder, a file, or a dataset in a file), for messages."""
     n_rows: int
     input_dim: int
     dtype: str
     has_groups: bool
-    """Whether every row has a game_id."""
+    """True if every row has a game_id."""
 
 
 class RowRange(NamedTuple):
-    """Rows `start` to `stop` of one file, which are the block's rows from `first_row` on."""
+    """Rows `start` to `stop` (exclusive) of one file, the first of which is row `first_row` of the block."""
 
     block: int
     file: str
@@ -43,68 +43,74 @@ class RowRange(NamedTuple):
     first_row: int
 
     def name(self, first: int, last: int) -> str:
-        """How messages name the rows `first` to `last` (inclusive, counted within the range)."""
+        """Return the text by which messages name rows `first` to `last` (inclusive, counted within the range)."""
         rows = f"row {self.start + first}" if first == last else f"rows {self.start + first}-{self.start + last}"
         return f"{self.file} {rows}"
 
 
 class Rows(NamedTuple):
-    """One row range's content."""
+    """Content of one row range."""
 
     x: Float[np.ndarray, "rows input_dim"]
-    """In the source's own type."""
+    """Activations, in the source's own dtype."""
     groups: Int64[np.ndarray, " rows"] | None
-    """The game of each row, where the source has them."""
+    """Game number of each row, or None if the source has no game_id."""
 
 
 class Source(ABC):
-    """Activations of several blocks."""
+    """Activations of several blocks in one place."""
 
     @abstractmethod
     def infos(self) -> dict[int, BlockInfo]:
-        """Every block found, ascending; headers are checked here.
+        """Check the headers of every block found, and return the blocks in ascending order.
 
         Raises:
-            DataError: a file is broken, or does not hold what its place says.
+            DataError: a file is broken, or does not hold what its name and location announce.
         """
 
     @abstractmethod
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
-        """Ranges of about `rows` rows that cover the block in order; none spans two files."""
+        """Return ranges of about `rows` rows that cover the block in order; no range spans two files."""
 
     @abstractmethod
     def read(self, row_range: RowRange) -> Rows:
-        """Read one range."""
+        """Read the rows of one range."""
 
     @abstractmethod
     def fingerprint(self, block: int) -> str:
-        """Changes when the block's rows may have changed; read from names, sizes, times and headers."""
+        """Return a digest that changes when the block's rows may have changed.
+
+        It is computed from file names, sizes, modification times and headers; no rows are read.
+        """
 
     @abstractmethod
     def files(self, block: int) -> dict[str, list[int]]:
-        """Files that the block's rows come from: name → [size in bytes, time of the last change in ns]."""
+        """Return the files that the block's rows come from: name → [size in bytes, modification time in ns]."""
 
     def given_stats(self, block: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Mean and std that came with the data, if any.
+        """Return the mean and std that came with the data, or None if there are none.
 
         Raises:
-            DataError: they do not fit the block, or cannot be statistics.
+            DataError: the arrays do not fit the block, or cannot be a mean and a std.
         """
         return None
 
 
 def block_of(name: str) -> int | None:
-    """The block that the name of a folder, dataset or column tells: `block5`, `block_05`, `blocks/5/act`, `5`."""
+    """Return the block number in the name of a folder, dataset or column; None if there is none, or more than one.
+
+    Examples of names of block 5: `block5`, `block_05`, `blocks/5/act`, `5`.
+    """
     named = re.findall(r"(?:block|layer|resblock)s?[^0-9a-z]?0*(\d+)", name.lower())
     numbers = named or re.findall(r"\d+", name)
     return int(numbers[0]) if len(set(numbers)) == 1 else None
 
 
 def check_array(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Whether an array can hold activations.
+    """Raise an error if an array cannot hold activations.
 
     Raises:
-        DataError: not 2-D, no rows or columns, or not a float type.
+        DataError: the array is not 2-D, has no rows or columns, or its dtype is not one of `FLOATS`.
     """
     if len(shape) != 2:
         raise DataError(f"{where}: {len(shape)}-D array of shape {shape}; must be 2-D [rows, input_dim]")
@@ -115,10 +121,10 @@ def check_array(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def check_groups(where: str, shape: tuple[int, ...], dtype: np.dtype, n_rows: int) -> None:
-    """Whether an array can hold the game of each of a block's rows.
+    """Raise an error if an array cannot hold the game_id of each of a block's rows.
 
     Raises:
-        DataError: not one entry a row, or neither whole numbers nor text.
+        DataError: the array does not have one entry per row, or holds neither whole numbers nor text.
     """
     if len(shape) != 1:
         raise DataError(f"{where}: {len(shape)}-D array; must be 1-D, one entry a row")
@@ -129,7 +135,7 @@ def check_groups(where: str, shape: tuple[int, ...], dtype: np.dtype, n_rows: in
 
 
 def group_numbers(groups: np.ndarray) -> Int64[np.ndarray, " rows"]:
-    """Games as int64; a name becomes a number by a hash, so that it is the same in every file and on every node."""
+    """Return games as int64; text is hashed, so that a game has the same number in every file and on every node."""
     if groups.dtype.kind in "iu":
         return groups.astype(np.int64)
     names, inverse = np.unique(groups.astype(str), return_inverse=True)
@@ -138,7 +144,10 @@ def group_numbers(groups: np.ndarray) -> Int64[np.ndarray, " rows"]:
 
 
 def cut(block: int, file: str, start: int, stop: int, first_row: int, rows: int) -> Iterable[RowRange]:
-    """Equal ranges of about `rows` rows over rows `start` to `stop` of a file whose first row is `first_row`."""
+    """Yield equal ranges of about `rows` rows that cover rows `start` to `stop` of a file.
+
+    `first_row` is the row number of the file's first row within the block.
+    """
     n_ranges = max(1, round((stop - start) / rows))
     ends = [start + (stop - start) * i // n_ranges for i in range(n_ranges + 1)]
     for first, last in itertools.pairwise(ends):
@@ -146,5 +155,5 @@ def cut(block: int, file: str, start: int, stop: int, first_row: int, rows: int)
 
 
 def digest(*parts: object) -> str:
-    """Sixteen hex digits over the parts' text."""
+    """Return the first sixteen hex digits of a SHA-256 hash over the parts' `repr`."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

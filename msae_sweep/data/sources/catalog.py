@@ -1,4 +1,4 @@
-"""Which source lies at a path, and whether the wanted blocks can be swept: everything that headers tell."""
+"""Open the source at a path, and check from file headers alone whether the wanted blocks can be swept."""
 
 from msae_sweep.config import DataConfig
 from msae_sweep.data.sources.base import BlockInfo, Source, block_of
@@ -11,10 +11,10 @@ from msae_sweep.paths import StoragePath
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that `data.path` names, told by what lies there.
+    """Return the source at `data.path`; the kind of source is determined by the files found there.
 
     Raises:
-        DataError: nothing there, or nothing that can be read.
+        DataError: the path does not exist, or holds no activations that can be read.
     """
     if config.path == "planted":
         return PlantedSource(config.planted, config.blocks)
@@ -48,10 +48,11 @@ def _source_at(path: StoragePath) -> Source:
 
 
 def check_blocks(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
-    """The wanted blocks, checked as far as headers and the split go; no rows are read.
+    """Check the wanted blocks against the headers and the split settings, and return them; no rows are read.
 
     Raises:
-        DataError: a block is missing, blocks differ where they must not, or there are fewer rows than a batch.
+        DataError: a block is missing, the files of a block do not match, game_id or given statistics are asked for and
+            missing, or fewer training rows than a batch are left.
     """
     source = open_source(config)
     infos = select(source.infos(), config)
@@ -69,10 +70,10 @@ def check_blocks(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
 
 
 def select(infos: dict[int, BlockInfo], config: DataConfig) -> list[BlockInfo]:
-    """The blocks that the configuration wants, in its order.
+    """Return the blocks that the configuration asks for, in the configuration's order; all blocks if it names none.
 
     Raises:
-        DataError: one of them is not there.
+        DataError: a block that the configuration names is not in `infos`.
     """
     wanted = config.blocks or tuple(infos)
     for block in wanted:

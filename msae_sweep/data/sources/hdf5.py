@@ -1,4 +1,4 @@
-"""Activations in one HDF5 file: a 2-D dataset per block, under any name that identifies the block."""
+"""Reader of activations in one HDF5 file: a 2-D dataset per block, under any name that identifies the block."""
 
 from functools import cached_property
 from typing import Any
@@ -22,14 +22,17 @@ from msae_sweep.paths import StoragePath
 
 
 class Hdf5File(Source):
-    """`game_id` lies at the root (the same for every block) or in the group of the block's dataset."""
+    """Activations in an HDF5 file.
+
+    The dataset `game_id` lies at the root, for all blocks, or in the group of a block's dataset, for that block.
+    """
 
     def __init__(self, path: StoragePath) -> None:
         self._path = path
 
     @cached_property
     def _datasets(self) -> dict[int, str]:
-        """Dataset name by block."""
+        """Name of the activation dataset of each block, by block number."""
         names: list[tuple[str, int]] = []
 
         def visit(name: str, node: Any) -> None:
@@ -45,7 +48,7 @@ class Hdf5File(Source):
                 found.setdefault(block, []).append((name, n_dims))
         chosen = {}
         for block, candidates in sorted(found.items()):
-            # Beside the activations a group may hold 1-D things (position numbers, statistics).
+            # Beside the activations, a group may hold 1-D datasets such as position numbers or statistics.
             tables = [name for name, n_dims in candidates if n_dims == 2] or [candidates[0][0]]
             if len(tables) > 1:
                 raise DataError(f"{self._path}: datasets {' and '.join(tables)} both name block {block}; keep one")
@@ -58,25 +61,25 @@ class Hdf5File(Source):
         return chosen
 
     def infos(self) -> dict[int, BlockInfo]:
-        """See `Source`."""
+        """See `Source.infos`."""
         with self._open() as file:
             return {block: self._info(file, block) for block in self._datasets}
 
     def _info(self, file: h5py.File, block: int) -> BlockInfo:
         dataset, groups = file[self._datasets[block]], self._groups(file, block)
         where = f"{self._path}:{dataset.name}"
-        # A dataset without a dataspace has no shape at all.
+        # The shape of a dataset with a null dataspace is None.
         check_array(where, dataset.shape or (), dataset.dtype)
         if groups is not None:
             check_groups(f"{self._path}:{groups.name}", groups.shape or (), groups.dtype, len(dataset))
         return BlockInfo(block, where, dataset.shape[0], dataset.shape[1], dataset.dtype.name, groups is not None)
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
-        """See `Source`."""
+        """See `Source.row_ranges`."""
         return list(cut(block, f"{self._path}:{self._datasets[block]}", 0, self.infos()[block].n_rows, 0, rows))
 
     def read(self, row_range: RowRange) -> Rows:
-        """See `Source`."""
+        """See `Source.read`."""
         rows = slice(row_range.start, row_range.stop)
         with self._open() as file:
             groups = self._groups(file, row_range.block)
@@ -88,13 +91,13 @@ class Hdf5File(Source):
                 raise DataError(f"{where}: cannot be read: {first_line(error)}") from None
 
     def fingerprint(self, block: int) -> str:
-        """See `Source`."""
+        """See `Source.fingerprint`."""
         file = self._path.info()
         info = self.infos()[block]._replace(where=self._datasets[block])
         return digest(info, file.size, file.mtime_ns)
 
     def files(self, block: int) -> dict[str, list[int]]:
-        """See `Source`."""
+        """See `Source.files`."""
         file = self._path.info()
         return {self._path.name: [file.size, file.mtime_ns]}
 

@@ -1,4 +1,4 @@
-"""The notebook's activation folder: `block{B}/chunk_*.npy`."""
+"""Reader of the notebook's activation folder: `block{B}/chunk_*.npy`."""
 
 import io
 import re
@@ -24,13 +24,14 @@ from msae_sweep.errors import DataError, first_line
 from msae_sweep.paths import StoragePath
 
 _COLUMN_BYTES = 8 << 20
-"""Bytes of an array stored by columns that are requested from an object store at a time."""
+"""Number of bytes per request when an array in Fortran (column-major) order is read from an object store."""
 
 
 class NpyFolder(Source):
-    """Chunks of a block follow one another in the order of their numbers.
+    """Activations in one folder per block, whose chunks follow one another in the order of their numbers.
 
-    `game_id.npy` lies in the folder (the same for every block) or in the block's own; one entry a row.
+    `game_id.npy` has one entry per row. It lies either in the activation folder, for all blocks, or in the folder of a
+    block, for that block.
     """
 
     def __init__(self, path: StoragePath) -> None:
@@ -50,7 +51,7 @@ class NpyFolder(Source):
 
     @cached_property
     def _chunks(self) -> dict[int, list["_Array"]]:
-        """By block."""
+        """Headers of each block's chunks, by block number."""
         return {
             block: [
                 _checked(file, info.size)
@@ -62,11 +63,11 @@ class NpyFolder(Source):
 
     @cached_property
     def _groups(self) -> dict[int, "_Array | None"]:
-        """The file that says the games, by block."""
+        """Header of the `game_id.npy` that applies to each block, or None if there is none, by block number."""
         return {block: self._group_file(block) for block in self._folders}
 
     def infos(self) -> dict[int, BlockInfo]:
-        """See `Source`."""
+        """See `Source.infos`."""
         return {block: self._info(block) for block in self._folders}
 
     def _info(self, block: int) -> BlockInfo:
@@ -87,7 +88,7 @@ class NpyFolder(Source):
         return BlockInfo(block, where, n_rows, first.width, first.dtype.name, groups is not None)
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
-        """See `Source`."""
+        """See `Source.row_ranges`."""
         ranges: list[RowRange] = []
         first_row = 0
         for chunk in self._chunks[block]:
@@ -96,7 +97,7 @@ class NpyFolder(Source):
         return ranges
 
     def read(self, row_range: RowRange) -> Rows:
-        """See `Source`."""
+        """See `Source.read`."""
         x = _read(_header(self._path.like(row_range.file)), row_range.start, row_range.stop)
         groups = self._groups[row_range.block]
         if groups is None:
@@ -104,12 +105,12 @@ class NpyFolder(Source):
         return Rows(x, group_numbers(_read(groups, row_range.first_row, row_range.first_row + len(x))))
 
     def fingerprint(self, block: int) -> str:
-        """See `Source`."""
+        """See `Source.fingerprint`."""
         stats = [(name, info.size, info.mtime_ns) for name, info in self._file_infos(block)]
         return digest(self._info(block)._replace(where=""), stats)
 
     def files(self, block: int) -> dict[str, list[int]]:
-        """See `Source`."""
+        """See `Source.files`."""
         return {name: [info.size, info.mtime_ns] for name, info in self._file_infos(block)}
 
     def _file_infos(self, block: int) -> list[tuple[str, Any]]:
@@ -123,7 +124,7 @@ class NpyFolder(Source):
         return known
 
     def given_stats(self, block: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """See `Source`."""
+        """See `Source.given_stats`."""
         file = self._folders[block] / "normalization_stats.npz"
         if not file.is_file():
             return None
@@ -147,14 +148,14 @@ class NpyFolder(Source):
 
 
 class _Array(NamedTuple):
-    """What an .npy file's header says."""
+    """Header of an .npy file."""
 
     file: StoragePath
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran_order: bool
     offset: int
-    """Where the numbers begin, in bytes."""
+    """Offset of the first value in the file, in bytes."""
 
     @property
     def n_rows(self) -> int:
@@ -172,10 +173,15 @@ def _checked(file: StoragePath, size: int) -> _Array:
 
 
 def _header(file: StoragePath, size: int | None = None) -> _Array:
-    """Read the header; of `size` bytes there must be enough for what it announces."""
+    """Read the header of an .npy file.
+
+    Raises:
+        DataError: the file cannot be read as .npy, holds Python objects, or its `size` in bytes (if given) is smaller
+            than the array that the header announces.
+    """
     try:
         with open(file.path, "rb") if not file.is_remote else file.open() as opened:
-            # Of a file in a store the beginning comes at once, instead of byte by byte.
+            # A single read fetches the start of the file: numpy would request it from an object store piece by piece.
             start = io.BytesIO(opened.read(1 << 16))
         version = np.lib.format.read_magic(start)
         if version == (1, 0):
@@ -201,7 +207,7 @@ def _header(file: StoragePath, size: int | None = None) -> _Array:
 
 
 def _read(array: _Array, start: int, stop: int) -> np.ndarray:
-    """Rows `start` to `stop`, copied."""
+    """Return a copy of rows `start` to `stop`."""
     if array.fortran_order and len(array.shape) > 1:
         return _read_columns(array, start, stop)
     width = int(np.prod(array.shape[1:], dtype=np.int64))
@@ -211,10 +217,10 @@ def _read(array: _Array, start: int, stop: int) -> np.ndarray:
 
 
 def _read_columns(array: _Array, start: int, stop: int) -> np.ndarray:
-    """Rows `start` to `stop` of a two-dimensional array that lies column by column.
+    """Return a copy of rows `start` to `stop` of a two-dimensional array in Fortran (column-major) order.
 
-    From a disk only these rows are read. A request to a store takes longer than a few megabytes do: there as many whole
-    columns are read at once as fit into `_COLUMN_BYTES`.
+    From a disk, only these rows are read. In an object store, a request takes longer than the transfer of a few
+    megabytes, so each request reads as many whole columns as fit into `_COLUMN_BYTES`.
     """
     n_rows, width = array.shape
     at_once = max(1, _COLUMN_BYTES // (n_rows * array.dtype.itemsize)) if array.file.is_remote else 1
@@ -233,15 +239,15 @@ def _opened(file: StoragePath) -> Any:
 
 
 def _numbers(array: _Array, opened: Any, first: int, count: int) -> np.ndarray:
-    """So many numbers of the file behind its first `first` ones.
+    """Return `count` values of the file, beginning with value number `first`.
 
     Raises:
-        DataError: it ends before.
+        DataError: the file ends before the last of these values.
     """
     file, dtype = array.file, array.dtype
     opened.seek(array.offset + first * dtype.itemsize)
     if not file.is_remote:
-        # A plain read: faulting the same bytes in through a map took 25-50 ms for 32 MiB, reading them 11 ms.
+        # A plain read is faster than a memory map: for 32 MiB, page faults took 25-50 ms and a read took 11 ms.
         found = np.fromfile(opened, dtype, count)
     else:
         content = opened.read(count * dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Activations in Parquet or Arrow files: a fixed-size-list column per block."""
+"""Reader of activations in Parquet or Arrow files: a fixed-size-list column per block."""
 
 import itertools
 from collections.abc import Iterator
@@ -27,25 +27,29 @@ from msae_sweep.errors import DataError, first_line
 from msae_sweep.paths import StoragePath
 
 SUFFIXES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
-"""Endings of the files that are read."""
+"""Suffixes of the files that are read."""
 
 
 class _Part(NamedTuple):
-    """One file's share of a block."""
+    """Part of a block that lies in one file."""
 
     file: StoragePath
     column: str
     schema: pa.Schema
     pieces: tuple[int, ...]
-    """Rows of each row group (Parquet) or record batch (Arrow)."""
+    """Number of rows in each row group (Parquet) or record batch (Arrow)."""
 
 
 class ParquetTables(Source):
-    """The column's name tells the block; where a file has one list column, its own or its folder's name may tell it.
+    """Activations in a Parquet or Arrow file, or in a folder of such files.
 
-    A `game_id` column beside it gives the groups. Small row groups are read together. One that is larger than a range
-    is cut, and as Parquet cannot be entered in the middle, each of its ranges decodes it from the start: 500,000 rows
-    in one row group (what pyarrow writes by default) cost about a second a range more, and never lie in memory whole.
+    The name of a column identifies its block. If a file has only one list column, the name of the file or of its folder
+    may identify the block instead. A `game_id` column in the same file gives the groups.
+
+    Small row groups are read together. A row group that is larger than a range is cut into several ranges. Parquet
+    cannot be read from the middle of a row group, so each of these ranges decodes the row group from its start: 500,000
+    rows in one row group (as pyarrow writes them by default) cost about one second more per range, but never lie in
+    memory whole.
     """
 
     def __init__(self, path: StoragePath) -> None:
@@ -82,7 +86,7 @@ class ParquetTables(Source):
         return dict(sorted(parts.items()))
 
     def infos(self) -> dict[int, BlockInfo]:
-        """See `Source`."""
+        """See `Source.infos`."""
         return {block: self._info(block) for block in self._parts}
 
     def _info(self, block: int) -> BlockInfo:
@@ -109,7 +113,7 @@ class ParquetTables(Source):
         return BlockInfo(block, where, n_rows, first.list_size, _dtype(first.value_type).name, all(grouped))
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
-        """See `Source`; ranges end where row groups do, or lie within one."""
+        """See `Source.row_ranges`. A range ends at the end of a row group, or lies within one row group."""
         ranges: list[RowRange] = []
         first_row = 0
         for part in self._parts[block]:
@@ -125,7 +129,7 @@ class ParquetTables(Source):
         return ranges
 
     def read(self, row_range: RowRange) -> Rows:
-        """See `Source`."""
+        """See `Source.read`."""
         part = next(p for p in self._parts[row_range.block] if str(p.file) == row_range.file)
         width = part.schema.field(part.column).type.list_size
         grouped = "game_id" in part.schema.names
@@ -142,13 +146,13 @@ class ParquetTables(Source):
         return Rows(np.concatenate(x), np.concatenate(groups) if grouped else None)
 
     def fingerprint(self, block: int) -> str:
-        """See `Source`."""
+        """See `Source.fingerprint`."""
         infos = [(part, part.file.info()) for part in self._parts[block]]
         stats = [(part.file.name, part.column, info.size, info.mtime_ns) for part, info in infos]
         return digest(self._info(block)._replace(where=""), stats)
 
     def files(self, block: int) -> dict[str, list[int]]:
-        """See `Source`."""
+        """See `Source.files`."""
         infos = [(part.file.name, part.file.info()) for part in self._parts[block]]
         return {name: [info.size, info.mtime_ns] for name, info in infos}
 
@@ -170,7 +174,7 @@ def _header(file: StoragePath) -> tuple[pa.Schema, tuple[int, ...]]:
 
 
 def _read(part: _Part, row_range: RowRange, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The range's rows, in batches; rows of a row group that precede the range are decoded and dropped."""
+    """Yield the range's rows in batches; rows of a row group that precede the range are decoded and dropped."""
     ends = list(itertools.accumulate(part.pieces))
     pieces = [i for i, end in enumerate(ends) if row_range.start < end and row_range.stop > end - part.pieces[i]]
     at = ends[pieces[0]] - part.pieces[pieces[0]]
@@ -202,7 +206,7 @@ def _opened(file: StoragePath) -> Any:
 
 
 def _dtype(kind: pa.DataType) -> np.dtype:
-    """What numpy calls a column's type; object where it has no name for it."""
+    """Return the numpy dtype of a column's type; `object` if numpy has no such dtype."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     try:

@@ -1,4 +1,4 @@
-"""Built-in activations with a known answer: sparse non-negative combinations of a random dictionary."""
+"""Built-in synthetic activations with a known solution: sparse non-negative combinations of a random dictionary."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ _TILE_ROWS = 1024
 
 
 class _Truth(NamedTuple):
-    """What one block's rows are made from."""
+    """Parameters that one block's rows are generated from."""
 
     dictionary: Float[np.ndarray, "dictionary_size input_dim"]
     frequencies: Float[np.ndarray, " dictionary_size"]
@@ -23,29 +23,30 @@ class _Truth(NamedTuple):
 
 
 class PlantedSource(Source):
-    """Row r of block B depends on (seed, B, r) alone, however the rows are cut into ranges.
+    """Planted activations: row r of block B depends on (seed, B, r) alone, however the rows are cut into ranges.
 
-    A direction fires in a row either by itself or together with the row's whole group (rows_per_group rows, a stand-in
-    for one game), half and half; its magnitude is 0.5 plus an exponential of mean 0.5. Channels differ in scale and
-    have an offset, so that standardising matters.
+    A direction fires in a row either by itself or together with the row's whole group (`rows_per_group` rows, a
+    stand-in for one game); both are equally likely. Its magnitude is 0.5 plus an exponential variable of mean 0.5.
+    Channels differ in scale and have an offset, so that standardising matters.
     """
 
     def __init__(self, config: PlantedConfig, blocks: tuple[int, ...] | None = None) -> None:
         self._config, self._blocks = config, blocks or DEFAULT_BLOCKS
 
     def infos(self) -> dict[int, BlockInfo]:
-        """See `Source`."""
+        """See `Source.infos`."""
         shape = self._config.rows, self._config.input_dim
         return {b: BlockInfo(b, f"planted block {b}", *shape, "float32", True) for b in sorted(self._blocks)}
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
-        """See `Source`."""
+        """See `Source.row_ranges`."""
         return list(cut(block, f"planted block {block}", 0, self._config.rows, 0, rows))
 
     def read(self, row_range: RowRange) -> Rows:
-        """See `Source`."""
+        """See `Source.read`."""
         config, truth = self._config, _truth(self._config, row_range.block)
-        # Tiles hold whole groups, each with a generator of its own: a range makes the tiles that it touches.
+        # Rows are generated in tiles of whole groups, and each tile has its own random generator. A range generates
+        # every tile that it overlaps.
         tile_rows = config.rows_per_group * -(-_TILE_ROWS // config.rows_per_group)
         tiles = range(row_range.start // tile_rows, -(-row_range.stop // tile_rows))
         x = np.concatenate([_tile(config, truth, row_range.block, tile, tile_rows) for tile in tiles])
@@ -54,16 +55,16 @@ class PlantedSource(Source):
         return Rows(x[rows - first], rows // config.rows_per_group)
 
     def fingerprint(self, block: int) -> str:
-        """See `Source`."""
+        """See `Source.fingerprint`."""
         return digest("planted 1", self._config.model_dump(), block)
 
     def files(self, block: int) -> dict[str, list[int]]:
-        """See `Source`."""
+        """See `Source.files`."""
         return {}
 
 
 def true_dictionary(config: PlantedConfig, block: int) -> Float[np.ndarray, "dictionary_size input_dim"]:
-    """The directions of a block in raw units, not normalised."""
+    """Return the directions of a block in raw units, not normalised."""
     truth = _truth(config, block)
     return truth.dictionary * truth.scale
 
@@ -73,9 +74,10 @@ def recovery(
     std: Float[np.ndarray, " input_dim"],
     dictionary: Float[np.ndarray, "dictionary_size input_dim"],
 ) -> float:
-    """Mean max cosine: for each true direction the closest decoder row, averaged; 1 is a perfect recovery.
+    """Return the mean max cosine: the cosine of each true direction with its closest decoder row, averaged.
 
-    Decoder rows live in standardised space, so the raw dictionary is divided by `std` first.
+    A value of 1 is perfect recovery. Decoder rows are in standardised space, so the raw dictionary is divided by `std`
+    first.
     Source: Sharkey et al. 2022, "Taking features out of superposition with sparse autoencoders".
     """
     truth = dictionary / std
@@ -91,13 +93,16 @@ def _truth(config: PlantedConfig, block: int) -> _Truth:
     frequencies = _frequencies(config)
     scale = np.exp(0.5 * rng.standard_normal(config.input_dim))
     offset = 2 * rng.standard_normal(config.input_dim)
-    # E[m²] of a magnitude 0.5 + Exp(0.5) is 1.25; a unit direction spreads it over the channels.
+    # E[m²] of a magnitude m = 0.5 + Exp(0.5) is 1.25; a unit direction spreads this power over the channels.
     power = (frequencies * 1.25).sum() / config.input_dim
     return _Truth(dictionary, frequencies, scale, offset, config.noise * float(np.sqrt(power)))
 
 
 def _frequencies(config: PlantedConfig) -> Float[np.ndarray, " dictionary_size"]:
-    """min(c · i^-power, 0.5) with c such that `active` directions fire in a row on average."""
+    """Return min(c · i^-power, 0.5) for the directions i = 1, 2, …
+
+    The factor c is chosen such that `active` directions (at most 0.49 · dictionary_size) fire in a row on average.
+    """
     shape = np.arange(1, config.dictionary_size + 1) ** -config.power
     active = min(config.active, 0.49 * config.dictionary_size)
     low, high = 0.0, 0.5 / float(shape.min())
@@ -111,7 +116,9 @@ def _tile(
     config: PlantedConfig, truth: _Truth, block: int, tile: int, rows: int
 ) -> Float[np.ndarray, "rows input_dim"]:
     rng = np.random.default_rng([config.seed % 2**64, block, tile])
-    half = 1 - np.sqrt(1 - truth.frequencies)  # alone or with the group: 1 − (1 − half)² is the frequency
+    # A direction fires alone with probability `half`, and with its group with probability `half`; together these give
+    # 1 − (1 − half)², which is its frequency.
+    half = 1 - np.sqrt(1 - truth.frequencies)
     groups = rows // config.rows_per_group
     together = rng.random((groups, config.dictionary_size)) < half
     active = np.repeat(together, config.rows_per_group, axis=0) | (rng.random((rows, config.dictionary_size)) < half)

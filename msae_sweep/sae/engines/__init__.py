@@ -1,1 +1,1 @@
-"""Two ways to train: autograd on any device, and the fused step on CUDA."""
+"""The two training engines: autograd on any device, and the fused step on CUDA."""

@@ -1,4 +1,4 @@
-"""Training by autograd: any device, any precision, and the plain way that the fused step is held against."""
+"""Training by autograd on any device and in any precision; the tests check the fused step against it."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -14,27 +14,27 @@ from msae_sweep.sae.state import AdamMoments, Batches, TrainState
 
 
 class EpochResult(NamedTuple):
-    """What an epoch of training gives; means over its steps."""
+    """Result of one epoch of training; losses are means over its steps."""
 
     train_loss: float
-    """Of the whole loss, auxiliary part included."""
+    """Total loss, including the auxiliary part."""
     aux_loss: float
     dead_ratio: float
     """Share of latents that fired for no row of the epoch."""
 
 
 class Engine(Protocol):
-    """Something that trains a `TrainState`, which is whole again after every call."""
+    """Interface of an engine, which trains a `TrainState`; the state is complete again after every call."""
 
     def train_epoch(self, train: Batches, epoch: int, learning_rates: Sequence[float]) -> EpochResult:
-        """One epoch, a step for each learning rate; returns when the device is done."""
+        """Train one epoch, with one step for each learning rate, and return when the device has finished."""
 
     def evaluate(self, validation: Batches, total_variance: float) -> SplitMetrics:
-        """R² and the rest over the whole split, with the weights as they are."""
+        """Return the metrics of the current weights over the whole split."""
 
 
 class AutogradEngine:
-    """Batches through a `reconstruct`, its gradients through `torch.optim.Adam`."""
+    """Engine that differentiates a `reconstruct` operation and passes the gradients to `torch.optim.Adam`."""
 
     def __init__(
         self, state: TrainState, config: TrainingConfig, reconstruct: kernels.Reconstruct, dead_after_samples: int
@@ -46,10 +46,10 @@ class AutogradEngine:
         self._optimizer = self._adam()
 
     def train_epoch(self, train: Batches, epoch: int, learning_rates: Sequence[float]) -> EpochResult:
-        """See `Engine`."""
+        """Train one epoch; see `Engine.train_epoch`."""
         state = self.state
         fired = torch.zeros(state.model.hidden_dim, dtype=torch.bool, device=self.device)
-        # Losses of an epoch add up on the device: reading one each step would wait for the GPU each step.
+        # The losses of an epoch are summed on the device: reading one each step would wait for the GPU each step.
         sums = torch.zeros(2, device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
         with _precision(self.config, self.device):
             for x, learning_rate in zip(train.epoch(epoch, state.seed), learning_rates, strict=True):
@@ -66,7 +66,7 @@ class AutogradEngine:
 
     @torch.no_grad()
     def evaluate(self, validation: Batches, total_variance: float) -> SplitMetrics:
-        """See `Engine`."""
+        """Return the metrics over the whole split; see `Engine.evaluate`."""
         model = self.state.model
         split = SplitMetrics(model.k_levels, model.input_dim, total_variance, self.device)
         with _precision(self.config, self.device):
@@ -75,12 +75,12 @@ class AutogradEngine:
         return split
 
     def step(self, x: Tensor, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """One optimiser step; returns the loss, the auxiliary loss, and bool [hidden_dim]: which latents fired."""
+        """Run one optimiser step; return the loss, the auxiliary loss, and bool [hidden_dim]: which latents fired."""
         state, config, model = self.state, self.config, self.state.model
         x_hats, values, indices = self.reconstruct(x, model.W_enc, model.W_dec, model.pre_bias, config.loss_levels)
         total = loss.reconstruction_loss(x, x_hats, self.weights)
         aux = total.new_zeros(())
-        # Until dead_after_samples rows have passed nothing can be dead, and looking would make the device wait.
+        # No latent can be dead before dead_after_samples rows have passed, and the check would make the device wait.
         if config.aux_k and config.aux_coefficient and (state.step + 1) * len(x) > self.dead_after_samples:
             dead = state.samples_since_fired >= self.dead_after_samples
             aux = loss.aux_loss(x, x_hats[-1], dead, model.W_enc, model.W_dec, model.pre_bias, config.aux_k)
@@ -96,7 +96,7 @@ class AutogradEngine:
         self._optimizer.step()
         if config.normalize_decoder:
             model.normalize_decoder_()
-        # Counting with integers, because it gives the same result in any order.
+        # Integer counts are used because they give the same result in any order of addition.
         counts = torch.zeros(model.hidden_dim, dtype=torch.int32, device=x.device)
         counts.scatter_add_(0, indices.flatten(), (values > 0).flatten().int())
         fired = counts > 0
@@ -105,9 +105,9 @@ class AutogradEngine:
         return total.detach(), aux.detach(), fired
 
     def _adam(self) -> torch.optim.Adam:
-        """Adam as it stood at the state's last epoch."""
+        """Return Adam with the moments and the step count of the state's last finished epoch."""
         state, config = self.state, self.config
-        # Fused Adam is one pass over the parameters on CPU and CUDA; MPS takes torch's default.
+        # Fused Adam takes one pass over the parameters on CPU and CUDA; MPS uses torch's default.
         fused = self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.Adam(
             state.model.parameters(),
@@ -126,13 +126,13 @@ class AutogradEngine:
 
 @contextlib.contextmanager
 def _precision(config: TrainingConfig, device: torch.device) -> Iterator[None]:
-    """Matrix products in the configured arithmetic, only on CUDA; torch's global switch is put back afterwards."""
+    """Run matrix products on CUDA in the configured precision, and restore torch's global switch afterwards."""
     if device.type != "cuda":
         yield
         return
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-    # A GPU without bfloat16 units would only emulate it.
+    # A GPU without bfloat16 units would only emulate bfloat16.
     bf16 = config.precision == "bf16" and torch.cuda.get_device_capability(device) >= (8, 0)
     try:
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):

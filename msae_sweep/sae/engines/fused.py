@@ -1,4 +1,4 @@
-"""Training by the fused step: one captured graph a step, and a word to the host once an epoch."""
+"""Training by the fused step: one captured graph per step, and one transfer to the host per epoch."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from msae_sweep.sae.state import AdamMoments, Batches, TrainState
 
 
 class FusedEngine:
-    """A `FusedStep` that holds one trial's weights while it trains, and hands them back after every epoch."""
+    """Engine that trains one trial's weights in a `FusedStep`, and copies them to the state after every epoch."""
 
     def __init__(
         self, state: TrainState, config: TrainingConfig, batch_size: int, dead_after_samples: int, steps: StepCache
@@ -41,7 +41,7 @@ class FusedEngine:
         self._corrections: tuple[int, np.ndarray] | None = None
 
     def train_epoch(self, train: Batches, epoch: int, learning_rates: Sequence[float]) -> EpochResult:
-        """See `Engine`."""
+        """Train one epoch; see `Engine.train_epoch`."""
         step, state = self.step, self.state
         schedule = _schedule(learning_rates, self._corrections_of(len(learning_rates)))
         done = 0
@@ -50,22 +50,22 @@ class FusedEngine:
             for _ in range(len(order) // self.batch_size):
                 if done % SCHEDULE_STEPS == 0:
                     step.set_schedule(schedule[done : done + SCHEDULE_STEPS])
-                # Nobody can be dead before the latent that has been silent longest is; then the device decides.
+                # Until the latent that has been silent longest can be dead, none can; after that the device decides.
                 step.train(dead_possible=self._longest_silent + done * self.batch_size >= self.dead_after_samples)
                 done += 1
         step.forget_window()
         if epoch < self.config.epochs:
-            # Now, as the device is still busy with the steps, beside which it can draw.
+            # The device is still busy with the queued steps, and can draw the next order concurrently.
             train.expect(epoch + 1, state.seed)
         assert done == len(learning_rates), f"{done} batches, {len(learning_rates)} expected"
         state.step += done
         self._hand_back()
-        # Anew every epoch, so that one that follows a saved state begins as one that follows another.
+        # The copies are made anew every epoch, so that an epoch after a resume starts as after another epoch.
         step.copy_weights()
         hidden_dim = state.model.hidden_dim
         counts = torch.stack([step.fired[:hidden_dim].sum(), state.samples_since_fired.max()])
         results = torch.cat([step.hyper.totals, counts.double()])
-        # Before the host waits for the device: after that the device would wait for the host.
+        # These calls come before the host waits for the device; afterwards the device would wait for the host.
         self._clear_sums()
         self._corrections_of(done)
         main, aux, n_fired, longest_silent = results.tolist()
@@ -77,7 +77,7 @@ class FusedEngine:
         )
 
     def evaluate(self, validation: Batches, total_variance: float) -> SplitMetrics:
-        """See `Engine`."""
+        """Return the metrics over the whole split; see `Engine.evaluate`."""
         step, model = self.step, self.state.model
         split = SplitMetrics(model.k_levels, model.input_dim, total_variance, step.device)
         step.error_sums.zero_()
@@ -120,14 +120,14 @@ class FusedEngine:
         self._clear_sums()
 
     def _corrections_of(self, n_steps: int) -> np.ndarray:
-        """Those of the next steps; kept, so that they can be had before they are needed."""
+        """Return Adam's bias corrections of the next steps; cached, so that they can be computed in advance."""
         before, kept = self.state.step, self._corrections
         if kept is None or kept[0] != before or len(kept[1]) != n_steps:
             kept = self._corrections = before, _bias_corrections(n_steps, before, self.config)
         return kept[1]
 
     def _clear_sums(self) -> None:
-        """Begin what is summed up over an epoch."""
+        """Reset the sums that are accumulated over an epoch."""
         self.step.hyper.totals.zero_()
         self.step.fired.zero_()
 
@@ -143,24 +143,24 @@ class FusedEngine:
         state.samples_since_fired = step.samples_since_fired[: state.model.hidden_dim].clone()
 
     def _padded(self, name: str) -> adam.AdamParameter:
-        """A parameter's padded memory."""
+        """Return the padded tensors of the parameter `name` and of its moments."""
         padded: adam.AdamParameter = getattr(self.step, name)
         return padded
 
 
 def _inner(padded: Tensor, parameter: Tensor) -> Tensor:
-    """The part of padded memory that a parameter fills."""
+    """Return the part of a padded tensor that the parameter occupies."""
     return padded[tuple(slice(size) for size in parameter.shape)]
 
 
 def _bias_corrections(n_steps: int, steps_before: int, config: TrainingConfig) -> np.ndarray:
-    """[steps, 2] in float64: 1 − β₁^t, and sqrt(1 − β₂^t)."""
+    """Return 1 − β₁^t and sqrt(1 − β₂^t) of the next steps, [steps, 2] in float64."""
     t = np.arange(1, n_steps + 1) + steps_before
     return np.stack([1 - config.adam_beta1**t, np.sqrt(1 - config.adam_beta2**t)], axis=1)
 
 
 def _schedule(learning_rates: Sequence[float], corrections: np.ndarray) -> Tensor:
-    """[steps, 2]: learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t), in float64 until the end."""
+    """Return learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t), [steps, 2], computed in float64 and stored in float32."""
     schedule = corrections.astype(np.float32)
     schedule[:, 0] = np.asarray(learning_rates) / corrections[:, 0]
     return torch.from_numpy(schedule)

@@ -1,4 +1,4 @@
-"""Captured steps, kept from trial to trial."""
+"""Cache of captured steps, which consecutive trials of a process share."""
 
 import contextlib
 import gc
@@ -6,38 +6,39 @@ from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:  # triton is not everywhere
+if TYPE_CHECKING:  # triton is not installed everywhere
     from msae_sweep.sae.kernels.fused_step import FusedStep, Shape
 
 SHARE_OF_DEVICE = 1 / 8
-"""Of the device's memory that captured steps may hold together; a step of the notebook's shape takes 149 MiB."""
+"""Share of the device's memory that all captured steps may hold; a step of the notebook's shape takes 149 MiB."""
 
 
 class StepCache:
-    """The captured steps of one process: compiling and capturing a shape takes seconds, training it perhaps one.
+    """Least-recently-used cache of the captured steps of one process.
 
-    A step holds weights and work memory on the device. Kept are those of the shapes that were used last, as long as all
-    of them fit into `SHARE_OF_DEVICE`. Without a GPU nothing is ever put here, unless the kernels are interpreted.
+    Compiling and capturing a shape takes seconds, and training it perhaps one. A step holds weights and work memory on
+    the device. The cache keeps the steps of the most recently used shapes, as long as all of them fit into
+    `SHARE_OF_DEVICE`; it always keeps the last one. Without a GPU it stays empty, unless the kernels are interpreted.
     """
 
     def __init__(self) -> None:
         self._steps: dict[tuple[Shape, torch.device], FusedStep] = {}
 
     def get(self, shape: "Shape", device: torch.device) -> "FusedStep":
-        """The step of a shape; what its memory holds is whatever the last trial left.
+        """Return the step of a shape; its memory still contains the values that the last trial left.
 
         Raises:
-            torch.OutOfMemoryError: it does not fit, even alone.
+            torch.OutOfMemoryError: the step does not fit, even alone.
         """
         step = self._steps.pop((shape, device), None)
         if step is None:
-            # After the `except` block: within it the error's traceback still holds the memory of the failed attempt.
+            # The retry comes after this block: inside, the error's traceback still holds the failed attempt's memory.
             with contextlib.suppress(torch.OutOfMemoryError):
                 step = _captured(shape, device)
         if step is None:
             self.clear()
             step = _captured(shape, device)
-        self._steps[shape, device] = step  # the one used last stands last
+        self._steps[shape, device] = step  # the most recently used step comes last
         if device.type == "cuda":
             allowed = torch.cuda.get_device_properties(device).total_memory * SHARE_OF_DEVICE
             while len(self._steps) > 1 and sum(s.n_bytes() for s in self._steps.values()) > allowed:
@@ -48,7 +49,7 @@ class StepCache:
         return len(self._steps)
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Remove all steps and release their device memory."""
         self._steps.clear()
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -56,7 +57,7 @@ class StepCache:
 
 
 def _captured(shape: "Shape", device: torch.device) -> "FusedStep":
-    """A new step of a shape. Capturing takes device memory, too: for compiled kernels, graphs and cuBLAS."""
+    """Return a new captured step. Capturing also takes device memory for compiled kernels, graphs and cuBLAS."""
     from msae_sweep.sae.kernels.fused_step import FusedStep
 
     step = FusedStep(shape, device)

@@ -1,4 +1,4 @@
-"""Fast operations beside their plain references, and the one place that chooses between them."""
+"""Fast operations with their plain references, and `choose`, the only place that chooses between them."""
 
 import importlib.util
 import inspect
@@ -16,20 +16,21 @@ __all__ = ["EngineChoice", "Reconstruct", "Reconstruction", "choose"]
 Reconstruct = Callable[..., Reconstruction]
 
 MAX_INPUT_DIM, MAX_HIDDEN_DIM, MAX_K = 4096, 131_072, 512
-"""How far the fused step goes: a decoder row in registers, 17 bits for a latent, a row's codes sorted in registers."""
+"""Limits of the fused step, in this order: it holds a decoder row in registers, stores a latent's number in 17 bits,
+and sorts a row's codes in registers."""
 
 
 class EngineChoice(NamedTuple):
-    """How a trial trains, its name, and why."""
+    """Chosen way to train a trial, with its name and the reason for the choice."""
 
     reconstruct: Reconstruct | None
-    """The operation that autograd differentiates, or None for the fused step, which needs no autograd."""
+    """Operation that autograd differentiates, or None for the fused step, which needs no autograd."""
     name: str
     reason: str
 
 
 def choose(device: torch.device, config: TrainingConfig, input_dim: int) -> EngineChoice:
-    """The fastest way that is right on `device`; its reason is said at start-up and goes with the run."""
+    """Return the fastest correct way on `device`; its reason is shown at start-up and stored with the run."""
     if device.type == "cpu":
         if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
             return EngineChoice(sparse_cpu.reconstruct, "sparse_cpu", "MKL's sparse products")
@@ -43,7 +44,7 @@ def choose(device: torch.device, config: TrainingConfig, input_dim: int) -> Engi
 
 
 def _hindrance(device: torch.device, config: TrainingConfig, input_dim: int) -> str | None:
-    """Why the fused step cannot be taken on a CUDA device, or None."""
+    """Return the reason why the fused step cannot be used on a CUDA device, or None if it can."""
     hidden_dim = config.hidden_dim(input_dim)
     if config.precision != "bf16":
         return f"training.precision: {config.precision}; the fused step is bf16"

@@ -1,4 +1,4 @@
-"""Adam with everything around it: parts of gradients added up, projection, unit norm, bfloat16 copies, pre_bias."""
+"""Kernels of Adam and the work around it: sums of gradient parts, projection, unit norm, bfloat16 copies, pre_bias."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ from msae_sweep.sae.kernels.launch import launch
 from msae_sweep.sae.kernels.packing import Quads, dequantize, pack
 
 N_DECODING_SUMS = 64
-"""Programs that each add up a share of the rows for pre_bias's gradient."""
+"""Number of programs that each sum a share of the rows for pre_bias's gradient."""
 
 N_ENCODING_SUMS = 128
-"""Programs that each add up a share of the latents for it."""
+"""Number of programs that each sum a share of the latents for pre_bias's gradient."""
 
 N_SUMS = N_DECODING_SUMS + N_ENCODING_SUMS
 
 
 class AdamParameter(NamedTuple):
-    """A parameter with Adam's two moments, all float32 of one shape; updated in place."""
+    """Parameter with Adam's two moments: float32 tensors of one shape, updated in place."""
 
     value: Tensor
     mean: Tensor
@@ -29,25 +29,25 @@ class AdamParameter(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """What differs from trial to trial and step to step, on the device, so that a captured graph serves them all."""
+    """Values that differ between trials or steps, on the device so that one captured graph can be used for all."""
 
     schedule: Float[Tensor, "steps 2"]
-    """Of every step of an epoch: learning_rate / (1 − β₁^t), and sqrt(1 − β₂^t)."""
+    """Row per step: learning_rate / (1 − β₁^t), and sqrt(1 − β₂^t)."""
     betas: Float[Tensor, " 4"]
     """β₁, β₂, eps, and the largest gradient norm (infinite where gradients are not clipped)."""
     counters: Int[Tensor, " 2"]
-    """Steps done in this window, and in this epoch."""
+    """Number of steps done in this window, and number done since the schedule was last set."""
     now: Float[Tensor, " 3"]
-    """This step's line of the schedule, and the factor that clips the gradient."""
+    """Current step's row of `schedule`, and the factor that clips its gradient."""
     totals: Float[Tensor, " 2"]
-    """Sums over the epoch of the loss and of the auxiliary loss, float64."""
+    """Sums over the epoch of the reconstruction loss and of the auxiliary loss, float64."""
 
 
 def sum_decoding_gradient(G: Quads, sums: Float[Tensor, "shares width"], hyper: Hyper) -> None:
-    """pre_bias's gradient where it is added after decoding, at every level: Σ_b G_0[b], in N_DECODING_SUMS shares.
+    """Write pre_bias's gradient from its addition after decoding at every level: Σ_b G_0[b], in N_DECODING_SUMS shares.
 
-    Also writes down this step's line of the schedule and moves the counters on: nothing reads them any more in this
-    step.
+    The kernel also copies this step's row of the schedule to `hyper.now` and advances the counters, which nothing reads
+    any more in this step.
     """
     batch, n_levels, quarter = G.words.shape
     launch(
@@ -64,10 +64,10 @@ def sum_encoding_gradient(
     sums: Float[Tensor, "shares width"],
     part: int,
 ) -> None:
-    """pre_bias's gradient where it is subtracted before encoding: −Σ_n (Σ_b grad_pre[b, n]) W_enc[n], in shares.
+    """Write pre_bias's gradient from its subtraction before encoding: −Σ_n (Σ_b grad_pre[b, n]) W_enc[n], in shares.
 
-    They follow those of `sum_decoding_gradient`. The product beside which this runs fills the multiprocessors that it
-    takes, and waits for them, so this is cut finely enough to be over soon.
+    The shares follow those of `sum_decoding_gradient` in `sums`. The matrix product that runs concurrently fills the
+    multiprocessors that it uses, and waits for them, so the work here is cut finely enough to end soon.
     """
     hidden_dim, width = W_enc.shape
     half = width // 2
@@ -91,9 +91,10 @@ def clip_gradients(
     *,
     normalize: bool,
 ) -> None:
-    """Write down the factor that brings the norm over all parameters down to the largest allowed.
+    """Write to `hyper.now` the factor that reduces the gradient norm over all parameters to the largest allowed one.
 
-    The decoder's gradient counts without its component along the rows where that is projected out.
+    With `normalize`, the decoder's gradient enters the norm without its component along the rows, which is projected
+    out.
     """
     hidden_dim, width = W_dec.shape
     launch(
@@ -125,7 +126,10 @@ def update_weights(
     *,
     normalize: bool,
 ) -> None:
-    """Adam on everything in one launch, the decoder projected before and normalised after; copies; loss totals."""
+    """Update all parameters by Adam in one launch, write their bfloat16 copies, and add up the losses.
+
+    With `normalize`, the decoder's gradient is projected before the update and its rows are normalised afterwards.
+    """
     hidden_dim, width = W_dec.value.shape
     rows = rows_a_program(hidden_dim, width)
     launch(
@@ -139,14 +143,14 @@ def update_weights(
 
 
 def rows_a_program(hidden_dim: int, width: int) -> int:
-    """Rows that are about 1024 numbers; a power of two up to 16, which divides the padded hidden_dim."""
+    """Return the number of rows with about 1024 elements: a power of two up to 16, which divides padded hidden_dim."""
     return max(1, min(16, 1024 // width))
 
 
 def adam_reference(
     moments: AdamParameter, gradient: Tensor, *, lr: float, beta1: float, beta2: float, eps: float, step: int
 ) -> Tensor:
-    """The parameter after one step of Adam in float64, the plain way; `step` counts from 1."""
+    """Return the parameter after one step of Adam, in plain PyTorch and float64; `step` counts from 1."""
     g = gradient.double()
     mean = beta1 * moments.mean.double() + (1 - beta1) * g
     square = beta2 * moments.square.double() + (1 - beta2) * g * g
@@ -185,7 +189,7 @@ def _sum_decoding_gradient(
     for first in range(program * ROWS, batch, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         place = row.to(tl.int64) * n_levels
-        # A scale of 0 takes out what lies beyond the batch.
+        # Rows beyond the batch get the scale 0, so they add nothing.
         scale = tl.load(G_scales + place, mask=row < batch, other=0.0)[:, None]
         inside = (row < batch)[:, None] & (quarter >= 0)[None, :]
         word = tl.load(G + place[:, None] * QUARTER + quarter[None, :], mask=inside, other=0)
@@ -223,7 +227,7 @@ def _sum_encoding_gradient(
         inside = latent < hidden_dim
         place = latent.to(tl.int64)[:, None] * (2 * HALF) + j[None, :]
         both = inside[:, None] & (j >= 0)[None, :]
-        # What waits for nothing is asked for first.
+        # These loads depend on no other load, so they are issued first.
         W_low = tl.load(W_enc + place, mask=both, other=0.0)
         W_high = tl.load(W_enc + place + HALF, mask=both, other=0.0)
         total = tl.load(pre_sum + latent, mask=inside, other=0.0)
@@ -262,14 +266,14 @@ def _decoder_gradient(
     latent, place, W_low, W_high, count, more_parts, grad, grad_parts, HALF: tl.constexpr, PART: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of some decoder rows: its parts in order, without the component along the row if NORMALIZE."""
+    """Return the gradient of decoder rows, parts summed in order; NORMALIZE removes the component along the row."""
     j = tl.arange(0, HALF)
     low = tl.load(grad + place)
     high = tl.load(grad + place + HALF)
     n_more = tl.maximum(tl.load(count + latent) - 1, 0) // PART
     first_more = tl.load(more_parts + latent)
     for i in range(0, tl.max(n_more), 4):
-        # Four at a time, so that a latent with many parts waits for memory less often.
+        # Parts are loaded four at a time, so that a latent with many parts waits for memory less often.
         for u in tl.static_range(4):
             part_place = (first_more + i + u).to(tl.int64)[:, None] * (2 * HALF) + j[None, :]
             inside = (i + u < n_more)[:, None] & (j >= 0)[None, :]
@@ -385,7 +389,7 @@ def _update_weights(
 ):
     j = tl.arange(0, HALF)
     n_programs = hidden_dim // ROWS
-    # The first program has the longest way, so it starts first: pre_bias, and the epoch's losses.
+    # The program for pre_bias and the epoch's losses takes longest, so it is the first one.
     program = tl.program_id(0) - 1
     latent = (program % n_programs) * ROWS + tl.arange(0, ROWS)
     place = latent.to(tl.int64)[:, None] * (2 * HALF) + j[None, :]
@@ -403,7 +407,7 @@ def _update_weights(
         low = _adam(place, low, W_dec_mean, W_dec_square, g_low, betas, now)
         high = _adam(place + HALF, high, W_dec_mean, W_dec_square, g_high, betas, now)
         if NORMALIZE:
-            # The least normal float32: a row of zeros stays one, as in MSAE.normalize_decoder_.
+            # The clamp is the least normal float32: a row of zeros stays zero, as in MSAE.normalize_decoder_.
             norm = tl.sqrt(tl.sum(low * low + high * high, 1))[:, None]
             scale = 1.0 / tl.maximum(norm, 1.1754943508222875e-38)
             low *= scale

@@ -1,12 +1,13 @@
-"""The auxiliary loss on dead latents, with no word from the host: how many are dead is known on the device alone.
+"""Kernels of the auxiliary loss on dead latents, without synchronisation: the host need not know how many are dead.
 
 The dead latents reconstruct the residual e = x − x̂ of the largest level:  ê = TopK_aux_k(ReLU(pre_acts of the dead))
-W_dec,  loss ‖ê − e‖² / ‖e‖².  Half of all pre_acts are positive, so a row uses a good share of the dead latents and the
-products are dense ones over the dead latents only. Every launch covers the worst case; programs beyond the number of
-dead latents end at once, so with none dead the kernels cost their launches.
+W_dec,  loss ‖ê − e‖² / ‖e‖².  Half of all pre_acts are positive, so a row uses a good share of the dead latents;
+therefore the matrix products are dense, over the dead latents only. Every launch covers the worst case, and programs
+beyond the number of dead latents end at once, so with no dead latent the kernels cost only their launches.
 
-`add_gradients` comes after the main backward pass and adds to what that left in a dead latent's rows: it may have fired
-in this very batch. Source of the loss: Gao et al. 2024 (arXiv 2406.04093), A.2; see `sae.loss.aux_loss`.
+`add_gradients` runs after the main backward pass and adds to the gradients that it wrote for dead latents, because a
+latent that counts as dead may fire in this very batch. Source of the loss: Gao et al. 2024 (arXiv 2406.04093), A.2; see
+`sae.loss.aux_loss`.
 """
 
 from typing import NamedTuple
@@ -22,37 +23,37 @@ from msae_sweep.sae.kernels.launch import launch
 from msae_sweep.sae.kernels.packing import Quads, dequantize, high_half, low_half, pack
 
 TILE = 64
-"""Rows, and latents, of a tile of the dense products; hidden_dim is padded to a multiple of it."""
+"""Number of rows, and of latents, in a tile of the dense products; hidden_dim is padded to a multiple of it."""
 
 
 class DeadLatents(NamedTuple):
-    """The dead latents of a step and what they do."""
+    """Dead latents of a step, with their codes, their loss and its gradients."""
 
     latents: Int[Tensor, " hidden_dim"]
-    """Their numbers, ascending; only the first `n_dead` count."""
+    """Numbers of the dead latents, ascending; only the first `n_dead` elements are valid."""
     n_dead: Int[Tensor, " 1"]
     acts: BFloat16[Tensor, "batch hidden_dim"]
-    """Codes by place in `latents`, dense; zero up to a multiple of TILE."""
+    """Dense codes, column i for `latents[i]`; zero from column `n_dead` to the next multiple of TILE."""
     G: Int[Tensor, "batch half"]
-    """Gradient of the loss in ê, pair words."""
+    """Gradient of the auxiliary loss, times its coefficient, with respect to ê, as pair words."""
     losses: Float[Tensor, " pieces"]
-    """The auxiliary loss in pieces."""
+    """Partial sums of the auxiliary loss, one per program of `residual_gradient`."""
     pre_sums: Float[Tensor, "row_tiles hidden_dim"]
-    """Σ over a tile of rows of the gradient of a dead latent's pre_act, by place in `latents`."""
+    """Σ over a tile of rows of the gradient of a dead latent's pre_act, column i for `latents[i]`."""
 
 
 class AuxHyper(NamedTuple):
-    """What differs from trial to trial, on the device."""
+    """Hyperparameters of the auxiliary loss, on the device because they differ between trials."""
 
     dead_after: Int[Tensor, " 1"]
-    """Rows without firing after which a latent is dead, int64."""
+    """Number of rows without firing after which a latent is dead, int64."""
     coefficient: Float[Tensor, " 1"]
 
 
 def find_dead(
     samples_since_fired: Int[Tensor, " hidden_dim"], aux: AuxHyper, dead: DeadLatents, hidden_dim: int
 ) -> None:
-    """List the dead among the first `hidden_dim` latents."""
+    """Write the dead latents among the first `hidden_dim` ones, and their number, to `dead`."""
     launch(
         _find_dead,
         (1,),
@@ -67,7 +68,7 @@ def find_dead(
 
 
 def select(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: DeadLatents, aux_k: int) -> None:
-    """Codes of the dead latents: the `aux_k` largest positive pre_acts of each row, lowest latent first on ties."""
+    """Write the dead latents' codes: each row's `aux_k` largest positive pre_acts, lowest latent first on ties."""
     batch, hidden_dim = dead.acts.shape
     block = min(1024, hidden_dim)
     launch(
@@ -85,7 +86,7 @@ def residual_gradient(
     aux: AuxHyper,
     dead: DeadLatents,
 ) -> None:
-    """Reconstruct the residual from the dead latents: the loss, and its gradient times the coefficient."""
+    """Reconstruct the residual from the dead latents; write the loss, and its gradient times the coefficient."""
     batch, n_levels, quarter = G.words.shape
     half = 2 * quarter
     columns = min(64, half)
@@ -123,7 +124,7 @@ def add_gradients(
 
 
 def _product_type(device: torch.device) -> tl.dtype:
-    """Operands of the dense products. Triton's interpreter, which serves the CPU, has none of bfloat16."""
+    """Return the operands' type in dense products: Triton's interpreter, used on CPUs, has no bfloat16 products."""
     return tl.bfloat16 if device.type == "cuda" else tl.float32
 
 
@@ -153,12 +154,12 @@ def _select(pre_acts, latents, n_dead, acts, aux_k, HIDDEN_DIM: tl.constexpr, BL
             place = first + lane
             latent = tl.load(latents + place, mask=place < n, other=0)
             bits = tl.maximum(tl.load(pre_acts + latent, mask=place < n, other=0), 0)
-            # Beyond the last dead latent too: the products read whole tiles.
+            # Also stored beyond the last dead latent, because the products read whole tiles.
             tl.store(acts + place, bits, mask=place < HIDDEN_DIM)
             positive += tl.sum((bits > 0).to(tl.int32))
         if positive > aux_k:
             tl.debug_barrier()
-            # The aux_k-th largest value, bit by bit; then all above it, and of those equal to it the first ones.
+            # Find the aux_k-th largest value bit by bit; then keep all above it, and the first of those equal to it.
             bound = 0
             for i in range(15):
                 higher = bound | (1 << (14 - i))
@@ -222,7 +223,7 @@ def _residual_gradient(
             word = tl.load(W_dec + latent[:, None] * HALF + column[None, :])
             low = tl.dot(code.to(PRODUCT), low_half(word).to(PRODUCT), low)
             high = tl.dot(code.to(PRODUCT), high_half(word).to(PRODUCT), high)
-        # Every program adds up ‖e‖² by itself, in the same order.
+        # Every program sums ‖e‖² itself, in the same order.
         scale = 0.0
         lane = tl.arange(0, 1024)
         for first in range(0, batch, 1024):

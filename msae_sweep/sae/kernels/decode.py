@@ -1,11 +1,11 @@
-"""Decoding all levels of a row in one pass: errors, their gradients, and what validation needs.
+"""Kernels that decode all levels of a row in one pass: errors and gradients for training, error sums for validation.
 
 With e_l = x̂_l − x and the weights c_l = 2 α_l / (batch · input_dim), the loss is Σ_l c_l/2 · Σ e_l², and the gradient
-that a latent of group l sees is G_l = Σ_{j≥l} c_j e_j, because it stands in every reconstruction from level l on.
+that a latent of group l sees is G_l = Σ_{j≥l} c_j e_j, because it is part of every reconstruction from level l on.
 
-`decode_few` keeps the error of every level in registers, which is right for a handful of levels. `decode_many` goes to
-the last level and walks the ranks back from there: e before rank i is e after it less v_i w_i. Its second gather of the
-decoder costs less than writing and reading the errors of up to 512 levels.
+`decode_few` keeps the error of every level in registers, which suits a handful of levels. `decode_many` decodes up to
+the last level and then walks the ranks backwards: e before rank i is e after it minus v_i w_i. Its second gather of
+decoder rows costs less than writing and reading the errors of up to 512 levels.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def decode_few(
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
     k_levels: Sequence[int],
 ) -> None:
-    """G_l of every row, the row's loss and Σ e² at the last level; and zero `grad_pre` on the way.
+    """Write G_l of every row, the row's loss, and Σ e² at the last level; the launch also zeroes `grad_pre`.
 
     `start` is pre_bias − x, the error before any latent is added.
     """
@@ -58,7 +58,7 @@ def decode_many(
     last_error: Float[Tensor, " batch"],
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
 ) -> None:
-    """What `decode_few` gives, for any number of levels.
+    """Write the same outputs as `decode_few`, for any number of levels.
 
     `rank_scales[i]` is c_l where i is the last rank of level l, and 0 elsewhere.
     """
@@ -80,7 +80,7 @@ def decode_errors(
     active: Int[Tensor, "batch levels"],
     k_levels: Sequence[int],
 ) -> None:
-    """Σ e² of every row at every level, and how many latents are active there: for validation."""
+    """Write Σ e² and the number of active latents of every row at every level, for validation."""
     half = W_dec.shape[1]
     launch(
         _decode_errors, (len(codes),),
@@ -95,7 +95,7 @@ def level_errors_reference(
     W_dec: Float[Tensor, "hidden_dim width"],
     k_levels: Sequence[int],
 ) -> Float[Tensor, "levels batch width"]:
-    """e_l of every level in float64, the plain way."""
+    """Return e_l of every level, in plain PyTorch and float64."""
     values, latents = split_codes(codes)
     error = start.double()
     errors = []
@@ -109,18 +109,21 @@ def level_errors_reference(
 def gradients_reference(
     errors: Float[Tensor, "levels batch width"], level_scales: Float[Tensor, " levels"]
 ) -> Float[Tensor, "levels batch width"]:
-    """G_l = Σ_{j≥l} c_j e_j, the plain way."""
+    """Return G_l = Σ_{j≥l} c_j e_j, in plain PyTorch and float64."""
     scaled = level_scales.double()[:, None, None] * errors
     return scaled.flip(0).cumsum(0).flip(0)
 
 
 def _warps(half: int) -> int:
-    """One warp a row up to a width of 256, so that no sum crosses warps; then as many as keep a lane's share."""
+    """Return the number of warps per row: one up to a width of 256, so that no sum crosses warps.
+
+    Wider rows get as many warps, up to 16, as keep the number of elements per lane constant.
+    """
     return max(1, min(16, half // 128))
 
 
 def _zeroing(grad_pre: Tensor, batch: int) -> tuple[int, int]:
-    """Programs, and words for each of them to zero, rounded up to whole stores of 512."""
+    """Return the number of programs, and of words that each of them zeroes, rounded up to whole stores of 512."""
     share = triton.cdiv(triton.cdiv(grad_pre.numel() // 2, batch), 512) * 512
     return batch, share
 
@@ -149,7 +152,7 @@ def _add_one(row_codes, rank, W_dec, j, low, high, HALF: tl.constexpr):
 def _add_ranks(
     row_codes, W_dec, j, low, high, FIRST: tl.constexpr, END: tl.constexpr, UNROLL: tl.constexpr, HALF: tl.constexpr
 ):
-    """Add the latents of ranks FIRST to END; UNROLL at a time, so that many gathers are in flight."""
+    """Add the latents of ranks FIRST to END − 1, UNROLL at a time, so that many gathers are in flight."""
     WHOLE: tl.constexpr = FIRST + (END - FIRST) // UNROLL * UNROLL
     for i in range(FIRST, WHOLE, UNROLL):
         for u in tl.static_range(UNROLL):
@@ -193,7 +196,7 @@ def _decode_few(
         low, high = _add_ranks(
             row_codes, W_dec, j, low, high, LEVELS[level - 1] if level > 0 else 0, LEVELS[level], UNROLL, HALF
         )
-        # Triton knows no starred expressions.
+        # Triton does not support starred expressions.
         lows = lows + (low,)  # type: ignore[assignment]  # noqa: RUF005
         highs = highs + (high,)  # type: ignore[assignment]  # noqa: RUF005
     squares = low * low + high * high
@@ -232,9 +235,10 @@ def _go_back(
     COUNT: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Over the COUNT ranks before `end`, the last one first.
+    """Walk over the COUNT ranks before `end`, the last one first, and write G of each level whose last rank is reached.
 
-    All loads come before the stores: the compiler may not move a load over a store, and would wait for every one.
+    All loads come before the stores, because the compiler may not move a load across a store, and would wait for each
+    load.
     """
     values = ()
     words = ()

@@ -1,12 +1,13 @@
 """A whole training step, and a whole validation step, as a fixed sequence of kernels over fixed memory.
 
-The step is `reference.reconstruct`, its backward pass, the auxiliary loss, Adam, and the decoder's unit norm. Products
-are bfloat16 with float32 sums; the reconstructions' gradients have eight bits over one scale a row and level; weights,
-moments and everything that is summed up are float32. Where a graph can be captured it is, once a shape: what differs
-from trial to trial (weights, learning rate, level weights, where the rows are) lies in memory that the kernels read.
-Rows and latents are padded, with zeros that no kernel ever makes non-zero.
+The training step consists of `reference.reconstruct`, its backward pass, the auxiliary loss, Adam, and the unit norm of
+decoder rows. Matrix products are bfloat16 with float32 sums. The reconstructions' gradients have eight bits, with one
+scale per row and level. Weights, moments and sums are float32, and totals over an epoch or a split are float64. On CUDA
+each sequence is captured as a graph once per shape: values that differ between trials (weights, learning rate, level
+weights, the rows' address) are in memory that the kernels read. Rows and latents are padded with zeros that no kernel
+ever makes non-zero.
 
-Every sum is taken in one order, so a step gives the same bits on every run.
+Every sum is computed in a fixed order, so a step gives the same bits on every run.
 """
 
 import os
@@ -21,31 +22,31 @@ from torch import Tensor
 from msae_sweep.sae.kernels import adam, aux_loss, decode, gather, latent_gradients, packing, topk
 from msae_sweep.sae.kernels.launch import compiling
 
-# From 3.10 on Triton fuses a product with a sum only if asked; without, steps are slower and have other bits.
+# From version 3.10 on, Triton fuses multiply-adds only on request; without, steps are slower and have other bits.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 SCHEDULE_STEPS = 4096
-"""Steps whose hyperparameters lie on the device at a time; an epoch of more is fed in turns."""
+"""Number of steps whose hyperparameters are on the device at a time; a longer epoch copies several schedules."""
 
 
 class Shape(NamedTuple):
-    """What a captured step is made for; two trials with equal shapes share one."""
+    """Sizes and options for which a step is captured; trials with equal shapes share one step."""
 
     batch: int
     input_dim: int
     hidden_dim: int
     k_levels: tuple[int, ...]
-    """Levels of R², of validation."""
+    """Levels at which validation computes R²."""
     loss_levels: tuple[int, ...]
-    """Levels of the loss; the largest is that of `k_levels`."""
+    """Levels of the loss; the largest equals the largest of `k_levels`."""
     aux_k: int
     normalize_decoder: bool
     clips: bool
-    """Whether gradients are clipped."""
+    """True if gradients are clipped."""
 
 
 class FusedStep:
-    """Weights, moments and work memory of one shape, and the kernels over them."""
+    """Weights, moments and work memory of one shape, and the kernels that use them."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -68,7 +69,8 @@ class FusedStep:
         self.samples_since_fired = zeros(hidden, dtype=torch.int64)
         self.fired = zeros(hidden, dtype=int32)
 
-        # Behind the window the counters of its batches, then that of the epoch's, so that one copy sets what it must.
+        # After the window come its batch counters for validation and for training, then the schedule's counter. So one
+        # copy in set_window sets the window and resets both batch counters, but not the schedule's counter.
         self._place = zeros(5, dtype=torch.int64)
         self.window, counters = self._place[:3], self._place[3:].view(int32)
         self.eval_counter = counters[:1]
@@ -82,7 +84,7 @@ class FusedStep:
 
         self.centred = zeros(batch_stride, width, dtype=bfloat16)
         self.start = zeros(batch, width)
-        # The pre_acts are needed until the decoding starts, their gradient from there on.
+        # The pre_acts are needed until decoding starts and their gradient from then on, so they share memory.
         shared = zeros(hidden * batch_stride, dtype=bfloat16)
         self.pre_acts = shared[: batch * hidden].view(batch, hidden)
         self.grad_pre = shared.view(hidden, batch_stride)
@@ -128,44 +130,44 @@ class FusedStep:
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
 
     def set_window(self, x: Tensor, order: Tensor | None) -> None:
-        """Take rows from here on from `x` [n, input_dim], in `order` or as they lie."""
+        """Read the next batches from `x` [n, input_dim], in `order`, or in the order of `x` if `order` is None."""
         assert x.is_contiguous()
         assert x.dtype == torch.float32
         self._held = (x, order)
         place = [x.data_ptr(), 0, len(x), 0] if order is None else [x.data_ptr(), order.data_ptr(), len(order), 0]
-        # Pinned, so that it need not wait for what is queued; torch keeps it until it has been copied.
+        # Pinned, so that the copy need not wait for queued work; torch keeps the memory until it has been copied.
         on_gpu = self.device.type == "cuda"
         self._place[:4].copy_(torch.tensor(place, pin_memory=on_gpu), non_blocking=True)
 
     def forget_window(self) -> None:
-        """Hold the window's rows no longer; another trial may need their memory."""
+        """Release the window's rows, because another trial may need their memory."""
         self._held = None
 
     def set_schedule(self, schedule: Tensor) -> None:
-        """Take hyperparameters from the first line of `schedule` [at most SCHEDULE_STEPS, 2] on."""
+        """Use the rows of `schedule` [at most SCHEDULE_STEPS, 2] for the next steps, beginning with the first row."""
         self.hyper.schedule[: len(schedule)].copy_(schedule)
         self.hyper.counters[1].zero_()
 
     def copy_weights(self) -> None:
-        """Make the bfloat16 copies that the products read; Adam keeps them up to date afterwards."""
+        """Write the bfloat16 copies of the weights that the products read; Adam keeps them up to date afterwards."""
         half = self.decoder_copy.shape[1]
         bits = self.W_dec.value.bfloat16().view(torch.int16).int()
         torch.bitwise_or(bits[:, :half] & 0xFFFF, bits[:, half:] << 16, out=self.decoder_copy)
         self.encoder_copy.copy_(self.W_enc.value)
 
     def train(self, *, dead_possible: bool) -> None:
-        """One step on the window's next batch; with `dead_possible` False no latent may be dead."""
+        """Run one step on the window's next batch; with `dead_possible` False, no latent may be dead."""
         if dead_possible and self.dead is not None:
             self._run("train with dead latents", lambda: self._train(self.dead))
         else:
             self._run("train", lambda: self._train(None))
 
     def evaluate(self) -> None:
-        """Add the window's next batch to `error_sums` and `active_sums`."""
+        """Add the errors and active latents of the window's next batch to `error_sums` and `active_sums`."""
         self._run("evaluate", self._evaluate)
 
     def capture(self) -> None:
-        """Compile and capture everything now, on a row of zeros; what the weights were is lost."""
+        """Compile and capture everything now, on a row of zeros; this overwrites the weights. CUDA only."""
         if self.device.type != "cuda":
             return
         with compiling(self.device):
@@ -180,7 +182,7 @@ class FusedStep:
         torch.cuda.synchronize(self.device)
 
     def n_bytes(self) -> int:
-        """Device memory that this shape holds."""
+        """Return the number of bytes of device memory that this step's tensors occupy."""
         found: list[Tensor] = []
 
         def look(value: object) -> None:
@@ -276,7 +278,10 @@ class FusedStep:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """Launch, after what has been launched, beside what will be: small kernels whose results are needed late."""
+        """Launch on a side stream, after all work launched so far and concurrently with later work.
+
+        This is for small kernels whose results are needed late.
+        """
         if self._side is None:
             yield
             return
@@ -290,12 +295,12 @@ class FusedStep:
         gather.add_errors(self.window, self.eval_counter, self.errors, self.active, self.error_sums, self.active_sums)
 
     def _used_columns(self) -> int:
-        """Columns that the products run over: the padding up to a power of two is left out, up to 8 is not."""
+        """Return the number of columns in the products: input_dim padded to a multiple of 8, not to a power of two."""
         return _up(self.shape.input_dim, 8)
 
 
 def rank_scales(level_scales: Sequence[float], levels: Sequence[int]) -> list[float]:
-    """c_l at the last rank of level l, 0 elsewhere."""
+    """Return a scale for each rank: c_l at the last rank of level l, and 0 elsewhere."""
     scales = [0.0] * levels[-1]
     for level, scale in zip(levels, level_scales, strict=True):
         scales[level - 1] = scale
@@ -303,7 +308,7 @@ def rank_scales(level_scales: Sequence[float], levels: Sequence[int]) -> list[fl
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b with float32 sums: bfloat16 operands, and whatever type `out` has."""
+    """Write a @ b to `out`, with bfloat16 operands, float32 sums, and the type that `out` has."""
     if a.device.type != "cuda":
         out.copy_(a.float() @ b.float())
     elif out.dtype == torch.bfloat16:

@@ -1,8 +1,8 @@
-"""Fetching a step's rows, and adding up what validation found in them: the two ends of a captured graph.
+"""Kernels at the two ends of a captured graph: gathering a step's rows, and summing the errors of validation.
 
-A graph always reads the same addresses, but a trial's rows lie elsewhere than the last one's. So the graph finds them
-through `window`, int64 [3] on the device: address of the rows, address of their order (0: as they lie), and how many
-rows there are. Which batch it is comes from a counter that the graph itself moves on.
+A graph always reads the same addresses, but the rows of each trial have a different address. So the graph finds them
+through `window`, int64 [3] on the device: the address of the rows, the address of their order (0: storage order), and
+the number of rows. The number of the batch comes from a counter that the graph itself advances.
 """
 
 import triton
@@ -23,9 +23,10 @@ def fetch_rows(
     batch: int,
     input_dim: int,
 ) -> None:
-    """Batch number `counter` of the window: `centred` = x − pre_bias, `start` = pre_bias − x; and reset `cursors`.
+    """Gather batch number `counter` of the window into `centred` = x − pre_bias and `start` = pre_bias − x.
 
-    Rows beyond the window's end repeat its last one. Columns from `input_dim` on stay as they are.
+    The kernel also resets `cursors`. Rows beyond the window's end repeat its last row. Columns from `input_dim` on keep
+    their values.
     """
     width = start.shape[1]
     rows = max(1, 2048 // width)
@@ -54,7 +55,10 @@ def add_errors(
     error_sums: Float[Tensor, " levels"],
     active_sums: Int[Tensor, " levels"],
 ) -> None:
-    """Add a batch's errors (in float64) and counts to the sums, rows beyond the window's end left out; move on."""
+    """Add a batch's errors (in float64) and counts to the sums, and advance `counter`.
+
+    Rows beyond the window's end are left out.
+    """
     batch, n_levels = errors.shape
     launch(
         _add_errors, (1,),

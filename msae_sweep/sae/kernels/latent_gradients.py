@@ -1,8 +1,9 @@
-"""The backward pass latent by latent: which rows hold a latent, and what its decoder row and pre_acts get from them.
+"""Kernels of the backward pass, latent by latent: lists of active rows, and gradients of decoder rows and pre_acts.
 
-Walking latents instead of rows makes the gradient of a decoder row a sum in registers: no atomics on gradients, and the
-same bits on every run, because a latent's rows are visited in ascending order. A latent that many rows hold is cut into
-parts of `PART` entries, so that it does not hold up the step; the parts are added up in order by whoever reads them.
+The kernels iterate over latents instead of rows. So the gradient of a decoder row is a sum in registers that needs no
+atomics, and it has the same bits on every run, because a latent's rows are visited in ascending order. A latent that is
+active in many rows is cut into parts of `PART` entries, so that it does not delay the step; the kernels that read the
+parts add them up in order.
 """
 
 from typing import NamedTuple
@@ -18,31 +19,32 @@ from msae_sweep.sae.kernels.topk import _bit_number, _count_bits
 
 
 class Entries(NamedTuple):
-    """Active (row, latent) pairs ordered by latent, then by row; filled anew every step."""
+    """Active (row, latent) pairs, grouped by latent and in row order within a latent; filled anew every step."""
 
     packed: Int[Tensor, " entries"]
-    """int64: the value's float32 bits over row · levels + level, the row of G that the entry's latent sees."""
+    """int64: the value's float32 bits in the high half and row · levels + level in the low half. The latter is the row
+    of G that the entry's latent sees."""
     start: Int[Tensor, " hidden_dim"]
-    """Where a latent's entries begin; where that is differs from run to run, what is there does not."""
+    """Offset of each latent's entries. Offsets vary between runs (atomic counter); the entries do not."""
     counts: Int[Tensor, " hidden_dim"]
     more_parts: Int[Tensor, " hidden_dim"]
-    """Where a latent's second and further parts stand among all such parts."""
+    """Offset in `parts` of each latent's second and further parts."""
     parts: Int[Tensor, " parts"]
-    """Latent of each such part."""
+    """Latent of each second or further part."""
     part_numbers: Int[Tensor, " parts"]
-    """Its number in its latent, from 1."""
+    """Number of each of `parts` within its latent, from 1."""
     cursors: Int[Tensor, " 2"]
-    """Entries and further parts handed out so far; zero before a step."""
+    """Number of entries and number of further parts allocated so far; zero before a step."""
 
 
 class Gradients(NamedTuple):
-    """What the backward pass sums up, part by part."""
+    """Sums that the backward pass computes, one per part of a latent."""
 
     W_dec: Float[Tensor, "hidden_dim width"]
-    """Part 0 of every latent, zero where it is not active."""
+    """Gradient from part 0 of every latent; zero if the latent is not active."""
     W_dec_parts: Float[Tensor, "parts width"]
     pre_sum: Float[Tensor, " hidden_dim"]
-    """Σ over rows of the gradient of a latent's pre_act, part 0."""
+    """Σ over the rows of part 0 of the gradient of a latent's pre_act."""
     pre_sum_parts: Float[Tensor, " parts"]
 
 
@@ -57,7 +59,7 @@ def collect(
     n_levels: int,
     part: int,
 ) -> None:
-    """Fill `entries` from what `top_codes` left, clear `holders`, and count who fired."""
+    """Fill `entries` from the output of `top_codes`, clear `holders`, and update `samples_since_fired` and `fired`."""
     hidden_dim, batch_words = holders.shape
     launch(
         _collect, (hidden_dim,),
@@ -80,12 +82,12 @@ def backward(
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
     part: int,
 ) -> None:
-    """The decoder's gradient Σ v G, and the pre_acts' gradient G · w scattered into `grad_pre`, zero before."""
+    """Write the decoder's gradient Σ v G, and scatter the pre_acts' gradient G · w into the zeroed `grad_pre`."""
     hidden_dim, half = W_dec.shape
     wide = G.words.numel() >= 2**31
     warps = max(1, min(16, half // 128))
     chunks = min(2, half // 8)
-    # A lane reads four words of one row at a time.
+    # Each lane reads four words of one row at a time.
     rows = max(1, 32 * warps * 4 * chunks * 2 // half)
     launch(
         _backward, (hidden_dim + len(entries.parts),),
@@ -96,17 +98,17 @@ def backward(
 
 
 def part_size(batch: int, k: int, hidden_dim: int) -> int:
-    """Entries of a part: about as many as a latent has on average, so that most latents are one or two parts."""
+    """Return the number of entries in a part, about a latent's average, so that most latents have one or two parts."""
     return max(64, min(1024, triton.next_power_of_2(batch * k // hidden_dim)))
 
 
 def n_parts(batch: int, k: int, part: int) -> int:
-    """Second and further parts at the most, whatever the data."""
+    """Return an upper bound on the number of second and further parts, for any data."""
     return batch * k // part
 
 
 def entries_reference(codes: Int[Tensor, "batch k_padded"], hidden_dim: int) -> list[list[tuple[int, int, float]]]:
-    """(row, rank, value) of every latent in row order, the plain way."""
+    """Return (row, rank, value) of every latent's entries in row order, in plain Python."""
     values, latents = split_codes(codes.cpu())
     found: list[list[tuple[int, int, float]]] = [[] for _ in range(hidden_dim)]
     for row in range(len(codes)):
@@ -133,7 +135,7 @@ def _collect(
     WORDS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Rows that hold a latent, in order: (latent, row) pairs, which `_describe` turns into entries."""
+    """Write a latent's active rows in order, as (latent, row) pairs that `_describe` turns into entries."""
     latent = tl.program_id(0)
     far = latent.to(tl.int64)
     word = tl.arange(0, WORDS)
@@ -168,7 +170,7 @@ def _collect(
 def _describe(
     codes, ranks, level_of_rank, packed, cursors, ranks_stride, n_levels, K_PADDED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Look up what stands behind each (latent, row) pair: evenly cut, whatever the latents' shares are."""
+    """Replace (latent, row) pairs by entries; programs get equal numbers of pairs, however often each latent fires."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < tl.load(cursors)
     pair = tl.load(packed + entry, mask=inside, other=0)
@@ -208,10 +210,10 @@ def _backward(
     WIDE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """A part of a latent's entries, ROWS · TILES at a time, the next ones' gradients being fetched meanwhile.
+    """Process one part of a latent's entries, ROWS · TILES at a time, while the gradients of the next are prefetched.
 
-    A row is cut into chunks of a few lanes each, so that a warp holds several rows side by side: sums over a row's
-    elements cross few lanes, and sums over rows none until the end.
+    A row is cut into chunks of a few lanes each, so that a warp holds several rows side by side. Sums over a row's
+    elements then cross few lanes, and sums over rows cross none until the end.
     """
     QUARTER: tl.constexpr = CHUNK * N_CHUNKS
     HALF: tl.constexpr = 2 * QUARTER
@@ -280,7 +282,7 @@ def _backward(
 
 @triton.jit
 def _load_entries(packed, first, end, lane, TILES: tl.constexpr):
-    """TILES times as many entries as there are lanes; behind `end`, zeros, which take row 0 for nothing."""
+    """Load TILES entries per lane, and zeros past `end`: entries of row 0 with value 0, which add nothing."""
     entries = ()
     for u in tl.static_range(TILES):
         place = first + u * lane.shape[0] + lane

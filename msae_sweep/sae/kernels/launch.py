@@ -1,4 +1,4 @@
-"""Launching kernels; or, before the first launch, compiling all that a step needs side by side."""
+"""Launching of kernels, and parallel compilation of all kernels of a step before the first launch."""
 
 import hashlib
 import importlib
@@ -19,7 +19,7 @@ _collected: ContextVar[dict[Hashable, partial[Any]] | None] = ContextVar("collec
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel; within `compiling`, only note that it is needed."""
+    """Launch a kernel; inside `compiling`, only record that it must be compiled."""
     collected = _collected.get()
     if collected is None:
         kernel[grid](*args, **options)
@@ -30,10 +30,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 @contextmanager
 def compiling(device: torch.device) -> Iterator[None]:
-    """Compile what is launched in here, in as many threads as there are cores, instead of launching it.
+    """Compile the kernels launched in this context, in as many threads as there are cores, instead of launching them.
 
-    Triton compiles a kernel when it is first launched, one after another: the 16 of the notebook's shape took 15.3 s on
-    one core and 9.2 s on two, most of it outside of Python's lock; no single one takes more than 4.3 s.
+    Triton compiles each kernel at its first launch, one after another. The 16 kernels of the notebook's shape took
+    15.3 s on one core and 9.2 s on two, most of it outside of Python's global interpreter lock; no single kernel takes
+    more than 4.3 s.
     """
     token = _collected.set({})
     try:
@@ -52,14 +53,15 @@ def compiling(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _triton_identified() -> Iterator[None]:
-    """Spare the process Triton's hash of itself, which is a part of every compiled kernel's name.
+    """Temporarily replace Triton's hash of its own files, which is part of every compiled kernel's name.
 
-    Triton reads its library for it, 500 MB: 0.4 to 0.8 s before a worker's first step. Its installer has written down
-    what tells it from another. Without that it is hashed once, before many threads ask: it has no lock around it.
+    Triton reads its library of 500 MB for the hash, which takes 0.4 to 0.8 s before a worker's first step. The digests
+    that its installer recorded identify the library as well. Where they are missing, Triton computes its hash once
+    here, before many threads request it, because it does so without a lock.
     """
     key = _installed_triton()
     with ExitStack() as stack:
-        for module in ("triton.runtime.cache", "triton.compiler.compiler"):  # one of them, depending on the version
+        for module in ("triton.runtime.cache", "triton.compiler.compiler"):  # which one depends on the version
             if key is not None:
                 stack.enter_context(patched(module, "triton_key", lambda: key))
             elif hash_itself := getattr(importlib.import_module(module), "triton_key", None):
@@ -69,7 +71,7 @@ def _triton_identified() -> Iterator[None]:
 
 
 def _installed_triton() -> str | None:
-    """A hash of the digests of Triton's files that its installer wrote down; None where it did not."""
+    """Return a hash of the digests of Triton's files that its installer recorded, or None if it recorded none."""
     folder = Path(importlib.import_module("triton").__file__ or "").parent
     for record in folder.parent.glob("*triton*.dist-info/RECORD"):
         digests = record.read_bytes()

@@ -1,4 +1,4 @@
-"""The plain way, obviously right: autograd through one sorted top-k and one dense decode for each disjoint group."""
+"""Plain reference: autograd through one sorted top-k and one dense decode for each disjoint group of ranks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Reconstruction(NamedTuple):
-    """What one pass through the SAE gives at every level."""
+    """Output of one pass through the SAE, at every level."""
 
     x_hats: Float[Tensor, "levels batch input_dim"]
     """Reconstruction at each k, pre_bias included."""
     values: Float[Tensor, "batch k"]
-    """The largest pre_acts after the ReLU, descending."""
+    """Largest pre_acts after the ReLU, descending."""
     indices: Int[Tensor, "batch k"]
-    """The latents they belong to."""
+    """Numbers of the latents to which `values` belong."""
 
 
 def reconstruct(
@@ -28,7 +28,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Reconstruct `x` at every level: z_k = TopK_k(ReLU((x − pre_bias) W_encᵀ)), x̂_k = z_k W_dec + pre_bias.
 
-    One sorted top-k of the largest level holds all codes; x̂ of a level is the previous one plus its own group.
+    One sorted top-k of the largest level contains the codes of all levels. The x̂ of a level is that of the previous
+    level plus the contribution of the level's own group of ranks.
     """
     pre_acts = (x - pre_bias) @ W_enc.T  # [batch, hidden_dim]
     values, indices = torch.relu(pre_acts).topk(k_levels[-1], dim=1, sorted=True)

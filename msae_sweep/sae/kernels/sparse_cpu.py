@@ -1,7 +1,7 @@
-"""The same on a CPU through MKL's sparse products: no dense code is ever made, forward or backward.
+"""Reconstruction on a CPU through MKL's sparse products, which never builds a dense code, forward or backward.
 
 At batch 4096, 256 inputs, 4096 latents and 128 active ones the dense code is 97% zeros. `tests/bench/bench_step.py`
-measures both.
+measures the sparse and the dense way.
 """
 
 import itertools
@@ -24,17 +24,17 @@ def reconstruct(
     pre_bias: Float[Tensor, " input_dim"],
     k_levels: Sequence[int],
 ) -> Reconstruction:
-    """`reference.reconstruct`, with gradients for the three parameters (not for `x`), the same bits on every run."""
+    """Compute `reference.reconstruct`, with gradients for the parameters only and the same bits on every run."""
     x_hats, values, indices = _Reconstruct.apply(x, W_enc, W_dec, pre_bias, tuple(k_levels))  # type: ignore[no-untyped-call]
     return Reconstruction(x_hats, values, indices)
 
 
-# Said by torch once in a process, of every CSR tensor; the proofs in tests/sae/test_kernels.py stand for it.
+# torch warns once per process that CSR tensors are in beta state; tests/sae/test_kernels.py verifies our use of them.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 # Weight gradients are summed over slabs of consecutive levels. A product gathers rows of the slab's gradients: those of
 # one level (4 MB at the shape above) stay in cache, those of all four do not (14 against 24 ms, one thread). Each slab
-# also reads and writes the weight gradients once, so that 128 slabs for 128 levels take half as long again as 8.
+# also reads and writes the weight gradients once, so 128 slabs for 128 levels take 1.5 times as long as 8 slabs.
 MAX_SLABS = 8
 
 
@@ -48,7 +48,7 @@ class _Reconstruct(torch.autograd.Function):
         codes = _grouped_codes(values, indices, len(W_enc), k_levels)
         x_hats = x.new_empty(len(k_levels), *x.shape)
         _product_(x_hats.view(-1, x.shape[1]), codes, W_dec, beta=0)
-        # Running sums and the bias in place: cumsum would write another array of this size.
+        # The running sums and the bias are added in place, because cumsum would write another array of this size.
         x_hats[0] += pre_bias
         for level in range(1, len(k_levels)):
             x_hats[level] += x_hats[level - 1]
@@ -61,7 +61,7 @@ class _Reconstruct(torch.autograd.Function):
         assert not ctx.needs_input_grad[0], "x takes no gradient here; use the reference"
         centred, W_enc, W_dec, codes = ctx.saved_tensors
         (batch, input_dim), hidden_dim, n_levels = centred.shape, len(W_enc), len(grad_x_hats)
-        # A latent of group j stands in the reconstruction of every level from j on.
+        # A latent of group j is part of the reconstruction of every level from j on.
         grad_groups = torch.empty_like(grad_x_hats, memory_format=torch.contiguous_format)
         grad_groups[-1] = grad_x_hats[-1]
         for level in range(n_levels - 2, -1, -1):
@@ -69,12 +69,12 @@ class _Reconstruct(torch.autograd.Function):
         flat = grad_groups.view(-1, input_dim)  # [levels · batch, input_dim]
         values, latents = codes.values(), codes.col_indices()
         grad_pre_acts = torch.sparse.sampled_addmm(codes, flat, W_dec.T, beta=0.0).values()
-        grad_pre_acts.masked_fill_(values <= 0, 0)  # wherever the ReLU cut
+        grad_pre_acts.masked_fill_(values <= 0, 0)  # where the ReLU is inactive
         per_latent = W_enc.new_zeros(hidden_dim).scatter_add_(0, latents.long(), grad_pre_acts)
         # pre_bias is added after decoding, at every level, and subtracted before encoding.
         grad_pre_bias = grad_groups[0].sum(dim=0) - per_latent @ W_enc
 
-        # The same entries ordered by slab and latent: row n of a slab lists where latent n is active.
+        # Order the entries by slab and latent: row n of a slab lists where latent n is active.
         slab_size = batch * -(-n_levels // MAX_SLABS)
         group_rows = torch.repeat_interleave(codes.crow_indices().diff()).int()
         keys, order = (group_rows // slab_size * hidden_dim + latents.int()).sort(stable=True)
@@ -93,9 +93,9 @@ class _Reconstruct(torch.autograd.Function):
 
 
 def _grouped_codes(values: Tensor, indices: Tensor, hidden_dim: int, k_levels: tuple[int, ...]) -> Tensor:
-    """Codes as a CSR matrix [levels · batch, hidden_dim]: row j · batch + b holds row b's group j.
+    """Return codes as a CSR matrix [levels · batch, hidden_dim]: row j · batch + b contains group j of row b.
 
-    Indices are int32, as MKL takes them.
+    Indices are int32, the type that MKL takes.
     """
     assert values.numel() < 2**31
     groups = list(itertools.pairwise((0, *k_levels)))
@@ -109,14 +109,14 @@ def _grouped_codes(values: Tensor, indices: Tensor, hidden_dim: int, k_levels: t
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    # The argument alone leaves torch 2.11 warning that nobody chose.
+    # With the argument alone, torch 2.11 still warns that the check was not chosen explicitly.
     with torch.sparse.check_sparse_tensor_invariants(False):  # type: ignore[no-untyped-call]
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 def _product_(out: Tensor, sparse: Tensor, dense: Tensor, *, beta: int) -> None:
-    """Make `out` beta · out + sparse @ dense; what it held does not matter where beta is 0.
+    """Set `out` to beta · out + sparse @ dense; its old values do not matter if beta is 0.
 
-    `sparse @ dense` takes twice as long where the result is large: it writes zeros of that size first, and copies.
+    `sparse @ dense` takes twice as long if the result is large: it first writes zeros of that size, and then copies.
     """
     torch.addmm(out, sparse, dense, beta=beta, out=out)

@@ -1,8 +1,9 @@
-"""The k largest positive pre_acts of every row, sorted, lowest latent first among equals; and who holds which latent.
+"""Kernel that selects and sorts the k largest positive pre_acts of every row, and marks each latent's active rows.
 
-A full select would read a row many times. Here each row is read twice: the k-th largest of the maxima of at least 2k
-disjoint groups is a lower bound of the k-th largest element, so only about 1.15 k elements pass it, and only these are
-sorted. Where ties or clustered values let too many pass, an exact bisection over (value, latent) bounds them.
+Among equal values the lowest latent comes first. A full selection would read a row many times. Here each row is read
+twice: the k-th largest of the maxima of at least 2k disjoint groups is a lower bound of the k-th largest element, so
+only about 1.15 k elements pass it, and only these are sorted. If ties or clustered values let too many elements pass,
+an exact bisection over (value, latent) limits their number.
 """
 
 import torch
@@ -24,10 +25,10 @@ def top_codes(
     *,
     collect: bool = True,
 ) -> None:
-    """Write the `k` largest positive entries of each row of `pre_acts` as sorted codes, 0 where a row has fewer.
+    """Write the `k` largest positive entries of each row of `pre_acts` as sorted codes, and 0 where a row has fewer.
 
-    For each entry (row b, latent n, rank r) also set bit b of `holders[n]` and write `ranks[n, b]` = r. `holders` must
-    be zero before; what `ranks` holds elsewhere stays. Without `collect` both are left alone.
+    For each entry (row b, latent n, rank r), also set bit b of `holders[n]` and write `ranks[n, b]` = r. `holders` must
+    be zero before the call. Other elements of `ranks` keep their values. Without `collect` neither is changed.
     """
     batch, k_padded = codes.shape
     hidden_dim = pre_acts.shape[1]
@@ -57,25 +58,25 @@ def top_codes(
 
 
 def top_codes_reference(pre_acts: BFloat16[Tensor, "rows hidden_dim"], k: int) -> Int[Tensor, "rows k"]:
-    """The codes that `top_codes` writes, the plain way."""
+    """Return the codes that `top_codes` writes, in plain PyTorch."""
     values, latents = torch.relu(pre_acts.float()).sort(dim=1, descending=True, stable=True)
     values, latents = values[:, :k], latents[:, :k].int()
     return torch.where(values > 0, (values.view(torch.int32) << 1) | latents, 0)
 
 
 def n_candidates(k: int) -> int:
-    """Width of the scratch row that `top_codes` needs."""
+    """Return the width of the scratch row that `top_codes` needs."""
     return 2 * padded_k(k)
 
 
 def padded_k(k: int) -> int:
-    """Width of a row of codes: sorting networks want a power of two."""
+    """Return the width of a row of codes, a power of two because sorting networks need one."""
     return max(16, triton.next_power_of_2(k))
 
 
 @triton.jit
 def _key(value_bits, latent):
-    """A code whose order as a *signed* number is (value, lowest latent); the least number where there is no value."""
+    """Return a key whose order as a *signed* number is (value, lowest latent); the least int32 if there is no value."""
     key = ((value_bits << 17) | (0x1FFFF - latent)) ^ -2147483648
     return tl.where(value_bits > 0, key, -2147483648)
 
@@ -90,7 +91,7 @@ def _count_bits(mask):
 
 @triton.jit
 def _bit_number(single):
-    """The number of the one bit that is set; read off the exponent of its float, 0 for no bit."""
+    """Return the number of the only bit that is set, read off the exponent of its float32; 0 if no bit is set."""
     exponent = (single.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF
     return tl.maximum(exponent - 127, 0)
 
@@ -119,7 +120,7 @@ def _top_codes(
     base = pre_words + row.to(tl.int64) * N_WORDS
     lane = tl.arange(0, GROUP_WORDS)
 
-    # A word compares by its high half; shifted up it compares by its low half. Negative ones lose against 0.
+    # A word compares by its high half; shifted left, it compares by its low half. Negative values lose against 0.
     high = tl.zeros((GROUP_WORDS,), tl.int32)
     low = tl.zeros((GROUP_WORDS,), tl.int32)
     EVEN: tl.constexpr = N_PASSES * GROUP_WORDS == N_WORDS
@@ -142,7 +143,7 @@ def _top_codes(
         bound = tl.where(n_above >= K, higher, bound)
     threshold = tl.maximum(bound, 1) << 16
 
-    # 32 elements a column, one bit each: word s · N_COLUMNS + column gives bit s (low half) and 16 + s (high half).
+    # A column has 32 elements, one bit each: word s · N_COLUMNS + column gives bits s (low half) and 16 + s (high).
     N_COLUMNS: tl.constexpr = HIDDEN_DIM // 32
     column = tl.arange(0, COLUMNS)
     mask = tl.zeros((COLUMNS,), tl.int32)
@@ -157,7 +158,8 @@ def _top_codes(
     n_bits = _count_bits(mask)
     total = tl.sum(n_bits)
     if total > CANDIDATES:
-        # Rare: the largest key that at least K elements reach, bit by bit; counted from the least key in 64 bits.
+        # This is rare. Find the largest key that at least K elements reach, bit by bit. `least` is the key's distance
+        # from the least int32, in 64 bits.
         one = tl.full((), 1, tl.int64)
         least = tl.full((), 0, tl.int64)
         for step in range(33):
@@ -167,13 +169,13 @@ def _top_codes(
             for w in range(16):
                 word = tl.load(base + w * N_COLUMNS + column, mask=inside, other=0)
                 latent = 2 * (w * N_COLUMNS + column)
-                # A negative half has no place: its bits would read as a large number.
+                # Negative halves are replaced by 0, because their bits would read as a large number.
                 low_key = _key(tl.maximum((word << 16) >> 16, 0), latent)
                 high_key = _key(tl.maximum(word >> 16, 0), latent + 1)
                 mask |= (inside & (low_key >= reached)).to(tl.int32) << w
                 mask |= (inside & (high_key >= reached)).to(tl.int32) << (16 + w)
             least = tl.where(tl.sum(_count_bits(mask)) >= K, trial, least)
-        # The last pass left the mask of `least` itself.
+        # The last pass computed the mask of `least` itself.
         n_bits = _count_bits(mask)
         total = tl.minimum(tl.sum(n_bits), CANDIDATES)
 
