@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TRIES = 4
+MAX_ATTEMPTS = 4
 """Attempts at one request to a store, with waits of 1, 2 and 4 seconds between them. pyarrow also retries by itself."""
 
 REQUEST_SECONDS = 30.0
@@ -73,7 +73,7 @@ class StoragePath:
         return self._base
 
     def __repr__(self) -> str:
-        return f"Place({self.uri!r})"
+        return f"StoragePath({self.uri!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StoragePath) and self.uri == other.uri
@@ -241,16 +241,16 @@ class StoragePath:
         yield from self._asked(lambda: self.filesystem.get_file_info(selector))
 
     def _asked(self, request: Callable[[], T]) -> T:
-        """Run `request`. In an object store, retry it after an error that may pass, up to `TRIES` attempts in all."""
+        """Run `request`; in an object store, attempt it up to `MAX_ATTEMPTS` times where an error may pass."""
         if not self.is_remote:
             return request()
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 return request()
             except (FileNotFoundError, PermissionError, MsaeSweepError):
                 raise
             except OSError as error:
-                if attempt == TRIES - 1 or "ACCESS_DENIED" in str(error) or "InvalidAccessKeyId" in str(error):
+                if attempt == MAX_ATTEMPTS - 1 or "ACCESS_DENIED" in str(error) or "InvalidAccessKeyId" in str(error):
                     raise OSError(f"{self}: {_reason(error)}") from None
             time.sleep(2.0**attempt)
         raise AssertionError("unreachable")

@@ -13,7 +13,7 @@ _open = False
 _terminated = False
 """True if SIGTERM has arrived since `sigterm_as_ctrl_c` was entered."""
 _leaving_with: int | None = None
-"""Exit code that was given to `leave_at_once`; None if it was not called."""
+"""Exit code that was given to `request_immediate_exit`; None if it was not called."""
 
 
 @contextlib.contextmanager
@@ -37,19 +37,19 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
-def sigterm_is_ours() -> bool:
+def sigterm_handled_here() -> bool:
     """Return whether `sigterm_as_ctrl_c` is open and this is the main thread, which can set signal handlers."""
     return _open and threading.current_thread() is threading.main_thread()
 
 
 def reclaim_sigterm() -> None:
     """Set the handler of `sigterm_as_ctrl_c` again if the context is open, because a library may have replaced it."""
-    if sigterm_is_ours():
+    if sigterm_handled_here():
         signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 @contextlib.contextmanager
-def handlers_put_back(*numbers: signal.Signals) -> Iterator[None]:
+def restored_handlers(*numbers: signal.Signals) -> Iterator[None]:
     """Restore the handlers of these signals on exit, because a library that sets its own may not restore them."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -68,10 +68,10 @@ def exit_code() -> int:
     return 128 + (signal.SIGTERM if _terminated else signal.SIGINT)
 
 
-def leave_at_once(code: int) -> None:
+def request_immediate_exit(code: int) -> None:
     """Arrange that this process exits with `code` without waiting for its threads, whose work is no longer needed.
 
-    A further SIGINT or SIGTERM kills the process at once. `end_if_leaving` must have been registered with `atexit`.
+    A further SIGINT or SIGTERM kills the process at once. `exit_if_requested` must have been registered with `atexit`.
     """
     global _leaving_with
     _leaving_with = code
@@ -79,8 +79,8 @@ def leave_at_once(code: int) -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def end_if_leaving() -> None:
-    """Exit by `os._exit` if `leave_at_once` was called, before Python's shutdown breaks threads that still run."""
+def exit_if_requested() -> None:
+    """Exit by `os._exit` if that was requested, before Python's shutdown breaks threads that still run."""
     if _leaving_with is not None:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -71,7 +71,7 @@ def test_in_another_thread_nothing_changes():
 
 def test_handlers_that_a_library_leaves_are_put_back():
     before = signal.getsignal(signal.SIGINT)
-    with signals.handlers_put_back(signal.SIGINT):
+    with signals.restored_handlers(signal.SIGINT):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -89,7 +89,7 @@ def main() -> None:
     # interrupted would start a second Ray with its next call.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     # atexit calls functions in reverse order: this one is registered first, so it is called last.
-    atexit.register(signals.end_if_leaving)
+    atexit.register(signals.exit_if_requested)
     with signals.sigterm_as_ctrl_c():
         code = _run()
         # The module is loaded only if the command has used Ray.
@@ -102,7 +102,7 @@ def main() -> None:
     if code in (130, 143):
         if cluster:
             cluster.abandon()
-        signals.leave_at_once(code)
+        signals.request_immediate_exit(code)
     sys.exit(code)
 
 
@@ -195,8 +195,8 @@ def extract(
     """Extract activations of a Leela Zero network on recorded games into a folder that `run` can read."""
     from msae_sweep.errors import ConfigError
     from msae_sweep.go import extract as extraction
-    from msae_sweep.go.progress_bar import showing
-    from msae_sweep.go.sampling import Sampling, points_asked_for
+    from msae_sweep.go.progress_bar import progress_display
+    from msae_sweep.go.sampling import Sampling, parse_points
     from msae_sweep.sweep.ray_cluster import connect
 
     try:
@@ -208,13 +208,13 @@ def extract(
         games=games,
         out=out,
         blocks=numbers,
-        sampling=Sampling(positions_per_game, skip_first, points_asked_for(points), seed),
+        sampling=Sampling(positions_per_game, skip_first, parse_points(points), seed),
         dtype=dtype,
         formats=tuple(format.split(",")),
         precision=precision,
         first_row=first_row,
     )
-    with showing(_console()) as report:
+    with progress_display(_console()) as report:
         summary = extraction.extract(settings, report, connect)
     _console().print(summary.text(settings), highlight=False, soft_wrap=True)
 
@@ -253,13 +253,13 @@ def boards(
     """Write an HTML page of Go boards: the positions of real games at which a model's latents are most active."""
     from msae_sweep.errors import ConfigError
     from msae_sweep.go import top_activations as diagrams
-    from msae_sweep.go.network_check import notes
-    from msae_sweep.go.progress_bar import showing
+    from msae_sweep.go.network_check import network_differences
+    from msae_sweep.go.progress_bar import progress_display
     from msae_sweep.go.sampling import Sampling
     from msae_sweep.models.find import find
     from msae_sweep.sweep.ray_cluster import connect
 
-    wanted = diagrams.latents_asked_for(latents)
+    wanted = diagrams.parse_latents(latents)
     found = find(model, block, tracking_uri)
     block = found.block if block is None else block
     if block is None:
@@ -277,12 +277,12 @@ def boards(
         sampling=Sampling(positions_per_game, skip_first, "all", seed),
         precision=precision,
         first_row=first_row,
-        notes=notes(found.where, weights, first_row),
+        notes=network_differences(found.where, weights, first_row),
     )
     for note in settings.notes:
         _console().print(f"note: {note}", highlight=False, soft_wrap=True)
-    with showing(_console()) as report:
-        summary = diagrams.show(settings, report, connect)
+    with progress_display(_console()) as report:
+        summary = diagrams.write_top_activations(settings, report, connect)
     _console().print(summary.text(settings), highlight=False, soft_wrap=True)
 
 
@@ -370,9 +370,9 @@ def _sweep_or_show(config: "SweepConfig", *, resume: bool, dry_run: bool) -> Non
     if not dry_run:
         _sweep(config, resume=resume)
         return
-    from msae_sweep.sweep.dry_run import show
+    from msae_sweep.sweep.dry_run import print_plan
 
-    show(config, resume=resume, console=_console())
+    print_plan(config, resume=resume, console=_console())
 
 
 def _sweep(config: "SweepConfig", *, resume: bool) -> None:

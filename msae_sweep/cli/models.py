@@ -126,7 +126,7 @@ def import_(
     from msae_sweep.config import parse
     from msae_sweep.models import evaluate
     from msae_sweep.models.find import find
-    from msae_sweep.track.model_import import Import, register_import
+    from msae_sweep.track.model_import import ModelImport, register_import
     from msae_sweep.track.uri import resolve_uri
 
     if file.is_dir():
@@ -150,7 +150,7 @@ def import_(
     report = _evaluate(str(file), data, block, [], rows, None, device, cluster, overrides or [], None, sweep)
     _console().print(evaluate.render(report), highlight=False)
     measured = f"{report.evaluation.n_rows} {report.plan.side} rows of {report.plan.info.where}"
-    what = Import(
+    what = ModelImport(
         report.found.file,
         block,
         f"import-{file.stem}",
@@ -186,14 +186,14 @@ def _evaluate(
     from rich.progress import Progress
 
     from msae_sweep.models import evaluate
-    from msae_sweep.models.find import find, is_folder
+    from msae_sweep.models.find import find, names_a_folder
 
     side = rows or ("validation" if data is None else "all")
-    config = evaluate.data_of(what if sweep is None else str(sweep), data, overrides)
+    config = evaluate.data_config_for(what if sweep is None else str(sweep), data, overrides)
     # Unless MODEL is a folder, --block selects only the data's block: a model may be evaluated on another block.
-    found = find(what, block if is_folder(what) else None, tracking_uri)
-    others = [find(other, found.block if is_folder(other) else None, tracking_uri) for other in against]
-    plan = evaluate.plan(found, config, block, side)
+    found = find(what, block if names_a_folder(what) else None, tracking_uri)
+    others = [find(other, found.block if names_a_folder(other) else None, tracking_uri) for other in against]
+    plan = evaluate.make_plan(found, config, block, side)
     if data is None and not any(override.startswith("data.path=") for override in overrides):
         evaluate.check_unchanged(what if sweep is None else sweep, plan, lambda line: print(line, file=sys.stderr))
     if cluster:
@@ -205,7 +205,7 @@ def _evaluate(
         connect()
         parts = sums_on_cluster
     else:
-        parts = partial(evaluate.sums_here, device=evaluate.choose_evaluation_device(device))
+        parts = partial(evaluate.local_sums, device=evaluate.choose_evaluation_device(device))
     with Progress(console=_console(), transient=True) as progress:
         task = progress.add_task("row ranges", total=plan.n_ranges)
         return evaluate.evaluate(

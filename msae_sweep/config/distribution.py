@@ -6,7 +6,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import model_validator
 
-from msae_sweep.config.frozen_model import FrozenModel, plain_types, shown
+from msae_sweep.config.frozen_model import FrozenModel, plain_types, short_repr
 
 DistributionKind = Literal["loguniform", "uniform", "quniform", "randint", "choice", "grid"]
 DECIMALS = 12
@@ -34,11 +34,11 @@ class Distribution(FrozenModel):
         kinds = get_args(DistributionKind)
         if not isinstance(raw, Mapping) or len(raw) != 1 or next(iter(raw)) not in kinds:
             raise ValueError(
-                f"{shown(raw)} must be one of {', '.join(kinds)} with a list, e.g. {{choice: [8, 16, 32]}}"
+                f"{short_repr(raw)} must be one of {', '.join(kinds)} with a list, e.g. {{choice: [8, 16, 32]}}"
             )
         ((kind, values),) = raw.items()
         if not isinstance(values, list | tuple):
-            raise ValueError(f"{kind}: {shown(values)} must be a list")
+            raise ValueError(f"{kind}: {short_repr(values)} must be a list")
         frozen = tuple(tuple(v) if isinstance(v, list) else v for v in values)
         return {"kind": kind, "values": frozen}
 
@@ -49,14 +49,14 @@ class Distribution(FrozenModel):
             if not values:
                 raise ValueError(f"{kind}: needs at least one option")
             if len({repr(v) for v in values}) != len(values):
-                raise ValueError(f"{kind}: {shown(list(values))} repeats an option")
+                raise ValueError(f"{kind}: {short_repr(list(values))} repeats an option")
             return self
         n_bounds = 3 if kind == "quniform" else 2
         form = "[low, high, step]" if kind == "quniform" else "[low, high]"
         numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
         if len(values) != n_bounds or not numbers:
             hint = " (YAML reads 1e-4 as a word; write 1.0e-4)" if any(isinstance(v, str) for v in values) else ""
-            raise ValueError(f"{kind}: {shown(list(values))} must be numbers {form}{hint}")
+            raise ValueError(f"{kind}: {short_repr(list(values))} must be numbers {form}{hint}")
         low, high = values[:2]
         if low >= high:
             raise ValueError(f"{kind}: low {low} must be below high {high}")
@@ -64,9 +64,9 @@ class Distribution(FrozenModel):
             raise ValueError(f"loguniform: low {low} must be above 0")
         if kind == "randint":
             if not all(isinstance(v, int) for v in values):
-                raise ValueError(f"randint: {shown(list(values))} must be whole numbers")
+                raise ValueError(f"randint: {short_repr(list(values))} must be whole numbers")
             if low < -LARGEST_WHOLE or high > LARGEST_WHOLE:
-                raise ValueError(f"randint: {shown(list(values))} must lie between -2^63 and 2^63")
+                raise ValueError(f"randint: {short_repr(list(values))} must lie between -2^63 and 2^63")
         elif not math.isfinite(float(high) - float(low)):
             raise ValueError(f"{kind}: [{low}, {high}] is wider than a float can say; bring low and high closer")
         if kind == "quniform":

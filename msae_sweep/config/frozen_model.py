@@ -32,7 +32,7 @@ def plain_types(annotation: Any) -> set[Any]:
     return set().union(*map(plain_types, parts)) if parts else {annotation} if isinstance(annotation, type) else set()
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return the `repr` of a value for an error message, cut off after `SHOWN_CHARACTERS`."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"

@@ -18,7 +18,15 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 
 from msae_sweep.config.distribution import Distribution
 from msae_sweep.config.frozen_model import FrozenModel
-from msae_sweep.config.yaml_file import apply_override, check_varied, complaint, read_text, read_yaml, section, suggest
+from msae_sweep.config.yaml_file import (
+    apply_override,
+    first_error_line,
+    read_text,
+    read_yaml,
+    reject_overrides_of_varied_keys,
+    section,
+    suggest,
+)
 from msae_sweep.errors import ConfigError
 
 DEAD_RATIO_ALLOWED = 0.30
@@ -32,7 +40,7 @@ MODEL_NAME = "msae"
 
 Weighting = Literal["uniform", "reverse"]
 # The discriminator picks a member of the union before validation, so that errors are reported for that one only. Tags
-# in brackets are not part of a key: `complaint` leaves them out of messages.
+# in brackets are not part of a key: `first_error_line` leaves them out of messages.
 KLevels = Annotated[
     Annotated[tuple[Annotated[int, Field(ge=1)], ...], Tag("[list]")] | Annotated[str, Tag("[all]")],
     Discriminator(lambda levels: "[all]" if isinstance(levels, str) else "[list]"),
@@ -303,7 +311,7 @@ class SweepConfig(FrozenModel):
                     TrainingConfig.model_validate({**self.training.model_dump(), key: value})
                 distribution.check_fits(TrainingConfig.model_fields[key].annotation)
             except ValidationError as error:
-                raise ValueError(f"space.{key}: {complaint(error)}") from None
+                raise ValueError(f"space.{key}: {first_error_line(error)}") from None
             except ValueError as error:
                 raise ValueError(f"space.{key}: {error}") from None
         if self.search.algorithm == "grid":
@@ -396,6 +404,6 @@ def parse(text: str, overrides: Iterable[str] = (), *, source: str = "search spa
     try:
         config = SweepConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {complaint(error, SweepConfig)}") from None
-    check_varied(overridden, config.space)
+        raise ConfigError(f"{source}: {first_error_line(error, SweepConfig)}") from None
+    reject_overrides_of_varied_keys(overridden, config.space)
     return config

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from msae_sweep.config.frozen_model import shown
+from msae_sweep.config.frozen_model import short_repr
 from msae_sweep.errors import ConfigError, first_line
 from msae_sweep.paths import StoragePath
 
@@ -103,13 +103,13 @@ def apply_override(raw: dict[str, Any], override: str) -> tuple[str, Any]:
         if below is None:
             below = target[parent] = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"{named}: {parent} is {shown(below)}, not a section")
+            raise ConfigError(f"{named}: {parent} is {short_repr(below)}, not a section")
         target = below
     target[last] = value
     return dotted, value
 
 
-def check_varied(overridden: Mapping[str, Any], varied: Collection[str]) -> None:
+def reject_overrides_of_varied_keys(overridden: Mapping[str, Any], varied: Collection[str]) -> None:
     """Reject a `--set` of a training key that the space varies, because no trial would use its value.
 
     Args:
@@ -126,12 +126,12 @@ def check_varied(overridden: Mapping[str, Any], varied: Collection[str]) -> None
         if key in varied:
             fixed = f"space.{key}={yaml.safe_dump({'choice': [value]}, default_flow_style=True).strip()}"
             raise ConfigError(
-                f"--set {dotted}: space varies {key}, so no trial would take {shown(value)}; write "
+                f"--set {dotted}: space varies {key}, so no trial would take {short_repr(value)}; write "
                 f"--set {shlex.quote(fixed)}, or --set space.{key}=null to vary it no more"
             )
 
 
-def complaint(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+def first_error_line(error: ValidationError, model: type[BaseModel] | None = None) -> str:
     """Return the first error of a pydantic `ValidationError` as one line.
 
     Args:
@@ -145,9 +145,9 @@ def complaint(error: ValidationError, model: type[BaseModel] | None = None) -> s
     elif first["type"] == "missing":
         message = "is missing"
     elif first["type"] == "tuple_type":
-        message = f"{shown(first['input'])} must be a list in brackets, e.g. [5, 20]"
+        message = f"{short_repr(first['input'])} must be a list in brackets, e.g. [5, 20]"
     elif first["type"] != "value_error":
-        message = f"{message}, got {shown(first['input'])}"
+        message = f"{message}, got {short_repr(first['input'])}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{place}: {message}{more}" if model and place else f"{message}{more}"
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from msae_sweep.config import DataConfig
 from msae_sweep.data.sources.base import BlockInfo, Source
-from msae_sweep.data.sources.catalog import open_source, select
+from msae_sweep.data.sources.catalog import open_source, select_blocks
 
 COMPONENTS = (16, 32, 64, 128)
 """Numbers of principal components whose share of the variance is shown; they are the notebook's k levels."""
@@ -44,7 +44,7 @@ def inspect(config: DataConfig) -> list[BlockReport]:
         DataError: the data cannot be opened or read. Non-finite rows raise no error here; they are counted.
     """
     source = open_source(config)
-    return [_inspect_block(source, info) for info in select(source.infos(), config)]
+    return [_inspect_block(source, info) for info in select_blocks(source.infos(), config)]
 
 
 def render(reports: list[BlockReport]) -> Group:

@@ -40,7 +40,7 @@ _DRIVER = "driver.json"
 """Name of the heartbeat file, which exists while a process writes the folder and names that process."""
 
 
-class OutputFolder:
+class ActivationFolder:
     """Output folder of one extraction. The driver creates and finishes it; the workers write chunks into it."""
 
     def __init__(self, path: Path, blocks: Sequence[int], formats: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ class OutputFolder:
                 folder = os.open(self.path, os.O_RDONLY)
                 stack.callback(os.close, folder)
                 _lock(folder)
-                stack.enter_context(driver_lock.held(StoragePath(self.path / _DRIVER)))
+                stack.enter_context(driver_lock.hold_lock(StoragePath(self.path / _DRIVER)))
             except (BlockingIOError, SweepError):
                 raise ConfigError(
                     f"--out {self.path}: {self._driver()} is writing an extraction there; wait for it, or give another "
@@ -104,7 +104,7 @@ class OutputFolder:
             yield
 
     def begin(self, identity: Mapping[str, Any]) -> bool:
-        """Start or resume the extraction; return False if it is complete. The caller must hold the lock (`held`).
+        """Start or resume the extraction; return False if it is complete. The caller must hold the lock (`hold_lock`).
 
         Raises:
             ConfigError: the folder contains another extraction or something else.

@@ -40,7 +40,7 @@ class LatentDiagrams(NamedTuple):
     """Diagrams in descending order of the latent's largest value."""
 
 
-def page(title: str, intro: Sequence[str], latents: Sequence[LatentDiagrams]) -> str:
+def render_page(title: str, intro: Sequence[str], latents: Sequence[LatentDiagrams]) -> str:
     """Return the HTML page; every entry of `intro` becomes a paragraph."""
     from jinja2 import Environment, PackageLoader
 

@@ -18,13 +18,13 @@ import ray
 
 import msae_sweep
 from msae_sweep.errors import ConfigError, DataError
-from msae_sweep.go.activation_folder import FORMATS, OutputFolder
+from msae_sweep.go.activation_folder import FORMATS, ActivationFolder
 from msae_sweep.go.extraction_actor import ExtractionActor, StageSeconds, device_here
-from msae_sweep.go.leela import Precision, resolve
-from msae_sweep.go.pipeline import Games, read_all, run
+from msae_sweep.go.leela import Precision, resolve_precision
+from msae_sweep.go.pipeline import GamesRead, read_all_games, run_actor_on_chunks
 from msae_sweep.go.progress_bar import GamesProgress
-from msae_sweep.go.records import Unit, find_units
-from msae_sweep.go.sampling import Sampling, cut, games_sha256
+from msae_sweep.go.records import ReadUnit, find_units
+from msae_sweep.go.sampling import Sampling, games_sha256, make_chunks
 from msae_sweep.go.weights import Weights, read_weights, weights_sha256
 
 
@@ -62,7 +62,7 @@ class ExtractionSummary(NamedTuple):
 
     def text(self, settings: ExtractionSettings) -> str:
         """Return a summary of a few lines for the user."""
-        counts = Games([], collections.Counter(self.refused), []).counted()
+        counts = GamesRead([], collections.Counter(self.refused), []).counted()
         lines = [f"{self.games:,} games ({counts}), {self.positions:,} positions, {self.rows:,} rows a block"]
         lines += [f"  broken: {example}" for example in self.examples]
         blocks = ",".join(str(block) for block in settings.blocks)
@@ -106,7 +106,7 @@ def extract(
     for block in settings.blocks:
         if not 1 <= block <= len(weights.blocks):
             raise ConfigError(f"--blocks: {block} is not in this network, which has blocks 1 to {len(weights.blocks)}")
-    folder = OutputFolder(settings.out, settings.blocks, settings.formats)
+    folder = ActivationFolder(settings.out, settings.blocks, settings.formats)
     settings = _as_begun(settings, folder)
     folder.check(_identity(settings))
     with folder.held():
@@ -116,8 +116,8 @@ def extract(
 
 def _extract(
     settings: ExtractionSettings,
-    folder: OutputFolder,
-    units: list[Unit],
+    folder: ActivationFolder,
+    units: list[ReadUnit],
     weights: Weights,
     report: Callable[[GamesProgress], None],
     started: float,
@@ -126,8 +126,8 @@ def _extract(
     precision = _precision_of_the_cluster(settings, folder)
     spent = dict.fromkeys(StageSeconds._fields, 0.0)
     with _timed(spent, "reading"):
-        games, refused, examples = read_all(units, settings.games)
-    chunks = cut(games, settings.sampling)
+        games, refused, examples = read_all_games(units, settings.games)
+    chunks = make_chunks(games, settings.sampling)
     if not chunks:
         raise DataError(f"{settings.games}: no game is longer than --skip-first {settings.sampling.skip_first} moves")
     n_positions = sum(chunk.n_positions for chunk in chunks)
@@ -148,7 +148,9 @@ def _extract(
         positions = sum(chunk.n_positions for chunk in chunks if chunk.number in done)
         report(GamesProgress(positions, n_positions, positions * rows, ""))
         left = [chunk for chunk in chunks if chunk.number not in done]
-        for result in run(left, settings.sampling, ExtractionActor, ([ray.put(weights)], settings, folder)):
+        for result in run_actor_on_chunks(
+            left, settings.sampling, ExtractionActor, ([ray.put(weights)], settings, folder)
+        ):
             positions += result["n_positions"]
             spent = {name: seconds + result.get(name, 0.0) for name, seconds in spent.items()}
             report(GamesProgress(positions, n_positions, positions * rows, str(result["device"])))
@@ -163,7 +165,7 @@ def _extract(
     return summary(False)
 
 
-def _as_begun(settings: ExtractionSettings, folder: OutputFolder) -> ExtractionSettings:
+def _as_begun(settings: ExtractionSettings, folder: ActivationFolder) -> ExtractionSettings:
     """Return the settings with `auto` replaced by the precision of the rows that the folder already contains.
 
     On another device `auto` may resolve to a different precision, and the folder would then mix rows of both.
@@ -182,7 +184,7 @@ def _as_begun(settings: ExtractionSettings, folder: OutputFolder) -> ExtractionS
     return settings._replace(precision=precision)
 
 
-def _precision_of_the_cluster(settings: ExtractionSettings, folder: OutputFolder) -> Callable[[], Precision]:
+def _precision_of_the_cluster(settings: ExtractionSettings, folder: ActivationFolder) -> Callable[[], Precision]:
     """Return a function that waits for the precision of all rows, with `auto` resolved on the network's device."""
     if settings.precision != "auto" or folder.found():
         return lambda: settings.precision
@@ -194,7 +196,7 @@ def _precision_of_the_cluster(settings: ExtractionSettings, folder: OutputFolder
 
 
 def _precision_here() -> Precision:
-    return resolve(device_here(), "auto")
+    return resolve_precision(device_here(), "auto")
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from msae_sweep.errors import DataError
-from msae_sweep.go.activation_folder import INDEX, OutputFolder
+from msae_sweep.go.activation_folder import INDEX, ActivationFolder
 from msae_sweep.go.board import SIZE
 from msae_sweep.go.leela import Network, gather_points, spatial_mean
-from msae_sweep.go.pipeline import BATCH, Boards, unpacked
+from msae_sweep.go.pipeline import BATCH, ChunkBoards, unpack_boards
 from msae_sweep.go.planes import planes
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ExtractionActor:
     copied and written.
     """
 
-    def __init__(self, weights: list[Any], settings: "ExtractionSettings", folder: OutputFolder) -> None:
+    def __init__(self, weights: list[Any], settings: "ExtractionSettings", folder: ActivationFolder) -> None:
         self.settings, self.folder = settings, folder
         self.device = device_here()
         if self.device.type == "cpu":
@@ -69,7 +69,7 @@ class ExtractionActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Compute and write one chunk; return its position count, device and stage seconds once it is written."""
-        chunk = unpacked(batch)
+        chunk = unpack_boards(batch)
         points = chunk.points
         with self.turn:
             before, began = self.ended, self._mark()
@@ -100,7 +100,7 @@ class ExtractionActor:
             **{name: [value] for name, value in seconds._asdict().items()},
         }
 
-    def _activations(self, chunk: Boards) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _activations(self, chunk: ChunkBoards) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Return each block's rows, and the sum of its rows with the sum of their squares.
 
         Rows have shape [positions · points, filters] and the dtype of the files; the sums are float64 [2, filters].

@@ -67,7 +67,7 @@ class Network(nn.Module):
         super().__init__()
         self.device = torch.device(device)
         self.version, self.filters, self.n_blocks = weights.version, weights.filters, len(weights.blocks)
-        self.choice = choose(self.device, precision, self.filters, fused)
+        self.choice = choose_precision(self.device, precision, self.filters, fused)
 
         def folded(convolution: Convolution) -> FoldedConvolution:
             return FoldedConvolution(convolution, self.device, self.choice.dtype)
@@ -77,9 +77,9 @@ class Network(nn.Module):
             Block(folded(first), folded(second), self.choice) for first, second in weights.blocks
         )
         self.policy, self.value = folded(weights.policy.convolution), folded(weights.value.convolution)
-        self.policy_layer = Layer(weights.policy.weight, weights.policy.bias, self.device)
-        self.value_hidden = Layer(weights.value.hidden_weight, weights.value.hidden_bias, self.device)
-        self.value_layer = Layer(weights.value.weight, weights.value.bias, self.device)
+        self.policy_layer = FullyConnected(weights.policy.weight, weights.policy.bias, self.device)
+        self.value_hidden = FullyConnected(weights.value.hidden_weight, weights.value.hidden_bias, self.device)
+        self.value_layer = FullyConnected(weights.value.weight, weights.value.bias, self.device)
 
     def check_taps(self, taps: Collection[int]) -> None:
         """Raise ConfigError if one of `taps` is not a block of this network."""
@@ -156,7 +156,7 @@ class Block(nn.Module):
         return self.choice.conv_add_relu(y, self.second.weight, self.second.bias, x)
 
 
-class Layer(nn.Module):
+class FullyConnected(nn.Module):
     """Fully connected layer of a head, in float32 because its cost is small compared with the tower's."""
 
     weight: Float[Tensor, "out in"]
@@ -225,7 +225,7 @@ def cudnn_conv_add_relu(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor) -> T
     return torch.cudnn_convolution_add_relu(x, weight, z, 1.0, bias, (1, 1), (padding, padding), (1, 1), 1)
 
 
-def choose(device: torch.device, precision: Precision, filters: int, fused: bool = True) -> PrecisionChoice:
+def choose_precision(device: torch.device, precision: Precision, filters: int, fused: bool = True) -> PrecisionChoice:
     """Return the fastest correct dtype and operations on `device`, with the reason, which is shown at start-up.
 
     On a GPU with tensor cores `auto` is fp16. Tensor cores compute it at the rate of bf16, it is eight times as exact,
@@ -239,7 +239,7 @@ def choose(device: torch.device, precision: Precision, filters: int, fused: bool
     """
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     on_cuda = device.type == "cuda"
-    precision = resolve(device, precision)
+    precision = resolve_precision(device, precision)
     capability = torch.cuda.get_device_capability(device) if on_cuda else (0, 0)
     if on_cuda and precision == "bf16" and capability < (8, 0):
         shown = ".".join(map(str, capability))
@@ -259,7 +259,7 @@ def choose(device: torch.device, precision: Precision, filters: int, fused: bool
     return PrecisionChoice(dtype, cudnn_conv_relu, cudnn_conv_add_relu, "fused", reason)
 
 
-def resolve(device: torch.device, precision: Precision) -> Precision:
+def resolve_precision(device: torch.device, precision: Precision) -> Precision:
     """Return the precision that `auto` stands for on `device`; return any other precision unchanged."""
     if precision != "auto":
         return precision

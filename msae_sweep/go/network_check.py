@@ -6,11 +6,11 @@ from typing import Any
 
 from msae_sweep.errors import MsaeSweepError
 from msae_sweep.go.weights import weights_sha256
-from msae_sweep.models.evaluate import data_of
+from msae_sweep.models.evaluate import data_config_for
 from msae_sweep.paths import StoragePath
 
 
-def notes(model: str, weights: Path, first_row: str) -> tuple[str, ...]:
+def network_differences(model: str, weights: Path, first_row: str) -> tuple[str, ...]:
     """Return notes on known differences between a network and the one that a model was trained on.
 
     A difference is reported but is no error, because a network file that was compressed or written again has another
@@ -43,7 +43,7 @@ def _extraction(model: str) -> dict[str, Any]:
         sweep = next((folder for folder in folders if (folder / "sweep.yaml").is_file()), None)
         if sweep is None:
             return {}
-        data = StoragePath(data_of(sweep.uri, None, ()).path)
+        data = StoragePath(data_config_for(sweep.uri, None, ()).path)
         # The data may be the extraction's folder, or its activations.h5 or parquet/.
         for place in (data, data.parent):
             if (place / "manifest.json").is_file():

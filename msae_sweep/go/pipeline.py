@@ -19,10 +19,10 @@ from jaxtyping import Bool, Int8, Int16, Int64
 from ray.data import DataContext
 
 from msae_sweep.errors import DataError, MsaeSweepError
-from msae_sweep.go.records import Record, RefusedRecord, Unit, read_unit
+from msae_sweep.go.records import ReadUnit, Record, RefusedRecord, read_unit
 from msae_sweep.go.replay import replay
-from msae_sweep.go.sampling import Chunk, Sampling, points_of
-from msae_sweep.go.sgf import Game, distinct, read_games
+from msae_sweep.go.sampling import Chunk, Sampling, sampled_points
+from msae_sweep.go.sgf import Game, read_games, refuse_duplicates
 
 BATCH = {"cuda": 2048, "cpu": 32}
 """Positions per forward pass. On one H200, 2048 was the fastest of the measured sizes, at 20,290 positions/s."""
@@ -44,7 +44,7 @@ class ChosenPositions(NamedTuple):
         yield from self.picks
 
 
-class Boards(NamedTuple):
+class ChunkBoards(NamedTuple):
     """Boards of a chunk's positions, from which the network's planes are made, with the positions' index columns."""
 
     number: int
@@ -60,7 +60,7 @@ class Boards(NamedTuple):
     position_id: Int64[np.ndarray, " positions"]
 
 
-class Games(NamedTuple):
+class GamesRead(NamedTuple):
     """Games read from the records, and counts of the refused ones."""
 
     games: list[Game]
@@ -75,32 +75,32 @@ class Games(NamedTuple):
         return ", ".join(f"{count} {kind}" for kind, count in sorted(self.refused.items())) or "none refused"
 
 
-def read_all(units: list[Unit], where: Path) -> Games:
+def read_all_games(units: list[ReadUnit], where: Path) -> GamesRead:
     """Return the games of all records, and counts of the refused ones.
 
     Raises:
         DataError: no game is usable.
     """
-    outcomes = [_unpacked(row) for row in parsed(units).iter_rows()]
+    outcomes = [_unpacked(row) for row in parsed_games(units).iter_rows()]
     outcomes.sort(key=lambda outcome: outcome.name)
     games: list[Game] = []
     refused: collections.Counter[str] = collections.Counter()
     examples: list[str] = []
-    for outcome in distinct(outcomes):
+    for outcome in refuse_duplicates(outcomes):
         if isinstance(outcome, Game):
             games.append(outcome)
         else:
             refused[outcome.kind] += 1
             if outcome.kind == "broken" and len(examples) < 5:
                 examples.append(f"{outcome.name}: {outcome.reason}")
-    found = Games(games, refused, examples)
+    found = GamesRead(games, refused, examples)
     if not games:
         reasons = f"; the first: {examples[0]}" if examples else ""
         raise DataError(f"{where}: no game that can be used ({found.counted()}){reasons}")
     return found
 
 
-def parsed(units: list[Unit]) -> ray.data.Dataset:
+def parsed_games(units: list[ReadUnit]) -> ray.data.Dataset:
     """Return a dataset of the parsed games of all units, with the columns of `_parse`."""
     _be_quiet()
     records = ray.data.from_items(
@@ -127,7 +127,7 @@ def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
     """Yield the records of a unit in groups, so that an archive of any size can be read."""
     (unit,) = batch["unit"].to_pylist()
     columns: dict[str, list[Any]] = collections.defaultdict(list)
-    for record in read_unit(Unit(*json.loads(unit))):
+    for record in read_unit(ReadUnit(*json.loads(unit))):
         kind, reason, data = (
             (record.kind, record.reason, b"") if isinstance(record, RefusedRecord) else ("", "", record.data)
         )
@@ -176,7 +176,7 @@ def _unpacked(row: dict[str, Any]) -> Game | RefusedRecord:
     )
 
 
-def run(
+def run_actor_on_chunks(
     chunks: Sequence[Chunk | ChosenPositions], sampling: Sampling, actor: type, arguments: Sequence[Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield the result of `actor` for the boards of each chunk, as the chunks are completed.
@@ -202,7 +202,7 @@ def run(
     try:
         positions = ray.data.from_items(
             [{"chunk": pickle.dumps(chunk)} for chunk in chunks], override_num_blocks=len(chunks)
-        ).map_batches(boards, fn_args=(sampling,), batch_size=1, num_cpus=1 if n_gpus else 0.5)
+        ).map_batches(pack_boards, fn_args=(sampling,), batch_size=1, num_cpus=1 if n_gpus else 0.5)
         results = positions.map_batches(
             actor,
             fn_constructor_args=arguments,
@@ -218,8 +218,8 @@ def run(
         raise
 
 
-def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, list[bytes]]:
-    """Make the boards and index columns of a chunk, pickled as `Boards` into one row; `unpacked` reverses the packing.
+def pack_boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, list[bytes]]:
+    """Make the boards and index columns of a chunk, pickled as `ChunkBoards` into one row, for `unpack_boards`.
 
     2048 positions take 6 MB.
     """
@@ -230,7 +230,7 @@ def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, list[b
         seen = replay(game, plies)
         columns["boards"].append(seen.boards)
         columns["black_to_move"].append(seen.black_to_move)
-        columns["points"].append(points_of(game, plies, sampling))
+        columns["points"].append(sampled_points(game, plies, sampling))
         columns["ply"].append(plies)
         columns["game_id"].append(np.full(len(plies), game.game_id))
     found = {name: np.concatenate(parts) for name, parts in columns.items()}
@@ -238,12 +238,12 @@ def boards(batch: dict[str, np.ndarray], sampling: Sampling) -> dict[str, list[b
     assert n == chunk.n_positions, f"chunk {chunk.number}: {n} positions, planned {chunk.n_positions}"
     position_id = np.arange(chunk.first_position, chunk.first_position + n)
     seconds = time.perf_counter() - started
-    return {"boards": [pickle.dumps(Boards(chunk.number, seconds, **found, position_id=position_id))]}
+    return {"boards": [pickle.dumps(ChunkBoards(chunk.number, seconds, **found, position_id=position_id))]}
 
 
-def unpacked(batch: dict[str, np.ndarray]) -> Boards:
-    """Return the `Boards` that the function `boards` packed into a row."""
+def unpack_boards(batch: dict[str, np.ndarray]) -> ChunkBoards:
+    """Return the `ChunkBoards` that the function `pack_boards` packed into a row."""
     (packed,) = batch["boards"]
     boards = pickle.loads(packed)
-    assert isinstance(boards, Boards)
+    assert isinstance(boards, ChunkBoards)
     return boards

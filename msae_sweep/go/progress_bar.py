@@ -30,7 +30,7 @@ def _rate(per_second: float) -> str:
 
 
 @contextlib.contextmanager
-def showing(console: Console) -> Iterator[Callable[[GamesProgress], None]]:
+def progress_display(console: Console) -> Iterator[Callable[[GamesProgress], None]]:
     """Yield a function that displays the progress passed to it, for the duration of the `with` block."""
     started: list[tuple[float, int]] = []
     said_device, said_at = "", 0.0

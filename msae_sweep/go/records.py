@@ -25,7 +25,7 @@ MAX_RECORD_BYTES = 64 * 2**20
 """Size limit of a record, so that one bad archive member cannot fill a worker's memory; 64 MiB is some 40,000 games."""
 
 
-class Unit(NamedTuple):
+class ReadUnit(NamedTuple):
     """Part of the input that one worker opens: a loose record, a whole tar, or some records of a zip."""
 
     file: str
@@ -52,7 +52,7 @@ class RefusedRecord(NamedTuple):
     reason: str
 
 
-def find_units(path: Path, records_per_unit: int = 4096) -> list[Unit]:
+def find_units(path: Path, records_per_unit: int = 4096) -> list[ReadUnit]:
     """Return the units of a file or folder, sorted by name, without reading any record.
 
     Raises:
@@ -74,7 +74,7 @@ def find_units(path: Path, records_per_unit: int = 4096) -> list[Unit]:
     return units
 
 
-def read_unit(unit: Unit) -> Iterator[Record | RefusedRecord]:
+def read_unit(unit: ReadUnit) -> Iterator[Record | RefusedRecord]:
     """Yield the records of a unit in their stored order, with one record in memory at a time."""
     if _is_record(unit.file):
         yield from _loose(unit)
@@ -99,22 +99,22 @@ def _is_record(file: str) -> bool:
     return file.lower().endswith(".sgf") and not os.path.basename(file).startswith("._")
 
 
-def _units_of(file: Path, name: str, records_per_unit: int) -> Iterator[Unit]:
+def _units_of(file: Path, name: str, records_per_unit: int) -> Iterator[ReadUnit]:
     if _is_record(name) or name.lower().endswith(TARS):
-        yield Unit(str(file), name)
+        yield ReadUnit(str(file), name)
     elif name.lower().endswith(".zip"):
         try:
             with zipfile.ZipFile(file) as archive:
                 n_records = len(_records_in(archive))
         except (OSError, zipfile.BadZipFile):
             # The file is listed as a unit, so that `read_unit` reports this error like all other read errors.
-            yield Unit(str(file), name)
+            yield ReadUnit(str(file), name)
             return
         for start in range(0, n_records, records_per_unit):
-            yield Unit(str(file), name, start, min(start + records_per_unit, n_records))
+            yield ReadUnit(str(file), name, start, min(start + records_per_unit, n_records))
 
 
-def _loose(unit: Unit) -> Iterator[Record | RefusedRecord]:
+def _loose(unit: ReadUnit) -> Iterator[Record | RefusedRecord]:
     name = _printable(unit.name)
     try:
         with open(unit.file, "rb") as file:
@@ -125,7 +125,7 @@ def _loose(unit: Unit) -> Iterator[Record | RefusedRecord]:
     yield _record(name, data)
 
 
-def _members_of_tar(unit: Unit) -> Iterator[Record | RefusedRecord]:
+def _members_of_tar(unit: ReadUnit) -> Iterator[Record | RefusedRecord]:
     try:
         with tarfile.open(unit.file, "r|*") as archive:
             while (member := archive.next()) is not None:
@@ -141,7 +141,7 @@ def _members_of_tar(unit: Unit) -> Iterator[Record | RefusedRecord]:
         yield _unreadable(_printable(unit.name), error)
 
 
-def _members_of_zip(unit: Unit) -> Iterator[Record | RefusedRecord]:
+def _members_of_zip(unit: ReadUnit) -> Iterator[Record | RefusedRecord]:
     try:
         archive = zipfile.ZipFile(unit.file)
     except (OSError, zipfile.BadZipFile) as error:

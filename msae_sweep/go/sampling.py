@@ -53,12 +53,12 @@ class Chunk(NamedTuple):
         """Yield each game with the plies of its positions in this chunk."""
         skip, left = self.skip, self.n_positions
         for game in self.games:
-            plies = plies_of(game, sampling)[skip : skip + left]
+            plies = sampled_plies(game, sampling)[skip : skip + left]
             yield game, plies
             skip, left = 0, left - len(plies)
 
 
-def cut(games: Sequence[Game], sampling: Sampling) -> list[Chunk]:
+def make_chunks(games: Sequence[Game], sampling: Sampling) -> list[Chunk]:
     """Divide the sampled positions into chunks, with games sorted by key, which is as good as a random order.
 
     The same games and settings therefore give the same chunks, independent of how the records are stored and of the
@@ -92,7 +92,7 @@ def cut(games: Sequence[Game], sampling: Sampling) -> list[Chunk]:
     return chunks
 
 
-def points_asked_for(text: str) -> Points:
+def parse_points(text: str) -> Points:
     """Parse the value of `--points`.
 
     Raises:
@@ -112,12 +112,14 @@ def games_sha256(games: Sequence[Game]) -> str:
     return hashlib.sha256("\n".join(sorted(game.key for game in games)).encode()).hexdigest()
 
 
-def plies_of(game: Game, sampling: Sampling) -> Int64[np.ndarray, " plies"]:
+def sampled_plies(game: Game, sampling: Sampling) -> Int64[np.ndarray, " plies"]:
     """Return the plies of the positions that are taken from a game."""
     return sample_plies(game, sampling.positions_per_game, sampling.skip_first, sampling.seed)
 
 
-def points_of(game: Game, plies: Int64[np.ndarray, " plies"], sampling: Sampling) -> Int16[np.ndarray, "plies rows"]:
+def sampled_points(
+    game: Game, plies: Int64[np.ndarray, " plies"], sampling: Sampling
+) -> Int16[np.ndarray, "plies rows"]:
     """Return the points taken from each position, ascending; −1 stands for the mean over the board.
 
     Random points depend only on (seed, game, ply).

@@ -111,7 +111,7 @@ def read_games(record: Record) -> Iterator[Game | RefusedRecord]:
         yield RefusedRecord(record.name, "broken", "no SGF game in it" if record.data.strip() else "empty")
 
 
-def distinct(games: Iterable[Game | RefusedRecord]) -> Iterator[Game | RefusedRecord]:
+def refuse_duplicates(games: Iterable[Game | RefusedRecord]) -> Iterator[Game | RefusedRecord]:
     """Yield the first game of each key, refuse later ones as duplicates; keep one key and name per game in memory."""
     first: dict[str, str] = {}
     for game in games:

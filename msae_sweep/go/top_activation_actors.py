@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msae_sweep.go.board import N_POINTS
 from msae_sweep.go.leela import Network
-from msae_sweep.go.pipeline import BATCH, Boards, unpacked
+from msae_sweep.go.pipeline import BATCH, ChunkBoards, unpack_boards
 from msae_sweep.go.planes import planes
 from msae_sweep.go.top_positions import FiringStatistics, TopPositions, board_maxima, top_positions
 
@@ -37,7 +37,7 @@ class _Codes:
         pre_acts = N_POINTS * file.model.hidden_dim
         self.batch = max(1, min(BATCH[self.device.type], _PRE_ACTS // pre_acts))
 
-    def activations(self, chunk: Boards, part: slice) -> Float[Tensor, "rows filters"]:
+    def activations(self, chunk: ChunkBoards, part: slice) -> Float[Tensor, "rows filters"]:
         """Return the block's activations in float32, with 361 rows per position, ordered from the top left."""
         block, bottom = self.settings.block, self.settings.first_row == "bottom"
         boards = torch.tensor(chunk.boards[part]).to(self.device)
@@ -63,7 +63,7 @@ class TopActivationActor(_Codes):
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Return the result row of one chunk, with its `TopPositions` and `FiringStatistics`."""
-        chunk = unpacked(batch)
+        chunk = unpack_boards(batch)
         n, hidden_dim = len(chunk.ply), self.model.sae.hidden_dim
         found: list[TopPositions] = []
         firing: list[FiringStatistics] = []
@@ -91,7 +91,7 @@ class LatentMapActor(_Codes):
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Return the result row of one chunk, with 361 values for each (latent, game id, ply) that is wanted."""
-        found, chunk = {}, unpacked(batch)
+        found, chunk = {}, unpack_boards(batch)
         for part in self.parts(len(chunk.ply)):
             values, indices = self.model.encode_sparse(self.activations(chunk, part), self.settings.k)
             places = list(zip(chunk.game_id[part].tolist(), chunk.ply[part].tolist(), strict=True))

@@ -21,11 +21,11 @@ from msae_sweep.go import diagrams
 from msae_sweep.go.board import N_POINTS, PASS
 from msae_sweep.go.diagrams import Diagram, LatentDiagrams
 from msae_sweep.go.leela import Precision
-from msae_sweep.go.pipeline import ChosenPositions, read_all, run
+from msae_sweep.go.pipeline import ChosenPositions, read_all_games, run_actor_on_chunks
 from msae_sweep.go.progress_bar import GamesProgress
 from msae_sweep.go.records import find_units
 from msae_sweep.go.replay import replay
-from msae_sweep.go.sampling import CHUNK_POSITIONS, Sampling, cut
+from msae_sweep.go.sampling import CHUNK_POSITIONS, Sampling, make_chunks
 from msae_sweep.go.sgf import Game
 from msae_sweep.go.top_activation_actors import LatentMapActor, TopActivationActor
 from msae_sweep.go.top_positions import FiringStatistics, TopPositions
@@ -79,7 +79,7 @@ class TopActivationSummary(NamedTuple):
         )
 
 
-def latents_asked_for(text: str) -> tuple[int, ...] | int:
+def parse_latents(text: str) -> tuple[int, ...] | int:
     """Parse the value of `--latents`: a number without a comma is a count; with commas, the numbers name latents.
 
     Raises:
@@ -99,7 +99,7 @@ def latents_asked_for(text: str) -> tuple[int, ...] | int:
     return numbers
 
 
-def show(
+def write_top_activations(
     settings: TopActivationSettings,
     report: Callable[[GamesProgress], None] = lambda _: None,
     connect: Callable[[], None] = lambda: None,
@@ -118,9 +118,9 @@ def show(
     weights = read_weights(settings.weights)
     _check(settings, len(weights.blocks), weights.filters)
     connect()
-    found = read_all(units, settings.games)
+    found = read_all_games(units, settings.games)
     games = found.games
-    chunks = cut(games, settings.sampling)
+    chunks = make_chunks(games, settings.sampling)
     if not chunks:
         raise DataError(f"{settings.games}: no game is longer than --skip-first {settings.sampling.skip_first} moves")
     arguments = ([ray.put(weights), ray.put(settings.model)], settings)
@@ -129,7 +129,7 @@ def show(
     report(GamesProgress(0, n_positions, 0, ""))
     best: TopPositions | None = None
     firing: FiringStatistics | None = None
-    for result in run(chunks, settings.sampling, TopActivationActor, arguments):
+    for result in run_actor_on_chunks(chunks, settings.sampling, TopActivationActor, arguments):
         part, part_firing = pickle.loads(result["found"])
         best = part if best is None else best.merge(part)
         firing = part_firing if firing is None else firing.add(part_firing)
@@ -150,7 +150,7 @@ def show(
             f"Shown are the {len(latents)} latents that are strongest where they fire (largest mean z²), of those that "
             f"fire in at least {settings.top} games; the strongest first."
         )
-    page = diagrams.page(f"What block {settings.block}'s latents see", [*intro, *settings.notes], drawn)
+    page = diagrams.render_page(f"What block {settings.block}'s latents see", [*intro, *settings.notes], drawn)
     record = json.dumps(_record(settings, best, firing, n_positions, by_id))
     try:
         StoragePath(settings.out).write(page.encode())
@@ -213,7 +213,9 @@ def _drawn(
             if value > 0:
                 wanted[game_id, ply].append(latent)
     acts: dict[tuple[int, int, int], np.ndarray] = {}
-    for result in run(_picked(wanted, games), settings.sampling, LatentMapActor, (*arguments, dict(wanted))):
+    for result in run_actor_on_chunks(
+        _picked(wanted, games), settings.sampling, LatentMapActor, (*arguments, dict(wanted))
+    ):
         acts |= pickle.loads(result["found"])
 
     def diagram(latent: int, game_id: int, ply: int) -> Diagram:

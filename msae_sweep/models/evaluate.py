@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from msae_sweep.config import DataConfig, parse
-from msae_sweep.data.prepare.changes import what_changed
-from msae_sweep.data.prepare.passes import Job
+from msae_sweep.data.prepare.changes import describe_change
+from msae_sweep.data.prepare.passes import PreparationJob
 from msae_sweep.data.prepare.split import standardise
 from msae_sweep.data.sources.base import BlockInfo
-from msae_sweep.data.sources.catalog import open_source, select
+from msae_sweep.data.sources.catalog import open_source, select_blocks
 from msae_sweep.errors import ConfigError, DataError, DeviceError
 from msae_sweep.models.find import FoundModel
 from msae_sweep.paths import StoragePath
@@ -43,7 +43,7 @@ QUANTILES = (0.1, 0.5, 0.9, 0.99)
 """Quantiles of the firing frequencies that `render` shows."""
 
 
-class Part(NamedTuple):
+class RangeRows(NamedTuple):
     """Rows of one row range on which the model is evaluated."""
 
     x: Float32[np.ndarray, "rows input_dim"]
@@ -55,7 +55,7 @@ class Part(NamedTuple):
 class EvaluationPlan(NamedTuple):
     """Rows on which a model is evaluated, as row ranges. A plan is picklable, and making it reads no rows."""
 
-    job: Job
+    job: PreparationJob
     info: BlockInfo
     side: Side
     drop_nonfinite: bool
@@ -67,7 +67,7 @@ class EvaluationPlan(NamedTuple):
         """Number of row ranges; `read` returns one part for each."""
         return len(self.job.ranges)
 
-    def read(self, i: int) -> Part:
+    def read(self, i: int) -> RangeRows:
         """Read part `i`, standardised with the model's own statistics.
 
         Raises:
@@ -79,7 +79,7 @@ class EvaluationPlan(NamedTuple):
         if len(bad) and not self.drop_nonfinite:
             where = self.job.ranges[i].name(int(bad[0]), int(bad[-1]))
             raise DataError(f"{where}: NaN or Inf; mend them, or drop them with --set data.drop_nonfinite=true")
-        return Part(standardise(x[wanted & finite], self.mean, self.std), len(bad))
+        return RangeRows(standardise(x[wanted & finite], self.mean, self.std), len(bad))
 
 
 class EvaluationReport(NamedTuple):
@@ -134,7 +134,7 @@ class EvaluationReport(NamedTuple):
         return {key: value for key, value in named.items() if math.isfinite(value)}
 
 
-def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig:
+def data_config_for(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig:
     """Return the location and split of the rows: those of `data`, or without it those of the sweep in folder `what`.
 
     Args:
@@ -156,7 +156,7 @@ def data_of(what: str, data: str | None, overrides: Sequence[str]) -> DataConfig
     return parse(text, overrides, source=str(file)).data
 
 
-def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> EvaluationPlan:
+def make_plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> EvaluationPlan:
     """Choose the rows on which a model is evaluated. Only headers are read.
 
     Args:
@@ -176,7 +176,7 @@ def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> 
         if len(infos) > 1:
             raise ConfigError(f"--block: {data.path} has blocks {', '.join(map(str, infos))}; say which")
         block = next(iter(infos))
-    (info,) = select(infos, data.model_copy(update={"blocks": (block,)}))
+    (info,) = select_blocks(infos, data.model_copy(update={"blocks": (block,)}))
     model = found.file.model
     if info.input_dim != model.input_dim:
         raise DataError(f"{info.where}: rows of width {info.input_dim}, but {found.where} takes {model.input_dim}")
@@ -184,7 +184,7 @@ def plan(found: FoundModel, data: DataConfig, block: int | None, side: Side) -> 
     if split_by == "game_id" and not info.has_groups:
         raise DataError(f"data.split_by: game_id, but {info.where} has no game_id; add one or write row")
     ranges = source.row_ranges(block, max(1, RANGE_BYTES // (8 * info.input_dim)))
-    job = Job(source, ranges, split_by, data.seed, data.val_split)
+    job = PreparationJob(source, ranges, split_by, data.seed, data.val_split)
     return EvaluationPlan(job, info, side, data.drop_nonfinite, found.file.mean, found.file.std)
 
 
@@ -202,7 +202,7 @@ def check_unchanged(sweep: str, plan: EvaluationPlan, say: Callable[[str], None]
     manifests, origins = (_json_of(StoragePath(sweep) / name) for name in ("data.json", "origins.json"))
     block = str(plan.info.block)
     if block in manifests:
-        changed = what_changed(plan.job.source, plan.info, manifests[block], origins.get(block, {}), say)
+        changed = describe_change(plan.job.source, plan.info, manifests[block], origins.get(block, {}), say)
         if changed:
             raise DataError(
                 f"{changed}: not the rows that {sweep} was about; bring them back, or give rows with --data"
@@ -231,7 +231,7 @@ def choose_evaluation_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def sums_here(
+def local_sums(
     plan: EvaluationPlan, model: MSAE, max_k: int, device: torch.device
 ) -> Iterator[tuple[EvaluationSums, int]]:
     """Yield the sums of each part and its number of dropped rows, computed in this process."""
@@ -255,7 +255,7 @@ def evaluate(
     """Evaluate a model on the rows of a plan.
 
     Args:
-        parts: function that yields the sums and dropped rows of the plan's parts, e.g. `sums_here` for one device.
+        parts: function that yields the sums and dropped rows of the plan's parts, e.g. `local_sums` for one device.
         max_k: largest k to evaluate; by default the model's largest level.
         against: models whose dictionaries are compared with this model's.
         on_progress: called with the number of parts that are done and the number of all parts.

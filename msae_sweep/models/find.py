@@ -22,7 +22,7 @@ class FoundModel(NamedTuple):
     """File or URI, for messages."""
 
 
-def is_folder(what: str) -> bool:
+def names_a_folder(what: str) -> bool:
     """Return whether `what` is a folder. A folder can hold models of several blocks, so a block must be chosen."""
     return not what.startswith(("champion:", "models:/", "runs:/")) and StoragePath(what).is_folder()
 

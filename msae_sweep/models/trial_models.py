@@ -8,7 +8,7 @@ from msae_sweep.sweep_folder.folder import SweepFolder
 from msae_sweep.sweep_folder.trial_record import TrialRecord, ranked
 
 
-def lost_models(folder: SweepFolder, records: Sequence[TrialRecord]) -> dict[str, str]:
+def unreadable_models(folder: SweepFolder, records: Sequence[TrialRecord]) -> dict[str, str]:
     """Return what is wrong with models that cannot be read, by trial_id. Only the best trial per block is checked."""
     lost = {}
     for block in {record.block for record in records}:
@@ -33,7 +33,7 @@ def load_model(folder: SweepFolder, trial_id: str) -> model_file.ModelFile:
     if content is None:
         raise DataError(f"{file} is missing")
     try:
-        model_file.check_sums(content)
+        model_file.verify_checksums(content)
     except ValueError as error:
         raise DataError(f"{file} is damaged ({error})") from None
     return model_file.load(file, content)

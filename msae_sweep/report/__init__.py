@@ -72,7 +72,7 @@ def _write(
     from msae_sweep.paths import StoragePath
     from msae_sweep.report import page
     from msae_sweep.report.build import build
-    from msae_sweep.report.style import drawn_here
+    from msae_sweep.report.style import draw_in_process
 
     first, *others = sweeps
     within = FOLDER if not others else f"{FOLDER}/{'-'.join(['with', *(sweep.name for sweep in others)])}"
@@ -86,7 +86,7 @@ def _write(
                 elsewhere.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SweepError(f"--out: {out} cannot be made: {error.strerror}") from None
-    report = build(sweeps, most_products, draw or drawn_here)
+    report = build(sweeps, most_products, draw or draw_in_process)
     files = {f"figures/{d.name}.svg": d.svg_file for d in report.drawings}
     files |= {f"figures/{d.name}.png": d.png_file for d in report.drawings}
     texts = {"report.md": page.markdown(report), "trials.csv": page.trials_csv(report.sweeps)}

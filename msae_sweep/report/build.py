@@ -13,7 +13,7 @@ from msae_sweep.report.next_space import Advice, advise
 from msae_sweep.report.page import Report, Section
 from msae_sweep.report.recommendation import Recommendation, baselines, matryoshka, recommendations
 from msae_sweep.report.response_surface import Response
-from msae_sweep.report.style import Draw, Drawing, Job, drawn_here
+from msae_sweep.report.style import Draw, Drawing, Job, draw_in_process
 from msae_sweep.report.sweep_data import Group, Sweep, Trial
 
 
@@ -29,7 +29,7 @@ class _Plan(NamedTuple):
     note: str = ""
 
 
-def build(sweeps: Sequence[Sweep], most_products: float = float("inf"), draw: Draw = drawn_here) -> Report:
+def build(sweeps: Sequence[Sweep], most_products: float = float("inf"), draw: Draw = draw_in_process) -> Report:
     """Build the report: choose the recommended trials, fit the responses, measure R² at every k, and draw the figures.
 
     Besides `sweeps`, only prepared rows, models and the cache of measured curves are read.
@@ -187,7 +187,9 @@ def _course(sweep: Sweep, *, many: bool) -> list[_Plan]:
 
 def _fits(sweep: Sweep, advice: Advice, *, many: bool) -> _Plan:
     jobs: list[Job] = [
-        partial(score_figures.fitted, response) for response in advice.responses if isinstance(response, Response)
+        partial(score_figures.fitted_learning_rate, response)
+        for response in advice.responses
+        if isinstance(response, Response)
     ]
     lead = (
         "A simple curve through the trials, drawn as 1 − score (lower is better): where the best learning rate lies, "

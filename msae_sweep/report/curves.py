@@ -31,14 +31,14 @@ class Curves(NamedTuple):
     """Maps a block to the reason why its curves have the trained levels only."""
 
 
-def shown(group: Group) -> list[Trial]:
+def trials_with_curves(group: Group) -> list[Trial]:
     """Return the trials whose curves a report shows: the best of all, and the best of each weighting."""
     candidates = [group.best, *(group.best_with(weighting=weighting) for weighting in ("uniform", "reverse"))]
     return list({trial.trial_id: trial for trial in candidates if trial}.values())
 
 
 def curves(sweep: Sweep, *, most_products: float = float("inf")) -> Curves:
-    """Return R² at every k of the `shown` trials, from the cache or measured on the sweep's prepared validation rows.
+    """Return R² at every k of the trials with curves, from the cache or measured on the prepared validation rows.
 
     A curve that cannot be measured has the trained levels only, e.g. because the prepared rows no longer exist, or
     because measuring would take more than `most_products` multiplications in all. Newly measured curves are cached.
@@ -47,7 +47,7 @@ def curves(sweep: Sweep, *, most_products: float = float("inf")) -> Curves:
     by_trial, missing, spent, before = {}, {}, 0.0, dict(known)
     for group in sweep.groups:
         manifest = sweep.manifests.get(group.block)
-        for trial in shown(group):
+        for trial in trials_with_curves(group):
             entry = known.get(trial.trial_id)
             if not _fits(entry, trial, manifest):
                 entry = None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msae_sweep.config import DEAD_RATIO_ALLOWED
-from msae_sweep.report.style import COLOURS, GREY, MARKERS, STYLES, Drawing, finished, legend_below, panel, plain_log
+from msae_sweep.report.style import COLOURS, GREY, MARKERS, STYLES, Drawing, legend_below, panel, plain_log, to_drawing
 from msae_sweep.report.sweep_data import Curve, Group, Trial
 
 MOST_ROWS = 40
@@ -68,7 +68,7 @@ def r2_by_k(
     elif len(levels) > 1:
         gain = r2[last] - r2[levels[-2]]
         reading += f"; going from {levels[-2]} to {last} {'adds' if gain > 0 else 'loses'} {abs(gain):.3f}"
-    return finished(figure, f"r2_by_k_block{block}", f"Block {block}: R² at every k", f"{reading}.")
+    return to_drawing(figure, f"r2_by_k_block{block}", f"Block {block}: R² at every k", f"{reading}.")
 
 
 def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
@@ -76,7 +76,7 @@ def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
 
     Return None if only one of the weightings was tried, or if the group has a single level.
     """
-    pair = {name: group.best_with(weighting=name) for name in ("uniform", "reverse")}
+    pair = {weighting: group.best_with(weighting=weighting) for weighting in ("uniform", "reverse")}
     uniform, reverse = pair["uniform"], pair["reverse"]
     if uniform is None or reverse is None or len(group.levels) == 1:
         return None
@@ -103,8 +103,8 @@ def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
         if k in (group.levels[0], group.levels[-1])
     ]
     reading = f"The best reverse trial is {' and '.join(differences)} than the best uniform one"
-    reading += but(uniform, reverse, "weighting")
-    return finished(figure, name("weighting", group), f"Block {group.block}: weighting", f"{reading}.")
+    reading += comparison_caveat(uniform, reverse, "weighting")
+    return to_drawing(figure, figure_name("weighting", group), f"Block {group.block}: weighting", f"{reading}.")
 
 
 def early_stopping(group: Group) -> Drawing | None:
@@ -149,7 +149,9 @@ def early_stopping(group: Group) -> Drawing | None:
         reading = f"None of {len(group.trials)} trials was stopped"
     if len(group.trials) > len(shown):
         reading += f" (the best {len(shown)} are drawn)"
-    return finished(figure, name("early_stopping", group), f"Block {group.block}: early stopping", f"{reading}.")
+    return to_drawing(
+        figure, figure_name("early_stopping", group), f"Block {group.block}: early stopping", f"{reading}."
+    )
 
 
 TRAINING = {
@@ -190,7 +192,7 @@ def training(groups: Sequence[Group], key: str) -> Drawing:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(_every_other)
     legend_below(figure, axes, 1 if any(_ended_early(group.best) for group in groups) else 3)
-    return finished(figure, f"training_{key}", title, _training_reading(key, groups))
+    return to_drawing(figure, f"training_{key}", title, _training_reading(key, groups))
 
 
 def _small(value: float) -> str:
@@ -198,7 +200,7 @@ def _small(value: float) -> str:
     return f"{value:.3f}" if value >= 0.0005 else "less than 0.001"
 
 
-def but(a: Trial, b: Trial, compared: str) -> str:
+def comparison_caveat(a: Trial, b: Trial, compared: str) -> str:
     """Return a remark on the differences of two trials besides the setting `compared`; "" if there are none."""
     early = [t for t in (a, b) if t.record.status == "stopped_early"]
     if early and a.record.epochs != b.record.epochs:
@@ -254,6 +256,6 @@ def _every_other(value: float, position: int | None = None) -> str:
     return f"{value:g}" if digit in (2, 5) else ""
 
 
-def name(kind: str, group: Group) -> str:
+def figure_name(kind: str, group: Group) -> str:
     """Return the stem of a figure's file names, e.g. `size_block5`."""
     return f"{kind}_block{group.block}" + (f"_k{group.levels[0]}" if len(group.levels) == 1 else "")

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import msae_sweep
 from msae_sweep.report.curves import Curves
 from msae_sweep.report.next_space import Advice
-from msae_sweep.report.recommendation import Recommendation, compares
+from msae_sweep.report.recommendation import Recommendation, same_validation_rows
 from msae_sweep.report.style import Drawing
 from msae_sweep.report.sweep_data import Sweep
 
@@ -159,7 +159,7 @@ def _comparison(report: Report) -> list[dict[str, Any]]:
     for answer in report.answers:
         for sweep in report.sweeps:
             for group in sweep.groups_of(answer.block):
-                same = sweep is answer.sweep or compares(sweep, answer.sweep, answer.block)
+                same = sweep is answer.sweep or same_validation_rows(sweep, answer.sweep, answer.block)
                 rows.append({"sweep": sweep, "group": group, "trial": group.best, "same_data": same})
     return rows
 

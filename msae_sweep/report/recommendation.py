@@ -63,7 +63,7 @@ def matryoshka(sweep: Sweep, block: int) -> list[Group]:
 def baselines(sweeps: Sequence[Sweep], block: int, like: Sweep) -> list[Trial]:
     """Return, for every k, the best SAE that was trained for this k alone, on the same data as the sweep `like`."""
     best: dict[int, Trial] = {}
-    for sweep in (sweep for sweep in sweeps if sweep is like or compares(sweep, like, block)):
+    for sweep in (sweep for sweep in sweeps if sweep is like or same_validation_rows(sweep, like, block)):
         for group in sweep.groups_of(block):
             (k, *more), trial = group.levels, group.best
             if not more and (k not in best or trial.best["objective"] > best[k].best["objective"]):
@@ -71,7 +71,7 @@ def baselines(sweeps: Sequence[Sweep], block: int, like: Sweep) -> list[Trial]:
     return [best[k] for k in sorted(best)]
 
 
-def compares(a: Sweep, b: Sweep, block: int) -> bool:
+def same_validation_rows(a: Sweep, b: Sweep, block: int) -> bool:
     """Return whether two sweeps measured a block's R² on the same validation rows; False if that is not known."""
     keys = {sweep.manifests.get(block, {}).get("key") for sweep in (a, b)}
     return len(keys) == 1 and None not in keys
@@ -82,7 +82,9 @@ def _answer(block: int, sweeps: Sequence[Sweep]) -> Recommendation:
     # Prefer several levels to a single one, whatever the scores, because their scores cannot be compared.
     first_sweep, first = next((offer for offer in offers if len(offer[1].levels) > 1), offers[0])
     rivals = [
-        (s, g) for s, g in offers if g.levels == first.levels and (s is first_sweep or compares(s, first_sweep, block))
+        (s, g)
+        for s, g in offers
+        if g.levels == first.levels and (s is first_sweep or same_validation_rows(s, first_sweep, block))
     ]
     sweep, group = max(rivals, key=lambda offer: offer[1].best.best["objective"])
     trial, n = group.best, sum(len(g.trials) for _, g in rivals)

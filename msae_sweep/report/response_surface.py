@@ -26,7 +26,7 @@ SPARE_TRIALS = 3
 """Number of trials that a fit needs in addition to one per coefficient."""
 TRUSTED = 0.3
 """Smallest leave-one-out R² (share of the variance between trials) of a trusted fit."""
-CHANCE = 0.02
+MAX_P_VALUE = 0.02
 """Largest p-value of a trusted fit: the share of shuffled scores of which a fit explains as much."""
 REFITS = 1000
 """Number of refits with random residual signs, and number of fits to shuffled scores."""
@@ -85,7 +85,7 @@ class Response(NamedTuple):
     @property
     def is_trusted(self) -> bool:
         """True if the fit predicts unseen trials: `explained` and `chance` are within TRUSTED and CHANCE."""
-        return self.explained >= TRUSTED and self.chance <= CHANCE
+        return self.explained >= TRUSTED and self.chance <= MAX_P_VALUE
 
     @property
     def joint_share(self) -> float:
@@ -319,7 +319,7 @@ def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Respo
     low, high = np.exp(np.quantile(optima, (0.1, 0.9), method="nearest"))
     optimum = float(np.exp(_optima(b[None], c[None], x)[0]))
     n = len(sample.trials)
-    trusted = fit.explained >= TRUSTED and fit.chance <= CHANCE
+    trusted = fit.explained >= TRUSTED and fit.chance <= MAX_P_VALUE
     is_inside = tried[0] <= optimum <= tried[1]
     effects = []
     for key in design.settings():

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from msae_sweep.config import DEAD_RATIO_ALLOWED
-from msae_sweep.report.figures import but, name
+from msae_sweep.report.figures import comparison_caveat, figure_name
 from msae_sweep.report.response_surface import Response
-from msae_sweep.report.style import COLOURS, GREY, MARKERS, Drawing, finished, legend_below, log_y, panel, plain_log
+from msae_sweep.report.style import COLOURS, GREY, MARKERS, Drawing, legend_below, log_y, panel, plain_log, to_drawing
 from msae_sweep.report.sweep_data import Group, Trial
 
 LOWER = "(lower is better)"
@@ -33,10 +33,10 @@ def learning_rate(group: Group) -> Drawing:
         reading += f"; the best three lie between {top[0]:.2e} and {top[-1]:.2e}"
     elif max(rates) / min(rates) < 1.001:
         reading += ", as all of them"
-    return finished(figure, name("learning_rate", group), f"Block {group.block}: learning rate", f"{reading}.")
+    return to_drawing(figure, figure_name("learning_rate", group), f"Block {group.block}: learning rate", f"{reading}.")
 
 
-def front(trials: Iterable[Trial], cost: Callable[[Trial], float]) -> list[Trial]:
+def pareto_front(trials: Iterable[Trial], cost: Callable[[Trial], float]) -> list[Trial]:
     """Return the Pareto front: trials that no other beats in mean R² at the same or lower cost, cheapest first."""
     order = sorted(trials, key=lambda trial: (cost(trial), -trial.best["r2_mean"]))
     kept: list[Trial] = []
@@ -50,7 +50,7 @@ def against_size(group: Group) -> Drawing:
     """Draw mean R² against the number of latents, with the Pareto front of trials that no smaller one beats."""
     figure, axes = panel()
     _scatter(axes, group, size, "r2_mean")
-    best = front(group.ended, size)
+    best = pareto_front(group.ended, size)
     axes.plot([size(t) for t in best], _left(best, "r2_mean"), color="k", linewidth=1, label="best for size")
     known = group.best.hidden_dim is not None
     plain_log(axes, [size(trial) for trial in group.ended], base=2)
@@ -61,21 +61,21 @@ def against_size(group: Group) -> Drawing:
         a, b = best[-2:]
         gain = b.best["r2_mean"] - a.best["r2_mean"]
         reading = f"The best with {size(b):g} is {gain:.3f} ahead of the best with {size(a):g}"
-        reading += but(a, b, "expansion_factor")
+        reading += comparison_caveat(a, b, "expansion_factor")
         if size(b) < max(sizes):
             reading += f"; none with {max(sizes):g} beats it"
     elif len(sizes) > 1:
         reading = f"Nothing larger beats the best with {size(best[0]):g}"
     else:
         reading = f"Every trial has {size(best[0]):g}; other sizes were not tried"
-    return finished(figure, name("size", group), f"Block {group.block}: size", f"{reading}.")
+    return to_drawing(figure, figure_name("size", group), f"Block {group.block}: size", f"{reading}.")
 
 
 def against_dead(group: Group) -> Drawing:
     """Draw mean R² against the share of dead latents, with the Pareto front."""
     figure, axes = panel()
     _scatter(axes, group, lambda trial: 100 * trial.best["dead_ratio"], "r2_mean")
-    best = front(group.ended, lambda trial: trial.best["dead_ratio"])
+    best = pareto_front(group.ended, lambda trial: trial.best["dead_ratio"])
     axes.plot(
         [100 * t.best["dead_ratio"] for t in best],
         _left(best, "r2_mean"),
@@ -95,10 +95,10 @@ def against_dead(group: Group) -> Drawing:
         f"{over or 'none'} of {len(group.ended)} trials {'has' if over == 1 else 'have'} "
         f"{DEAD_RATIO_ALLOWED:.0%} or more"
     )
-    return finished(figure, name("dead", group), f"Block {group.block}: dead latents", f"{reading}.")
+    return to_drawing(figure, figure_name("dead", group), f"Block {group.block}: dead latents", f"{reading}.")
 
 
-def fitted(response: Response) -> Drawing:
+def fitted_learning_rate(response: Response) -> Drawing:
     """Draw the fitted response to the learning rate, and the trials that it was fitted to."""
     rates, scores = response.points
     block = response.block
@@ -117,7 +117,7 @@ def fitted(response: Response) -> Drawing:
     ylabel = f"1 − score at epoch {response.epoch}" if response.epoch else f"1 − score {LOWER}"
     axes.set(xlabel="learning rate", ylabel=ylabel)
     legend_below(figure, axes, 1)
-    return finished(figure, f"fit_block{block}", f"Block {block}: fitted learning rate", response.sentence)
+    return to_drawing(figure, f"fit_block{block}", f"Block {block}: fitted learning rate", response.sentence)
 
 
 def size(trial: Trial) -> float:

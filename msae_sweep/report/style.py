@@ -57,22 +57,22 @@ Draw = Callable[[Sequence[Job]], Callable[[], list[Drawing | None]]]
 """Function that starts to draw. It returns a function that waits for the drawings and returns one per job."""
 
 
-def styled() -> Any:
+def report_style() -> Any:
     """Return a context manager within which figures get the style of a report."""
     import matplotlib
 
     return matplotlib.rc_context(_SETTINGS)
 
 
-def drawn(job: Job) -> Drawing | None:
+def draw_job(job: Job) -> Drawing | None:
     """Return the drawing of a job in the style of a report."""
-    with styled():
+    with report_style():
         return job()
 
 
-def drawn_here(jobs: Sequence[Job]) -> Callable[[], list[Drawing | None]]:
+def draw_in_process(jobs: Sequence[Job]) -> Callable[[], list[Drawing | None]]:
     """Return a function that runs the jobs one after another in this process. Nothing is drawn before it is called."""
-    return lambda: [drawn(job) for job in jobs]
+    return lambda: [draw_job(job) for job in jobs]
 
 
 def panel(height: float = 3.4) -> tuple[Any, Any]:
@@ -140,7 +140,7 @@ def log_y(axes: Any, values: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
-def finished(figure: Any, name: str, title: str, reading: str) -> Drawing:
+def to_drawing(figure: Any, name: str, title: str, reading: str) -> Drawing:
     """Return a finished figure as a drawing: as an SVG for the page, an SVG file and a PNG file (200 dpi)."""
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})

@@ -216,7 +216,7 @@ def level_stability(
     return (weights @ matched.double().cpu() / weights.sum(dim=1)).tolist()
 
 
-def stability(model: MSAE, evaluation: Evaluation, others: Sequence[MSAE]) -> list[list[float]]:
+def level_stabilities(model: MSAE, evaluation: Evaluation, others: Sequence[MSAE]) -> list[list[float]]:
     """Return `level_stability` against each of `others`: one list per other model, one value per `evaluation.levels`.
 
     Raises:

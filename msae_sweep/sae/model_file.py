@@ -99,7 +99,7 @@ def load(path: str | Path, content: bytes | None = None) -> ModelFile:
         raise DataError(f"{path}: not an MSAE model file: {first_line(error)}") from None
 
 
-def check_sums(content: bytes) -> None:
+def verify_checksums(content: bytes) -> None:
     """Verify the checksums that torch saved in a model file; `torch.load` does not check them.
 
     Raises:

@@ -81,7 +81,7 @@ def fit(
 
 def _engine(state: TrainState, train: Batches, config: TrainingConfig, steps: StepCache | None) -> Engine:
     device = state.samples_since_fired.device
-    choice = kernels.choose(device, config, state.model.input_dim)
+    choice = kernels.choose_engine(device, config, state.model.input_dim)
     dead_after_samples = config.dead_after_samples or train.n_rows
     if choice.reconstruct is not None:
         return AutogradEngine(state, config, choice.reconstruct, dead_after_samples)

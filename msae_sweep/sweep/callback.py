@@ -17,7 +17,7 @@ from msae_sweep.sweep.record_writer import RecordWriter
 from msae_sweep.sweep.scheduler import BlockAsha
 from msae_sweep.sweep_folder.folder import SweepFolder
 from msae_sweep.sweep_folder.rungs import STOPPED_AT
-from msae_sweep.sweep_folder.trial_record import FINAL, Status, TrialRecord
+from msae_sweep.sweep_folder.trial_record import FINAL_STATUSES, Status, TrialRecord
 from msae_sweep.track.tracker import Tracker
 
 
@@ -92,7 +92,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         result = trial.last_result or {}
         spec = trial.config["trial"]
         # Tune also sets `done` on the result of a trial that its scheduler stopped, so the trial's own status decides.
-        if result.get("status") in FINAL:
+        if result.get("status") in FINAL_STATUSES:
             self._end(self._record(trial), result["status"], result["reason"])
             return
         verdict, rung = self._scheduler.verdict(spec["group"], spec["trial_id"])

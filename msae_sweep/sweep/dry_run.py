@@ -14,24 +14,24 @@ from msae_sweep.data.prepare import shards
 from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.errors import DeviceError, SweepError
 from msae_sweep.sweep.memory import model_of, shard_bytes, size
-from msae_sweep.sweep.resources import starts_ray_here, too_few
-from msae_sweep.sweep.run import checked
+from msae_sweep.sweep.resources import starts_ray_here, too_few_error
+from msae_sweep.sweep.run import check_before_ray
 from msae_sweep.sweep.space import plan
 from msae_sweep.sweep_folder.folder import SweepFolder
-from msae_sweep.sweep_folder.trial_record import FINAL, TrialRecord
+from msae_sweep.sweep_folder.trial_record import FINAL_STATUSES, TrialRecord
 from msae_sweep.track.uri import redact
 
 ROWS_SHOWN = 12
 """Maximum number of trials in the table; its title gives the number of all trials."""
 
 
-def show(config: SweepConfig, *, resume: bool, console: Console) -> None:
+def print_plan(config: SweepConfig, *, resume: bool, console: Console) -> None:
     """Print what `run` would do with the same arguments.
 
     Raises:
         MsaeSweepError: `run` would refuse the sweep before its first trial, as far as that is known without Ray.
     """
-    config, folder, infos = checked(config, resume=resume)
+    config, folder, infos = check_before_ray(config, resume=resume)
     _check_writable(folder)
     _check_devices(config)
 
@@ -47,7 +47,7 @@ def show(config: SweepConfig, *, resume: bool, console: Console) -> None:
 
 
 def _blocks(config: SweepConfig, infos: Sequence[BlockInfo]) -> Table:
-    reusable = shards.reusable(config.data, config.storage)
+    reusable = shards.prepared_manifests(config.data, config.storage)
     table = Table(title=escape(f"Data: {redact(config.data.path)}"), title_justify="left")
     for heading in ("block", "rows", "width", "dtype", "split by", "prepared shards", "size"):
         table.add_column(heading, justify="right")
@@ -112,7 +112,7 @@ def _resumed(config: SweepConfig, folder: SweepFolder, infos: Sequence[BlockInfo
 
 
 def _is_finished(record: TrialRecord) -> bool:
-    return record.status in FINAL and record.status != "failed"  # a failed trial is tried again
+    return record.status in FINAL_STATUSES and record.status != "failed"  # a failed trial is tried again
 
 
 def _stopping(config: SweepConfig) -> str:
@@ -174,9 +174,9 @@ def _check_devices(config: SweepConfig) -> None:
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if torch.cuda.is_available() else 0
     asked = config.resources
     if asked.cpu > cpus:
-        raise too_few("cpu", asked.cpu, cpus)
+        raise too_few_error("cpu", asked.cpu, cpus)
     if asked.gpu != "auto" and asked.gpu > gpus:
-        raise too_few("gpu", asked.gpu, gpus)
+        raise too_few_error("gpu", asked.gpu, gpus)
     if "cuda" in config.corners("device") and not (gpus if asked.gpu == "auto" else asked.gpu):
         raise DeviceError("training.device: cuda, but no GPU for a trial; write resources.gpu: 1 where there is one")
 

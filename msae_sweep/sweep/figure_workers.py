@@ -12,19 +12,19 @@ from typing import TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from msae_sweep.report.style import Drawing, Job, drawn
+from msae_sweep.report.style import Drawing, Job, draw_job
 
 MOST_WORKERS = 8
 """Maximum number of workers; with more, each would import matplotlib for only a figure or two."""
 T = TypeVar("T")
 
 
-def side_by_side(jobs: Sequence[Job]) -> Callable[[], list[Drawing | None]]:
-    """Start to draw the figures of a report, as `beside` does; the returned function waits for them."""
-    return beside([partial(drawn, job) for job in jobs])
+def draw_in_workers(jobs: Sequence[Job]) -> Callable[[], list[Drawing | None]]:
+    """Start to draw the figures of a report, as `run_in_workers` does; the returned function waits for them."""
+    return run_in_workers([partial(draw_job, job) for job in jobs])
 
 
-def beside(jobs: Sequence[Callable[[], T]]) -> Callable[[], list[T]]:
+def run_in_workers(jobs: Sequence[Callable[[], T]]) -> Callable[[], list[T]]:
     """Start to run `jobs` in Ray workers; the returned function waits for their results, in the order of `jobs`.
 
     With fewer than four cores, the returned function runs the jobs in this process instead.

@@ -35,7 +35,7 @@ ASK_SECONDS = 60.0
 """Seconds that a query waits for a device that is not free."""
 
 
-class Model(NamedTuple):
+class ModelSize(NamedTuple):
     """Size of one trial's model."""
 
     input_dim: int
@@ -52,7 +52,7 @@ class Model(NamedTuple):
         return STATE_BYTES * self.n_parameters
 
 
-def check_here(config: SweepConfig, infos: Sequence[BlockInfo]) -> None:
+def check_memory_and_disk(config: SweepConfig, infos: Sequence[BlockInfo]) -> None:
     """Check what can be checked before Ray starts: disk space for the shards and, if Ray is to start here, memory.
 
     Raises:
@@ -89,9 +89,9 @@ def shard_bytes(info: BlockInfo) -> int:
     return 4 * info.n_rows * info.input_dim
 
 
-def model_of(input_dim: int, expansion_factor: float) -> Model:
+def model_of(input_dim: int, expansion_factor: float) -> ModelSize:
     """Return the model size of a trial with this expansion factor on rows of this width."""
-    return Model(input_dim, round(input_dim * expansion_factor))
+    return ModelSize(input_dim, round(input_dim * expansion_factor))
 
 
 def size(n_bytes: int) -> str:
@@ -121,7 +121,7 @@ def _check_models(config: SweepConfig, infos: Sequence[BlockInfo], capacity: Cal
             )
 
 
-def _largest(info: BlockInfo, factors: Iterable[float]) -> Model:
+def _largest(info: BlockInfo, factors: Iterable[float]) -> ModelSize:
     return model_of(info.input_dim, max(map(float, factors)))
 
 
@@ -162,7 +162,7 @@ def _check_disk(config: SweepConfig, infos: Sequence[BlockInfo]) -> None:
     free = shutil.disk_usage(_existing(Path(config.storage))).free
     if sum(map(shard_bytes, infos)) <= free:
         return
-    reusable = shards.reusable(config.data, config.storage)
+    reusable = shards.prepared_manifests(config.data, config.storage)
     missing = [info for info in infos if info.block not in reusable]
     if (need := sum(map(shard_bytes, missing))) > free:
         raise DataError(

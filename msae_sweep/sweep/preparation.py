@@ -81,7 +81,7 @@ class Preparation:
     def _run(self) -> None:
         started = time.monotonic()
         try:
-            self._prepared = shards.prepare(
+            self._prepared = shards.prepare_blocks(
                 self._config.data.model_copy(update={"blocks": tuple(self.input_dims)}),
                 self._config.storage,
                 batch_size=max(int(b) for b in self._config.corners("batch_size")),
@@ -125,7 +125,7 @@ class PreparedBlocks:
         return block in self._known or bool(ray.get(self._ready.has.remote(block)))
 
 
-def leaves_cores(config: SweepConfig, gpus_per_trial: float) -> bool:
+def enough_free_cores(config: SweepConfig, gpus_per_trial: float) -> bool:
     """Return whether at least half of the cluster's cores, and at least four, stay free while trials run.
 
     As many trials as can run at once are assumed to do so; if only the cores limit their number, none stay free.

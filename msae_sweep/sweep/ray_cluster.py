@@ -58,7 +58,7 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
             options |= {"address": "local", "_node_ip_address": LOOPBACK}
             options |= {"_system_config": {"enable_metrics_collection": False}}
             stack.enter_context(_without_metrics_pages())
-        if signals.sigterm_is_ours():
+        if signals.sigterm_handled_here():
             stack.enter_context(patched("ray._private.utils", "set_sigterm_handler", lambda handler: None))
         try:
             context = ray.init(**options)

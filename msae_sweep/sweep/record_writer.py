@@ -33,7 +33,7 @@ class RecordWriter:
         self._closing = False
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="scribe")
+        self._thread = threading.Thread(target=self._run, name="record-writer")
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -64,7 +64,7 @@ def trials_at_once(config: SweepConfig, gpus_per_trial: float) -> int | None:
     return min(limits, default=None)
 
 
-def too_few(setting: str, asked: float, have: float) -> DeviceError:
+def too_few_error(setting: str, asked: float, have: float) -> DeviceError:
     """Return the error to raise if no node has the CPUs or GPUs (`setting`) of one trial."""
     less = "0 or auto" if setting == "gpu" else "that or less"
     return DeviceError(f"resources.{setting}: {asked:g} a trial, but the cluster has {have:g}; write {less}")
@@ -77,7 +77,7 @@ def _await_node(setting: str, need: dict[str, float], say: Callable[[str], None]
     asked, name = f"resources.{setting}: {need[setting.upper()]:g} a trial", setting.upper()
     if not nodes_may_join():
         have = max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
-        raise too_few(setting, need[name], have)
+        raise too_few_error(setting, need[name], have)
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in need.items())
     minutes = f"{JOIN_SECONDS / 60:g} minutes"
     say(f"{asked}, but no node has that yet; waiting up to {minutes} for one with {wanted}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from msae_sweep.config import SweepConfig, load, parse
-from msae_sweep.data.prepare.changes import what_changed
+from msae_sweep.data.prepare.changes import describe_change
 from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.data.sources.catalog import open_source
 from msae_sweep.errors import ConfigError, SweepError
@@ -66,7 +66,7 @@ def _config_file(folder: SweepFolder) -> SweepConfig:
     return whole
 
 
-def check_same_question(folder: SweepFolder, config: SweepConfig) -> None:
+def check_same_settings(folder: SweepFolder, config: SweepConfig) -> None:
     """Check that a resumed sweep has the settings it was started with; resources, storage and tracking may change.
 
     Raises:
@@ -92,12 +92,12 @@ def check_same_data(
     Raises:
         SweepError: the data has changed since; the message names the change.
     """
-    manifests = undamaged(folder, "data.json") or (last_start(folder) or {}).get("datasets", {})
-    origins, source = undamaged(folder, "origins.json"), open_source(config.data)
+    manifests = read_json_or_empty(folder, "data.json") or (last_start(folder) or {}).get("datasets", {})
+    origins, source = read_json_or_empty(folder, "origins.json"), open_source(config.data)
     for info in infos:
         if (manifest := manifests.get(str(info.block))) is None:
             continue
-        changed = what_changed(source, info, manifest, origins.get(str(info.block), {}), say)
+        changed = describe_change(source, info, manifest, origins.get(str(info.block), {}), say)
         if changed:
             raise SweepError(
                 f"{changed}: not the data that sweep {config.name} was started with; bring that back, or give "
@@ -105,7 +105,7 @@ def check_same_data(
             )
 
 
-def undamaged(folder: SweepFolder, name: str) -> dict[str, Any]:
+def read_json_or_empty(folder: SweepFolder, name: str) -> dict[str, Any]:
     """Return a JSON file of the sweep; empty if it is missing or damaged, because the resuming run writes it again."""
     try:
         return folder.read_json(name)

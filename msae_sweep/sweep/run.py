@@ -27,11 +27,11 @@ from msae_sweep.errors import SweepError
 from msae_sweep.report.tables import best_table, criteria_table
 from msae_sweep.report.training_figure import import_ahead, training_figure
 from msae_sweep.sweep import final_files, ray_cluster
-from msae_sweep.sweep.figure_workers import beside, side_by_side
-from msae_sweep.sweep.memory import check_devices, check_here
-from msae_sweep.sweep.preparation import Interrupted, Preparation, leaves_cores
+from msae_sweep.sweep.figure_workers import draw_in_workers, run_in_workers
+from msae_sweep.sweep.memory import check_devices, check_memory_and_disk
+from msae_sweep.sweep.preparation import Interrupted, Preparation, enough_free_cores
 from msae_sweep.sweep.resources import check_device, gpus_per_trial
-from msae_sweep.sweep.resume import check_same_data, check_same_question, flatten, last_start, undamaged
+from msae_sweep.sweep.resume import check_same_data, check_same_settings, flatten, last_start, read_json_or_empty
 from msae_sweep.sweep.tuning import Tuning
 from msae_sweep.sweep_folder.folder import SweepFolder
 from msae_sweep.track.journal import Journal
@@ -74,7 +74,7 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     with signals.sigterm_as_ctrl_c():
-        config, folder, infos = checked(config, resume=resume, say=say)
+        config, folder, infos = check_before_ray(config, resume=resume, say=say)
         try:
             return _connected(config, folder, infos, resume, command, console)
         except KeyboardInterrupt as interrupt:
@@ -125,14 +125,14 @@ def _check_start(folder: SweepFolder, config: SweepConfig, *, resume: bool) -> N
         SweepError: a sweep of this name exists.
     """
     if resume:
-        check_same_question(folder, config)
+        check_same_settings(folder, config)
     elif folder.exists():
         raise SweepError(
             f"name: sweep {config.name} exists in {config.storage}; go on with --resume, or give another --name"
         )
 
 
-def checked(
+def check_before_ray(
     config: SweepConfig, *, resume: bool, say: Callable[[str], None] = lambda line: None
 ) -> tuple[SweepConfig, SweepFolder, list[BlockInfo]]:
     """Check everything that can be checked before Ray starts; return the resolved configuration, folder and blocks.
@@ -153,7 +153,7 @@ def checked(
         config.check_width(info.input_dim, info.block)
     if resume and folder.exists():
         check_same_data(folder, config, infos, say)
-    check_here(config, infos)
+    check_memory_and_disk(config, infos)
     return config, folder, infos
 
 
@@ -187,7 +187,7 @@ def _drive(
         )
 
     try:
-        if leaves_cores(config, gpus):
+        if enough_free_cores(config, gpus):
             threading.Thread(target=_import_ahead, args=(preparation,), name="imports", daemon=True).start()
         else:
             preparation.wait()
@@ -213,7 +213,7 @@ def _drive(
     console.print(best_table(summary))
     if any(block["best"] for block in summary["blocks"].values()):
         console.print(criteria_table(summary))
-    figure = beside([partial(training_figure, histories)] if histories else [])
+    figure = run_in_workers([partial(training_figure, histories)] if histories else [])
     identity["runs"][-1]["seconds"] = round(seconds, 1)
     folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))
     # This event comes before the figures, so that events are sent to MLflow while they are drawn.
@@ -268,7 +268,7 @@ def _write_report(folder: SweepFolder, console: Console) -> str | None:
     try:
         from msae_sweep import report
 
-        return report.write_at_the_end(folder, side_by_side).page
+        return report.write_at_the_end(folder, draw_in_workers).page
     except Exception as error:
         logging.getLogger(__name__).debug("the report failed", exc_info=True)
         console.print(
@@ -283,7 +283,7 @@ def _write_report(folder: SweepFolder, console: Console) -> str | None:
 def _identity(folder: SweepFolder, config: SweepConfig, command: str, gpus: float) -> dict[str, Any]:
     """Write `identity.json` and return its content: the sweep's id, which is made once, and the origin of each run."""
     # With a new id, MLflow would get every run twice.
-    identity = undamaged(folder, "identity.json") or {
+    identity = read_json_or_empty(folder, "identity.json") or {
         "sweep_id": (last_start(folder) or {}).get("sweep_id") or uuid.uuid4().hex
     }
     started = datetime.now(UTC).isoformat(timespec="seconds")

@@ -27,7 +27,7 @@ import torch
 from ray import tune
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.data.batches.loader import ResidentBatches, WindowBatches, default_budget, make_batches
+from msae_sweep.data.batches.loader import ResidentBatches, WindowBatches, default_budget_bytes, make_batches
 from msae_sweep.data.prepare.shards import PreparedBlock
 from msae_sweep.errors import MsaeSweepError, StorageError, first_line
 from msae_sweep.sae import kernels, model_file
@@ -36,7 +36,7 @@ from msae_sweep.sae.train import Progress, TrainState, choose_device, fit
 from msae_sweep.sweep.preemption import PreemptionWatch
 from msae_sweep.sweep_folder.folder import SweepFolder
 
-LEAVING_SECONDS = 1.0
+DRAINING_SAVE_SECONDS = 1.0
 """Seconds between two saved states of a trial whose node is draining, unless `checkpoint_seconds` is less."""
 
 REPORT_SECONDS = 5.0
@@ -192,7 +192,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self) -> None:
         device = choose_device(self._training, holds_gpu=self._holds_gpu)
-        choice = kernels.choose(device, self._training, self._prepared[self._block].input_dim)
+        choice = kernels.choose_engine(device, self._training, self._prepared[self._block].input_dim)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         self._runs_on |= {"device": f"{device.type} ({name})", "kernel": f"{choice.name} ({choice.reason})"}
         train, validation = self._load_data(device)
@@ -212,7 +212,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             return None
         state = TrainState.create(self._training, input_dim, seed=self._training.seed, device=device)
         try:
-            model_file.check_sums(saved)
+            model_file.verify_checksums(saved)
             raw = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
             seconds = float(raw["seconds"])
             state.load_state_dict(raw["train_state"])
@@ -258,11 +258,11 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         This is determined once, while nothing is loaded: later, the rows themselves would reduce the free memory.
         """
         if self._budget is None:
-            self._budget = default_budget(device, self._device_share)
+            self._budget = default_budget_bytes(device, self._device_share)
         return self._budget
 
     def _seconds_between_states(self) -> float:
-        return min(self._checkpoint_seconds, LEAVING_SECONDS) if self._notice.given else self._checkpoint_seconds
+        return min(self._checkpoint_seconds, DRAINING_SAVE_SECONDS) if self._notice.given else self._checkpoint_seconds
 
     def _at_rung(self) -> bool:
         return self._state is not None and self._state.epoch in self._rungs

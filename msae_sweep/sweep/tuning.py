@@ -12,9 +12,9 @@ from rich.console import Console
 
 from msae_sweep.config import SweepConfig
 from msae_sweep.errors import SweepError
-from msae_sweep.models.trial_models import lost_models
+from msae_sweep.models.trial_models import unreadable_models
 from msae_sweep.patching import patched
-from msae_sweep.signals import handlers_put_back
+from msae_sweep.signals import restored_handlers
 from msae_sweep.sweep.callback import SweepCallback
 from msae_sweep.sweep.display import Display
 from msae_sweep.sweep.preparation import Preparation
@@ -69,7 +69,7 @@ class Tuning:
         """
         self._run(begin)
         trained_again: set[str] = set()
-        while lost := lost_models(self._folder, list(self.records.values())):
+        while lost := unreadable_models(self._folder, list(self.records.values())):
             is_whole = self.is_whole
             for trial_id, what in lost.items():
                 if trial_id in trained_again:
@@ -206,7 +206,7 @@ class Tuning:
             ),
         )
         # Tune leaves its signal handlers in place, which would swallow the first Ctrl-C after the trials.
-        with _uncounted(), handlers_put_back(signal.SIGINT, signal.SIGUSR1):
+        with _without_usage_statistics(), restored_handlers(signal.SIGINT, signal.SIGUSR1):
             tuner.fit()
 
     def _register(self, record: TrialRecord) -> dict[str, Any]:
@@ -308,7 +308,7 @@ class _Failure(tune.Stopper):  # type: ignore[misc]
         return self._scribe.failed
 
 
-def _uncounted() -> AbstractContextManager[None]:
+def _without_usage_statistics() -> AbstractContextManager[None]:
     """Monkeypatch Ray's usage statistics so that they do not count callbacks by kind.
 
     To count them, Tune would import the integrations of MLflow, wandb and others, which delays the first worker by 2 s.

@@ -1,8 +1,8 @@
 """Heartbeat lock: at most one driver per sweep in an object store, which has no locks of its own.
 
-The driver rewrites a small lock file every `BEAT_SECONDS`. A later process that finds the file watches whether it
+The driver rewrites a small lock file every `HEARTBEAT_SECONDS`. A later process that finds the file watches whether it
 changes, so the clocks of the machines need not agree. The lock of a driver that was killed is recognised as stale at
-once on the driver's machine, and after `DEAD_SECONDS` on any other. An extraction holds such a lock in its activation
+once on the driver's machine, and after `STALE_SECONDS` on any other. An extraction holds such a lock in its activation
 folder, too, because some file systems have no locks.
 """
 
@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from msae_sweep.errors import SweepError
 from msae_sweep.paths import StoragePath
 
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 """Seconds between two heartbeats."""
-DEAD_SECONDS = 45.0
+STALE_SECONDS = 45.0
 """Seconds without a heartbeat after which a lock is stale: longer than a few heartbeats, even if the store takes
 seconds per request."""
 
 
 @contextlib.contextmanager
-def held(place: StoragePath) -> Iterator[None]:
+def hold_lock(place: StoragePath) -> Iterator[None]:
     """Hold the lock file `place` for this process while the context is open.
 
     Raises:
@@ -41,10 +41,10 @@ def held(place: StoragePath) -> Iterator[None]:
             # long.
             with contextlib.suppress(OSError):
                 place.write(json.dumps({"driver": me, "beat": uuid.uuid4().hex}).encode())
-            if ended.wait(BEAT_SECONDS):
+            if ended.wait(HEARTBEAT_SECONDS):
                 return
 
-    thread = threading.Thread(target=beat, name="lease", daemon=True)
+    thread = threading.Thread(target=beat, name="driver-lock", daemon=True)
     thread.start()
     try:
         yield
@@ -59,9 +59,9 @@ def _wait_for_the_dead(place: StoragePath) -> None:
     first = _read(place)
     if not first or _is_dead_here(first["driver"]):
         return
-    until = time.monotonic() + DEAD_SECONDS
+    until = time.monotonic() + STALE_SECONDS
     while time.monotonic() < until:
-        time.sleep(min(2.0, DEAD_SECONDS))
+        time.sleep(min(2.0, STALE_SECONDS))
         now = _read(place)
         if not now:
             return

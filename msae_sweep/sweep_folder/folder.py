@@ -96,9 +96,12 @@ class SweepFolder:
         """Arguments of Ray Tune's RunConfig that place Tune's own files."""
         if self._shared is None:
             return {"storage_path": str(self.path / "tune")}
-        from msae_sweep.sweep_folder.tune_filesystem import for_tune
+        from msae_sweep.sweep_folder.tune_filesystem import tune_filesystem_view
 
-        return {"storage_path": f"{self._shared.inside}/tune", "storage_filesystem": for_tune(self._shared.filesystem)}
+        return {
+            "storage_path": f"{self._shared.inside}/tune",
+            "storage_filesystem": tune_filesystem_view(self._shared.filesystem),
+        }
 
     @property
     def config_file(self) -> Path:
@@ -171,7 +174,7 @@ class SweepFolder:
         if self._shared is None:
             yield
             return
-        with driver_lock.held(self._shared / "journal" / "driver.json"):
+        with driver_lock.hold_lock(self._shared / "journal" / "driver.json"):
             # Another driver may have continued the sweep since this copy was fetched.
             store_sync.fetch(self._shared, self.path)
             yield from self._mirrored(self._shared)

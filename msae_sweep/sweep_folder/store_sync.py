@@ -16,7 +16,7 @@ from pathlib import Path
 from msae_sweep.errors import StorageError, SweepError, first_line
 from msae_sweep.paths import StoragePath
 
-AT_ONCE = 16
+MAX_PARALLEL_REQUESTS = 16
 """Number of simultaneous requests to the store."""
 
 LISTINGS = 4
@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 600.0
 """Seconds that the store may fail before the sweep ends. Trials continue meanwhile."""
 
 EVENTS = "journal/events.jsonl"
-LARGE = ("model.pt", "state.pt")
+LARGE_FILES = ("model.pt", "state.pt")
 """Names of large files, which `fetch` leaves out; `SweepFolder.read` and `SweepFolder.fetch` get them one by one."""
 
 
@@ -46,7 +46,7 @@ def fetch(shared: StoragePath, copy: Path) -> None:
             changed = {way: file for way, (file, *seen) in files.items() if known.get(way) != tuple(seen)}
             if not changed:
                 break
-            with ThreadPoolExecutor(AT_ONCE) as pool:
+            with ThreadPoolExecutor(MAX_PARALLEL_REQUESTS) as pool:
                 contents |= zip(changed, pool.map(StoragePath.read, changed.values()), strict=True)
             known = {way: (size, at) for way, (_, size, at) in files.items()}
     except OSError as error:
@@ -71,12 +71,12 @@ def fetch(shared: StoragePath, copy: Path) -> None:
 
 def _small_files(shared: StoragePath) -> dict[Path, tuple[StoragePath, int, int]]:
     """Return a sweep's small files by path relative to `shared`, each with its size and modification time."""
-    tops = ("sweep.yaml", "identity.json", "data.json", "summary.json", "trials", "journal", "results")
+    tops = ("sweep.yaml", "identity.json", "data.json", "origins.json", "summary.json", "trials", "journal", "results")
     found = {file.relative_to(shared): (file, info) for file, info in shared.files(recursive=True).items()}
     return {
         way: (file, info.size, info.mtime_ns)
         for way, (file, info) in found.items()
-        if way.parts[0] in tops and way.name not in LARGE
+        if way.parts[0] in tops and way.name not in LARGE_FILES
     }
 
 
@@ -98,7 +98,7 @@ class StoreSync:
         """Number of journal events that are in the store."""
         self.on_events: Callable[[], None] = lambda: None
         """Callback for each increase of `n_events`."""
-        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="store-sync", daemon=True)
         self._thread.start()
 
     def changed(self, *paths: Path) -> None:
@@ -178,7 +178,7 @@ class StoreSync:
                 self._journal_end += len(lines)
                 self.n_events += lines.count(b"\n")
                 self.on_events()
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(MAX_PARALLEL_REQUESTS) as pool:
             list(pool.map(self._bring, contents.items()))
 
     def _bring(self, item: tuple[Path, bytes | None]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from msae_sweep.config import TrainingConfig
 
 Status = Literal["pending", "running", "completed", "stopped_early", "diverged", "failed"]
-FINAL: tuple[Status, ...] = ("completed", "stopped_early", "diverged", "failed")
+FINAL_STATUSES: tuple[Status, ...] = ("completed", "stopped_early", "diverged", "failed")
 """Statuses of a trial that has ended. A resumed sweep runs `failed` trials again."""
 
 
@@ -44,7 +44,7 @@ class TrialRecord:
     @property
     def finished(self) -> bool:
         """True if the trial has ended, also if it failed."""
-        return self.status in FINAL
+        return self.status in FINAL_STATUSES
 
     @property
     def has_model(self) -> bool:

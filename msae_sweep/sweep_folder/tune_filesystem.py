@@ -14,7 +14,7 @@ NEVER_WRITTEN = ("/result.json", "/progress.csv")
 """Path endings of Tune's own logs of a trial, which are turned off."""
 
 
-def for_tune(store: FileSystem) -> PyFileSystem:
+def tune_filesystem_view(store: FileSystem) -> PyFileSystem:
     """Return a file system for Tune that passes everything on to `store` except useless requests."""
     return PyFileSystem(_ForTune(store))
 

@@ -48,7 +48,7 @@ def connect(uri: str) -> Any:
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def raise_permanent_errors() -> Iterator[None]:
     """Turn permanent errors into `RejectedByMlflow`. Errors that a retry may overcome are raised unchanged."""
     try:
         yield
@@ -58,7 +58,7 @@ def refusals() -> Iterator[None]:
         raise
 
 
-def is_code(error: Exception, *codes: str) -> bool:
+def has_error_code(error: Exception, *codes: str) -> bool:
     """Return whether an MLflow error has one of these codes, e.g. RESOURCE_ALREADY_EXISTS."""
     return getattr(error, "error_code", None) in codes
 

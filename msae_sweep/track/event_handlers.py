@@ -13,11 +13,11 @@ from typing import Any
 from msae_sweep.config import registered_name
 from msae_sweep.sae import model_file
 from msae_sweep.track import logged_models
-from msae_sweep.track.connection import RejectedByMlflow, refusals
+from msae_sweep.track.connection import RejectedByMlflow, raise_permanent_errors
 from msae_sweep.track.cursor import Cursor, SentTrial
 from msae_sweep.track.datasets import dataset_input
 from msae_sweep.track.journal import Entry
-from msae_sweep.track.runs import SWEEP_TAG, TRIAL_TAG, NewRun, Refuse, Runs
+from msae_sweep.track.runs import SWEEP_TAG, TRIAL_TAG, NewRun, OnRejected, Runs
 from msae_sweep.track.uploads import Upload
 
 _MLFLOW_TAGS = {"git_commit": "mlflow.source.git.commit", "command": "mlflow.source.name", "user": "mlflow.user"}
@@ -70,7 +70,7 @@ class EventHandlers:
         """
         entry = entries[0]
         try:
-            with refusals():
+            with raise_permanent_errors():
                 match entry.kind:
                     case "sweep_started":
                         self._sweep_started(entry)
@@ -253,14 +253,14 @@ class EventHandlers:
         sent = {self._cursor.run_id, *(trial.run_id for trial in self._cursor.trials.values())}
         self._runs.find(self._cursor.sweep_id, sent)
 
-    def _refuse(self, entry: Entry) -> Refuse:
+    def _refuse(self, entry: Entry) -> OnRejected:
         return lambda part, reason: self._refused(entry, part, reason)
 
     @contextlib.contextmanager
     def _part(self, entry: Entry, name: str) -> Iterator[None]:
         """Send a part of an event on which the rest does not depend. If MLflow rejects it, only it is left out."""
         try:
-            with refusals():
+            with raise_permanent_errors():
                 yield
         except RejectedByMlflow as error:
             self._refused(entry, name, str(error))

@@ -29,7 +29,7 @@ from msae_sweep.patching import patched
 from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sae.model_file import ModelFile
-from msae_sweep.track.connection import connect, is_code, one_line
+from msae_sweep.track.connection import connect, has_error_code, one_line
 from msae_sweep.track.uri import redact, resolve_uri
 
 NAME = "model"
@@ -163,7 +163,7 @@ def _kept_export(shape: _Shape) -> _Export | None:
 
 
 @cache
-def get_ready() -> None:
+def export_ahead() -> None:
     """Export a small model while there is nothing else to do. Only the first call in a process does this.
 
     The first export takes 3 s and more, most of it for imports. An error here is ignored, because it comes again, and
@@ -252,7 +252,7 @@ def register(client: Any, model: Any, name: str, tags: Mapping[str, str]) -> str
     try:
         client.create_registered_model(name)
     except Exception as error:
-        if not is_code(error, "RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
+        if not has_error_code(error, "RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
             raise
     run_id = model.source_run_id
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
@@ -284,7 +284,7 @@ def register_champion(client: Any, model: Any, name: str, tags: Mapping[str, str
     client.set_registered_model_alias(name, CHAMPION, number)
 
 
-class Fetched(NamedTuple):
+class FetchedModel(NamedTuple):
     """A model that was read from MLflow."""
 
     file: ModelFile
@@ -292,7 +292,7 @@ class Fetched(NamedTuple):
     run_id: str
 
 
-def fetch(model_uri: str, tracking_uri: str | None = None) -> Fetched:
+def fetch(model_uri: str, tracking_uri: str | None = None) -> FetchedModel:
     """Return the model that a `models:/…` or `runs:/…` URI names, with its normalisation and history.
 
     The model is read from the file in the notebook's format, which is an artifact of the run that made it. The exported
@@ -316,7 +316,7 @@ def fetch(model_uri: str, tracking_uri: str | None = None) -> Fetched:
             raise TrackingError(f"{model_uri}: run {run_id} has no msae_block….pt; give the run of a finished trial")
         block, name = files.popitem()
         with tempfile.TemporaryDirectory() as folder:
-            return Fetched(model_file.load(client.download_artifacts(run_id, name, folder)), block, run_id)
+            return FetchedModel(model_file.load(client.download_artifacts(run_id, name, folder)), block, run_id)
     except MsaeSweepError:
         raise
     except Exception as error:

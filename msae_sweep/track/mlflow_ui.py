@@ -42,7 +42,7 @@ PARAMS = ("block", "learning_rate", "expansion_factor", "weighting")
 """First axes of the comparison, from left to right. The dead ratio and R² at every k follow."""
 
 
-def comparison(sweep_folder: Path | None, tracking: TrackingConfig, where: str = "SWEEP") -> str:
+def comparison_path(sweep_folder: Path | None, tracking: TrackingConfig, where: str = "SWEEP") -> str:
     """Return the URL path, below a server's address, of the page that compares the trials of a sweep.
 
     If `sweep_folder` is None, return the path of MLflow's start page.
@@ -154,7 +154,7 @@ def serve(
     scheme = uri.partition(":")[0]
     if scheme.startswith("databricks"):
         raise ConfigError(f"tracking.uri: {redact(uri)} has pages of its own; open them in the workspace")
-    path = comparison(sweep_folder, tracking, where)
+    path = comparison_path(sweep_folder, tracking, where)
     if scheme in ("http", "https"):
         _show(f"{redact(uri).replace('***@', '').rstrip('/')}{path}", open_browser, say)
         return

@@ -24,7 +24,7 @@ IMPORT_TAG = "msae_sweep.imported_sha256"
 """Tag with the digest of the weights that a run was created for. A repeated import finds its run by this tag."""
 
 
-class Import(NamedTuple):
+class ModelImport(NamedTuple):
     """A model to be imported, with the metrics and tags of its run."""
 
     file: ModelFile
@@ -37,7 +37,7 @@ class Import(NamedTuple):
     """Tags that say where the model comes from and on which rows it was measured."""
 
 
-class Imported(NamedTuple):
+class ImportedModel(NamedTuple):
     """The registered model version and the run of an imported model."""
 
     model: str
@@ -47,14 +47,14 @@ class Imported(NamedTuple):
 
 
 def register_import(
-    what: Import,
+    what: ModelImport,
     *,
     tracking_uri: str | None,
     experiment: str,
     model_name: str = MODEL_NAME,
     sweep_id: str | None = None,
     champion: bool = False,
-) -> Imported:
+) -> ImportedModel:
     """Log a model with its metrics and register it as a version of `{model_name}-block{B}`. Repeating it adds nothing.
 
     Args:
@@ -76,14 +76,14 @@ def register_import(
         version = logged_models.register(client, model, name, {**what.tags, **_texts(what.metrics)})
         if champion:
             client.set_registered_model_alias(name, logged_models.CHAMPION, version)
-        return Imported(name, version, run_id)
+        return ImportedModel(name, version, run_id)
     except MsaeSweepError:
         raise
     except (Exception, RejectedByMlflow) as error:
         raise TrackingError(f"{redact(uri)}: not registered there: {one_line(error)}") from None
 
 
-def _run(client: Any, runs: Runs, what: Import, parent: str | None) -> str:
+def _run(client: Any, runs: Runs, what: ModelImport, parent: str | None) -> str:
     from mlflow.entities import Metric
 
     digest, time_ms = _digest(what.file), int(time.time() * 1000)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msae_sweep.errors import TrackingError
-from msae_sweep.track.connection import RejectedByMlflow, is_code, refusals
+from msae_sweep.track.connection import RejectedByMlflow, has_error_code, raise_permanent_errors
 
 SWEEP_TAG = "msae_sweep.sweep_id"
 TRIAL_TAG = "msae_sweep.trial_id"
@@ -21,7 +21,7 @@ MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS = 6000, 8000
 """MLflow's limits on the length of values. MLflow would cut longer values itself, with a warning on the user's terminal
 for each. A resumed sweep would then take the cut values for changed ones."""
 
-Refuse = Callable[[str, str], None]
+OnRejected = Callable[[str, str], None]
 """Callback that receives the name of a part that MLflow will never accept, and the reason."""
 
 
@@ -52,7 +52,7 @@ class Runs:
         try:
             return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
         except Exception as error:
-            if is_code(error, "RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+            if has_error_code(error, "RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
                 return False
             raise
 
@@ -86,7 +86,7 @@ class Runs:
         """Return whether `find` or `begin` has found or created a run of the trial."""
         return trial_id in self._known
 
-    def begin(self, trial_id: str, run: NewRun, refuse: Refuse) -> str:
+    def begin(self, trial_id: str, run: NewRun, refuse: OnRejected) -> str:
         """Create a run with its params, or continue the trial's existing run, which keeps its first params.
 
         Returns:
@@ -110,12 +110,12 @@ class Runs:
         self.log(run_id, refuse, params=[Param(key, value) for key, value in params.items()])
         return run_id
 
-    def end(self, run_id: str, status: str, time_ms: int, tags: Mapping[str, str], refuse: Refuse) -> None:
+    def end(self, run_id: str, status: str, time_ms: int, tags: Mapping[str, str], refuse: OnRejected) -> None:
         """Set a run's last tags, and end it with one of MLflow's statuses."""
         self.log(run_id, refuse, tags=_tags(tags))
         self._client.set_terminated(run_id, status, end_time=time_ms)
 
-    def log(self, run_id: str, refuse: Refuse, **entities: Sequence[Any]) -> None:
+    def log(self, run_id: str, refuse: OnRejected, **entities: Sequence[Any]) -> None:
         """Log `metrics`, `params` or `tags` with as many calls of `log_batch` as MLflow's limits require."""
         for kind, sequence in entities.items():
             for start in range(0, len(sequence), _BATCH[kind]):
@@ -129,10 +129,10 @@ class Runs:
         history = self._client.get_metric_history(run_id, "epoch")
         return next((metric.timestamp for metric in history if metric.step == epoch), None)
 
-    def _log_batch(self, run_id: str, refuse: Refuse, kind: str, batch: Sequence[Any]) -> None:
+    def _log_batch(self, run_id: str, refuse: OnRejected, kind: str, batch: Sequence[Any]) -> None:
         """Log a batch. If MLflow rejects it, halve it until the rejected entity is found, and log all others."""
         try:
-            with refusals():
+            with raise_permanent_errors():
                 self._client.log_batch(run_id, synchronous=True, **{kind: batch})
         except RejectedByMlflow as error:
             if len(batch) == 1:
@@ -148,7 +148,7 @@ class Runs:
             try:
                 return str(self._client.create_experiment(name, artifact_location=artifact_location))
             except Exception as error:
-                if not is_code(error, "RESOURCE_ALREADY_EXISTS"):
+                if not has_error_code(error, "RESOURCE_ALREADY_EXISTS"):
                     raise
                 found = self._client.get_experiment_by_name(name)  # another sweep created it in the meantime
         if found.lifecycle_stage != "active":

@@ -126,7 +126,7 @@ class Sender:
                 if is_last:
                     break
                 if not closing.is_set():
-                    logged_models.get_ready()
+                    logged_models.export_ahead()
                 wake.wait()
                 closing.wait(COALESCE_SECONDS)
         if self._lock is not None:

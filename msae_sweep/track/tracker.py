@@ -45,7 +45,7 @@ class SyncReport(NamedTuple):
         return f"{line}, {self.refused} refused: see journal/refused.jsonl" if self.refused else line
 
 
-class Shared(Protocol):
+class SharedFolder(Protocol):
     """Interface of a sweep folder that may be a copy of one in an object store."""
 
     def n_events(self, written: int) -> int:
@@ -80,7 +80,7 @@ class Tracker:
         tracking: TrackingConfig,
         *,
         sweep_id: str,
-        shared: Shared | None = None,
+        shared: SharedFolder | None = None,
         sending: type[SenderRunner] | None = None,
         written: Journal | None = None,
     ) -> "Tracker":

@@ -32,10 +32,10 @@ import torch
 
 from msae_sweep.go import extract as extraction
 from msae_sweep.go import pipeline as feeding
-from msae_sweep.go.activation_folder import INDEX, OutputFolder
+from msae_sweep.go.activation_folder import INDEX, ActivationFolder
 from msae_sweep.go.board import BLACK, N_POINTS, SIZE, WHITE, Board, dead_group
 from msae_sweep.go.records import Record, read_records
-from msae_sweep.go.sampling import Sampling, cut, points_asked_for
+from msae_sweep.go.sampling import Sampling, make_chunks, parse_points
 from msae_sweep.go.sgf import Game, read_games
 from msae_sweep.go.weights import random_weights, read_weights, write_weights
 
@@ -90,14 +90,14 @@ def stages(games: Path, sampling: Sampling, blocks: tuple[int, ...], filters: in
     unpacked = time.perf_counter()
     found = [game for record in records for game in read_games(record) if isinstance(game, Game)]
     parsed = time.perf_counter()
-    chunks = cut(found, sampling)[:10]
+    chunks = make_chunks(found, sampling)[:10]
     n_positions = sum(chunk.n_positions for chunk in chunks)
-    per_game = sum(chunk.n_positions for chunk in cut(found, sampling)) / len(found)
+    per_game = sum(chunk.n_positions for chunk in make_chunks(found, sampling)) / len(found)
     planned = time.perf_counter()
     for chunk in chunks:
-        boards = feeding.unpacked(feeding.boards({"chunk": [pickle.dumps(chunk)]}, sampling))
+        boards = feeding.unpack_boards(feeding.pack_boards({"chunk": [pickle.dumps(chunk)]}, sampling))
     replayed = time.perf_counter()
-    output = OutputFolder(folder / "stages", blocks, ("npy",))
+    output = ActivationFolder(folder / "stages", blocks, ("npy",))
     output.begin({})
     rows = np.random.default_rng(0).standard_normal((boards.points.size, filters), np.float32).astype(np.float16)
     index = {name: np.zeros(len(rows), np.int64) for name in INDEX}
@@ -210,7 +210,7 @@ def main() -> None:
         if args.max_games is not None:
             first_games(games, args.max_games, folder / "first.tar")
             games = folder / "first.tar"
-        sampling = Sampling(args.positions_per_game, 0, points_asked_for(args.points), 0)
+        sampling = Sampling(args.positions_per_game, 0, parse_points(args.points), 0)
         kind = "random" if args.weights is None else "given"
         lines = [
             f"{machine.described(device)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "

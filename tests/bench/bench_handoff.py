@@ -99,7 +99,7 @@ def main() -> None:
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as name:
         config = parse(SPACE.format(rows=args.rows, batch=args.batch_size, trials=-(-args.trials // 2)), [])
-        prepared = shards.prepare(config.data, name, batch_size=args.batch_size)
+        prepared = shards.prepare_blocks(config.data, name, batch_size=args.batch_size)
         specs = []
         for record in plan(config, list(prepared)):
             training = record.training(config.training).model_dump(mode="json")

@@ -78,7 +78,7 @@ def main() -> None:
         for form, path in paths.items():
             for attempt in ("cold", "reused"):
                 started = time.perf_counter()
-                prepared = shards.prepare(DataConfig(path=path), str(folder / "storage"), batch_size=4096)
+                prepared = shards.prepare_blocks(DataConfig(path=path), str(folder / "storage"), batch_size=4096)
                 seconds = time.perf_counter() - started
                 peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
                 print(f"{form:8} {attempt:7} {seconds:6.1f} s   driver +{peak:,.0f} MiB")

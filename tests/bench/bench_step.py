@@ -171,7 +171,7 @@ def on_cpu(args: argparse.Namespace, x: Tensor, device: torch.device) -> list[st
     config = TrainingConfig(batch_size=args.batch, expansion_factor=float(args.expansions.split(",")[0]))
     batches = ResidentBatches(x, args.batch)
     check(config, batches, device)
-    choice = kernels.choose(device, config, x.shape[1])
+    choice = kernels.choose_engine(device, config, x.shape[1])
     engines = {
         "notebook's way": AutogradEngine(fresh(config, batches, device), config, notebooks_way, NEVER),
         f"product ({choice.name})": AutogradEngine(fresh(config, batches, device), config, choice.reconstruct, NEVER),

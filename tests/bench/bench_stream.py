@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from msae_sweep.config import TrainingConfig
-from msae_sweep.data.batches.loader import ResidentBatches, Shard, StreamedBatches, WindowBatches, _tensor
-from msae_sweep.data.batches.prefetch import copying_threads
+from msae_sweep.data.batches.loader import ResidentBatches, ShardFetcher, StreamedBatches, WindowBatches, _tensor
+from msae_sweep.data.batches.prefetch import n_gather_threads
 from msae_sweep.data.batches.stream import WINDOW_BYTES
 from msae_sweep.sae.train import StepCache, TrainState, _engine
 
@@ -156,8 +156,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arrays = make_shards(args.rows, args.input_dim, (args.shard_mib << 20) // (4 * args.input_dim))
-    shards: list[Shard] = [lambda array=array: array for array in arrays]  # type: ignore[misc]
-    n_threads = args.threads or copying_threads(device)
+    shards: list[ShardFetcher] = [lambda array=array: array for array in arrays]  # type: ignore[misc]
+    n_threads = args.threads or n_gather_threads(device)
     step = busy_step(args.batch, args.input_dim, args.step_ms, device)
 
     before = reset_peak(device)

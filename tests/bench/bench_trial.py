@@ -96,7 +96,7 @@ def quality(args: argparse.Namespace, device: torch.device) -> list[str]:
         points = {}
         for name, settings in (
             ("float32", base.model_copy(update={"precision": "fp32"})),
-            (kernels.choose(device, base, x.shape[1]).name, base),
+            (kernels.choose_engine(device, base, x.shape[1]).name, base),
         ):
             seconds, state = trial(settings, train, validation, StepCache())
             points[name] = point = state.points[-1]

@@ -9,7 +9,7 @@ from activation_files import WRITERS
 
 from msae_sweep.config import DataConfig
 from msae_sweep.data.prepare import changes, passes
-from msae_sweep.data.prepare.changes import what_changed
+from msae_sweep.data.prepare.changes import describe_change
 from msae_sweep.data.sources.catalog import open_source
 
 ROWS = np.random.default_rng(0).standard_normal((90, 4)).astype(np.float32)
@@ -43,11 +43,11 @@ def chunks(folder, *arrays):
 def test_rows_that_stay_are_no_change_even_if_their_files_were_written_again(tmp_path, write):
     path = write(tmp_path / "data", ROWS)
     manifest, origin = written_down(path)
-    assert what_changed(*opened(path), manifest, origin) is None
+    assert describe_change(*opened(path), manifest, origin) is None
     for file in tmp_path.rglob("*"):
         os.utime(file, ns=(1, 1))
     said = []
-    assert what_changed(*opened(path), manifest, origin, said.append) is None
+    assert describe_change(*opened(path), manifest, origin, said.append) is None
     assert len(said) == 1
     assert "written again; comparing their rows" in said[0]
 
@@ -62,7 +62,7 @@ def test_other_rows_of_the_same_size_are_found_by_their_content(tmp_path, write)
     write(tmp_path / "data", other)
     for file in tmp_path.rglob("*"):  # some file systems stamp both within one tick
         os.utime(file, ns=(1, 1))
-    changed = what_changed(*opened(path), manifest, origin)
+    changed = describe_change(*opened(path), manifest, origin)
     assert changed is not None
     # Compressed files differ in size.
     assert "written again" in changed or "bytes and had" in changed
@@ -87,7 +87,7 @@ def test_the_line_names_what_changed(tmp_path, arrays, says):
         np.save(path / "block5" / f"chunk_{i}.npy", array)
     if len(arrays) == 2 and len(arrays[0]) == 40:
         os.utime(path / "block5" / "chunk_0.npy", ns=(1, 1))
-    changed = what_changed(*opened(path), manifest, origin)
+    changed = describe_change(*opened(path), manifest, origin)
     assert changed is not None
     assert says in changed
     assert str(path / "block5") in changed
@@ -101,17 +101,17 @@ def test_a_file_that_is_gone_and_games_that_move_to_other_rows_are_changes(tmp_p
     os.utime(path / "game_id.npy", ns=(1, 1))
     manifest["split"] = SPLIT | {"by": "game_id"}
     origin["content"] = "of the rows before"
-    assert "game_id.npy was written again" in str(what_changed(*opened(path), manifest, origin))
+    assert "game_id.npy was written again" in str(describe_change(*opened(path), manifest, origin))
     (path / "game_id.npy").unlink()
-    assert "game_id.npy is gone" in str(what_changed(*opened(path), manifest, origin))
+    assert "game_id.npy is gone" in str(describe_change(*opened(path), manifest, origin))
 
 
 def test_of_data_that_an_earlier_version_prepared_only_the_fingerprint_is_known(tmp_path):
     path = chunks(tmp_path / "data", ROWS)
     manifest, _ = written_down(path)
-    assert what_changed(*opened(path), manifest, {}) is None
+    assert describe_change(*opened(path), manifest, {}) is None
     os.utime(path / "block5" / "chunk_0.npy", ns=(1, 1))
-    assert "other names, sizes or times" in str(what_changed(*opened(path), manifest, {}))
+    assert "other names, sizes or times" in str(describe_change(*opened(path), manifest, {}))
 
 
 def test_a_range_digest_changes_with_a_row_and_with_its_side():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from msae_sweep.data.batches.loader import ResidentBatches, StreamedBatches, default_budget, make_batches
+from msae_sweep.data.batches.loader import ResidentBatches, StreamedBatches, default_budget_bytes, make_batches
 from msae_sweep.data.batches.prefetch import DEVICE_WINDOWS, HOST_WINDOWS
 from msae_sweep.data.batches.windows import order_key, permutation
 from msae_sweep.data.prepare.split import _splitmix64
@@ -335,4 +335,4 @@ def test_the_budget_decides_and_the_reason_is_said():
     assert fits.reason.startswith("resident")
     assert isinstance(too_large.batches, StreamedBatches)
     assert too_large.reason.startswith("streamed")
-    assert default_budget(CPU, 0.5) == pytest.approx(default_budget(CPU) / 2, rel=1e-6)
+    assert default_budget_bytes(CPU, 0.5) == pytest.approx(default_budget_bytes(CPU) / 2, rel=1e-6)

@@ -17,7 +17,7 @@ from msae_sweep.paths import StoragePath
 
 def prepare(path, storage, **settings):
     config = DataConfig.model_validate({"path": path, "val_split": 0.2, **settings})
-    return shards.prepare(config, str(storage), batch_size=10)
+    return shards.prepare_blocks(config, str(storage), batch_size=10)
 
 
 def arrays(block):
@@ -173,7 +173,7 @@ def test_a_block_is_measured_while_the_one_before_it_is_being_standardised(ray_s
     monkeypatch.setattr(shards, "_standardise", standardising)
     ready = []
     config = two_blocks(tmp_path / "data", rows)
-    blocks = shards.prepare(config, str(tmp_path / "storage"), batch_size=10, on_ready=ready.append)
+    blocks = shards.prepare_blocks(config, str(tmp_path / "storage"), batch_size=10, on_ready=ready.append)
     assert list(blocks) == [5, 20]
     assert sorted(ready, key=lambda block: block.block) == list(blocks.values())
 
@@ -187,7 +187,7 @@ def test_no_more_blocks_are_begun_than_may_be_standardised_at_once(ray_session, 
 
     monkeypatch.setattr(shards, "STANDARDISED_AT_ONCE", 1)
     monkeypatch.setattr(shards, "_measure", measuring)
-    shards.prepare(
+    shards.prepare_blocks(
         two_blocks(tmp_path / "data", rows),
         str(tmp_path / "storage"),
         batch_size=10,
@@ -217,7 +217,7 @@ def test_what_fails_beside_the_next_block_is_raised_before_one_more_is_measured(
     monkeypatch.setattr(shards, "_standardise", standardising)
     write_npy(tmp_path / "data", rows, block=35)
     with pytest.raises(SweepError, match="the disk is full"):
-        shards.prepare(two_blocks(tmp_path / "data", rows), str(tmp_path / "storage"), batch_size=10)
+        shards.prepare_blocks(two_blocks(tmp_path / "data", rows), str(tmp_path / "storage"), batch_size=10)
     assert seen == [5, 20]
 
 
@@ -230,9 +230,9 @@ def test_a_block_that_cannot_be_used_costs_nothing_of_those_before_it(ray_sessio
     config = DataConfig(path=write_npy(tmp_path / "data", rows, block=20), val_split=0.2)
     threading.Timer(2, second_measured.set).start()  # by then the other has been found out
     with pytest.raises(DataError, match="row 7: NaN"):
-        shards.prepare(config, str(tmp_path / "storage"), batch_size=10)
+        shards.prepare_blocks(config, str(tmp_path / "storage"), batch_size=10)
     write_npy(tmp_path / "data", mended, block=20)
-    shards.prepare(config, str(tmp_path / "storage"), batch_size=10, on_progress=lines.append)
+    shards.prepare_blocks(config, str(tmp_path / "storage"), batch_size=10, on_progress=lines.append)
     assert sorted(" ".join(line.split()[:3]) for line in lines) == ["block 20: prepared", "block 5: reused"]
 
 
@@ -241,9 +241,9 @@ def test_a_second_preparation_reuses_the_files(ray_session, tmp_path, rows):
     first = prepare(path, tmp_path / "storage")[5]
     times = {f: f.stat().st_mtime_ns for f in (tmp_path / "storage").rglob("*") if f.is_file()}
     config = DataConfig(path=path, val_split=0.2)
-    assert shards.reusable(config, str(tmp_path / "storage")) == {5: first.manifest}
-    assert shards.reusable(config.model_copy(update={"seed": 1}), str(tmp_path / "storage")) == {}
-    second = shards.prepare(config, str(tmp_path / "storage"), batch_size=10, on_progress=lines.append)[5]
+    assert shards.prepared_manifests(config, str(tmp_path / "storage")) == {5: first.manifest}
+    assert shards.prepared_manifests(config.model_copy(update={"seed": 1}), str(tmp_path / "storage")) == {}
+    second = shards.prepare_blocks(config, str(tmp_path / "storage"), batch_size=10, on_progress=lines.append)[5]
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "storage").rglob("*") if f.is_file()} == times
     assert "reused" in lines[0]
     for a, b in zip(arrays(first), arrays(second), strict=True):
@@ -324,7 +324,7 @@ def test_too_few_training_rows_for_a_batch_are_found_after_the_split(ray_session
     path = write_npy(tmp_path / "data", rows, games)
     seed = next(s for s in range(50) if is_validation(np.zeros(1, dtype=int), s, 0.2)[0])
     with pytest.raises(DataError, match="training rows, fewer than"):
-        shards.prepare(DataConfig(path=path, val_split=0.2, seed=seed), str(tmp_path / "s"), batch_size=100)
+        shards.prepare_blocks(DataConfig(path=path, val_split=0.2, seed=seed), str(tmp_path / "s"), batch_size=100)
 
 
 def test_a_split_that_leaves_a_side_empty_is_refused(ray_session, tmp_path, rows):

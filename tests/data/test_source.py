@@ -8,9 +8,9 @@ import pytest
 from activation_files import WRITERS, table, write_h5, write_npy, write_parquet
 
 from msae_sweep.config import DataConfig, PlantedConfig
-from msae_sweep.data.sources.base import block_of
+from msae_sweep.data.sources.base import block_number
 from msae_sweep.data.sources.catalog import check_blocks, open_source
-from msae_sweep.data.sources.npy import NpyFolder
+from msae_sweep.data.sources.npy import NpySource
 from msae_sweep.errors import DataError
 from msae_sweep.paths import StoragePath
 
@@ -65,7 +65,7 @@ def test_a_range_of_a_column_major_chunk_takes_no_more_memory_than_a_few_columns
     array = np.lib.format.open_memmap(folder / "chunk_0.npy", "w+", "f2", (n_rows, width), True)
     array[70_000:70_100] = expected = np.random.default_rng(0).normal(size=(100, width)).astype("f2")
     array.flush()
-    source = NpyFolder(StoragePath(f"{scheme}{tmp_path}"))
+    source = NpySource(StoragePath(f"{scheme}{tmp_path}"))
     row_range = source.row_ranges(5, 100)[0]._replace(start=70_000, stop=70_100)
     tracemalloc.start()
     try:
@@ -89,7 +89,7 @@ def test_chunks_follow_the_order_of_their_numbers(tmp_path):
      ("block5_v2", 5), ("res2/3", None), ("mean", None), ("resblock7", 7)],
 )  # fmt: skip
 def test_names_tell_their_block(name, block):
-    assert block_of(name) == block
+    assert block_number(name) == block
 
 
 @pytest.mark.parametrize("name", ["block5", "5", "blocks/5/activations", "block_05"])

@@ -28,7 +28,7 @@ class Tags(HTMLParser):
 
 
 def test_a_board_shows_stones_last_move_and_where_the_latent_fires_by_area():
-    tags = Tags(diagrams.page("t", [], [LatentDiagrams(7, 0.25, 0.5, [diagram()])])).found
+    tags = Tags(diagrams.render_page("t", [], [LatentDiagrams(7, 0.25, 0.5, [diagram()])])).found
     stones = {
         (attrs["href"], attrs["x"], attrs["y"]) for tag, attrs in tags if tag == "use" and attrs["href"] in ("#k", "#w")
     }
@@ -41,7 +41,9 @@ def test_a_board_shows_stones_last_move_and_where_the_latent_fires_by_area():
 
 
 def test_a_page_names_points_as_go_players_do_and_needs_no_network():
-    text = diagrams.page("t", ["one", "two"], [LatentDiagrams(7, 0.25, 0.5, [diagram(), diagram(last_move=None)])])
+    text = diagrams.render_page(
+        "t", ["one", "two"], [LatentDiagrams(7, 0.25, 0.5, [diagram(), diagram(last_move=None)])]
+    )
     assert "4.00 at B18" in text
     assert "white to play" in text
     assert "25.0%" in text
@@ -50,13 +52,13 @@ def test_a_page_names_points_as_go_players_do_and_needs_no_network():
 
 
 def test_what_a_record_is_called_runs_no_script():
-    text = diagrams.page("<i>", [], [LatentDiagrams(1, 0.1, 0.1, [diagram(game="<script>alert(1)</script>")])])
+    text = diagrams.render_page("<i>", [], [LatentDiagrams(1, 0.1, 0.1, [diagram(game="<script>alert(1)</script>")])])
     assert "<script>alert" not in text
     assert "&lt;i&gt;" in text
 
 
 def two_boards() -> str:
-    return diagrams.page("t", [], [LatentDiagrams(7, 0.25, 0.5, [diagram(), diagram(last_move=None)])])
+    return diagrams.render_page("t", [], [LatentDiagrams(7, 0.25, 0.5, [diagram(), diagram(last_move=None)])])
 
 
 def test_every_board_is_a_link_that_makes_it_large_and_has_one_that_closes_it():
@@ -81,7 +83,7 @@ def test_a_board_is_opened_and_closed_by_keyboard_and_tap_in_a_browser(tmp_path,
         pytest.skip("no Chromium on PATH")
     boards = [diagram(ply=ply) for ply in range(60)]
     (tmp_path / "boards.html").write_text(
-        diagrams.page("t", [], [LatentDiagrams(7, 0.25, 0.5, boards)]), encoding="utf-8"
+        diagrams.render_page("t", [], [LatentDiagrams(7, 0.25, 0.5, boards)]), encoding="utf-8"
     )
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])

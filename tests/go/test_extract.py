@@ -22,14 +22,14 @@ from msae_sweep.data.sources.catalog import open_source
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go import extract as extraction
 from msae_sweep.go import pipeline, sampling
-from msae_sweep.go.activation_folder import OutputFolder, atomic
+from msae_sweep.go.activation_folder import ActivationFolder, atomic
 from msae_sweep.go.extract import ExtractionSettings, extract
 from msae_sweep.go.extraction_actor import ExtractionActor
 from msae_sweep.go.leela import Network
 from msae_sweep.go.planes import planes
 from msae_sweep.go.records import find_units, read_records
 from msae_sweep.go.replay import replay
-from msae_sweep.go.sampling import Sampling, cut, plies_of, points_of
+from msae_sweep.go.sampling import Sampling, make_chunks, sampled_plies, sampled_points
 from msae_sweep.go.sgf import Game, read_games
 from msae_sweep.go.weights import random_weights, read_weights, write_weights
 from msae_sweep.sweep_folder import driver_lock
@@ -142,7 +142,7 @@ def test_the_games_of_one_tar_are_parsed_by_many_tasks(tmp_path):
             info = tarfile.TarInfo(f"{i}.sgf")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    parsed = pipeline.parsed(find_units(tmp_path / "all.tar")).materialize()
+    parsed = pipeline.parsed_games(find_units(tmp_path / "all.tar")).materialize()
     assert parsed.count() == 600
     tasks = re.search(r"Operator \d+ MapBatches\(_parse\): (\d+) tasks", parsed.stats())
     assert tasks is not None, f"fused with the reading:\n{parsed.stats()}"
@@ -152,12 +152,12 @@ def test_the_games_of_one_tar_are_parsed_by_many_tasks(tmp_path):
 def test_threads_that_share_a_network_write_what_one_writes(extracted, network, records, tmp_path, monkeypatch):
     chosen, _ = extracted
     monkeypatch.setattr(sampling, "CHUNK_POSITIONS", 6)
-    folder = OutputFolder(tmp_path / "out", chosen.blocks, chosen.formats)
+    folder = ActivationFolder(tmp_path / "out", chosen.blocks, chosen.formats)
     assert folder.begin({})
     taps = ExtractionActor([ray.put(read_weights(network))], chosen, folder)
-    chunks = cut(list(games_of(records).values()), chosen.sampling)
+    chunks = make_chunks(list(games_of(records).values()), chosen.sampling)
     assert [chunk.n_positions for chunk in chunks] == [6, 6, 6, 6, 6, 5]
-    batches = [pipeline.boards({"chunk": [pickle.dumps(chunk)]}, chosen.sampling) for chunk in chunks]
+    batches = [pipeline.pack_boards({"chunk": [pickle.dumps(chunk)]}, chosen.sampling) for chunk in chunks]
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(taps, batches))
     assert sum(result["n_positions"][0] for result in results) == 35
@@ -300,7 +300,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(network, records, tmp_pa
 
     chosen = settings(network, records, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(OutputFolder, "finish", full)
+        patch.setattr(ActivationFolder, "finish", full)
         with pytest.raises(DataError, match="No space left on device; what is done is kept"):
             extract(chosen)
     assert extract(chosen).rows == 105
@@ -430,10 +430,10 @@ def no_ray() -> None:
 
 
 @pytest.fixture
-def begun(tmp_path, network, records) -> tuple[ExtractionSettings, OutputFolder]:
+def begun(tmp_path, network, records) -> tuple[ExtractionSettings, ActivationFolder]:
     """An extraction that has begun, and a file that is being written in it."""
     chosen = settings(network, records, tmp_path / "out", precision="fp32")
-    folder = OutputFolder(chosen.out, chosen.blocks, chosen.formats)
+    folder = ActivationFolder(chosen.out, chosen.blocks, chosen.formats)
     with folder.held():
         folder.begin(extraction._identity(chosen))
     (folder.parts / ".block1_000000.npy.1.part").write_bytes(b"half")
@@ -455,7 +455,7 @@ def test_an_extraction_on_another_machine_is_left_alone_as_long_as_it_lives(begu
     chosen, folder = begun
     # Its lock does not reach here.
     (folder.path / "driver.json").write_text(json.dumps({"driver": "process 1 on elsewhere", "beat": "a"}))
-    monkeypatch.setattr(driver_lock, "DEAD_SECONDS", 0.2)
+    monkeypatch.setattr(driver_lock, "STALE_SECONDS", 0.2)
     read, beats = driver_lock._read, itertools.count()
     monkeypatch.setattr(driver_lock, "_read", lambda place: {**read(place), **({"beat": next(beats)} if alive else {})})
 
@@ -523,7 +523,7 @@ def test_what_auto_stands_for_is_asked_where_the_network_will_run(network, recor
     monkeypatch.setattr(extraction, "device_here", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     chosen = settings(network, records, tmp_path / "out")
-    folder = OutputFolder(chosen.out, chosen.blocks, chosen.formats)
+    folder = ActivationFolder(chosen.out, chosen.blocks, chosen.formats)
     assert extraction._precision_of_the_cluster(chosen, folder)() == meant
     assert extraction._precision_of_the_cluster(chosen._replace(precision="bf16"), folder)() == "bf16"
 
@@ -548,19 +548,19 @@ def test_a_manifest_of_something_else_is_one_line(begun, text):
 def test_points_and_positions_follow_from_the_game_and_the_seed_alone(records):
     game = next(iter(games_of(records).values()))
     sampling = Sampling(4, 1, 5, 7)
-    plies = plies_of(game, sampling)
-    points = points_of(game, plies, sampling)
+    plies = sampled_plies(game, sampling)
+    points = sampled_points(game, plies, sampling)
     assert points.shape == (4, 5)
     assert (np.diff(points, axis=1) > 0).all()
-    assert np.array_equal(points[[2]], points_of(game, plies[[2]], sampling))
-    assert not np.array_equal(points, points_of(game, plies, sampling._replace(seed=8)))
+    assert np.array_equal(points[[2]], sampled_points(game, plies[[2]], sampling))
+    assert not np.array_equal(points, sampled_points(game, plies, sampling._replace(seed=8)))
 
 
 def test_chunks_cover_every_position_once_and_depend_on_no_order(records):
     games = list(games_of(records).values())
     sampling = Sampling(5, 2, 3, 0)
-    chunks = cut(games, sampling)
-    again = cut(games[::-1], sampling)
+    chunks = make_chunks(games, sampling)
+    again = make_chunks(games[::-1], sampling)
     assert [c.first_position for c in chunks] == list(np.cumsum([0, *(c.n_positions for c in chunks)])[:-1])
     assert sum(c.n_positions for c in chunks) == 35
     assert [[g.key for g in c.games] for c in chunks] == [[g.key for g in c.games] for c in again]

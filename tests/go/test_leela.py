@@ -359,5 +359,5 @@ def test_auto_stands_for_the_fastest_precision_of_the_device_and_any_other_for_i
     monkeypatch, device, capability, meant
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert leela.resolve(torch.device(device), "auto") == meant
-    assert leela.resolve(torch.device(device), "bf16") == "bf16"
+    assert leela.resolve_precision(torch.device(device), "auto") == meant
+    assert leela.resolve_precision(torch.device(device), "bf16") == "bf16"

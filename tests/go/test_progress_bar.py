@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from msae_sweep.go import progress_bar
-from msae_sweep.go.progress_bar import GamesProgress, showing
+from msae_sweep.go.progress_bar import GamesProgress, progress_display
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def now(monkeypatch) -> list[float]:
 
 def test_no_speed_and_no_time_left_are_said_before_there_is_one(now):
     console = Console(file=io.StringIO(), width=100)
-    with showing(console) as report:
+    with progress_display(console) as report:
         report(GamesProgress(0, 1000, 0, ""))
         now[0] += 10
         report(GamesProgress(250, 1000, 0, "cpu"))
@@ -35,7 +35,7 @@ def test_no_speed_and_no_time_left_are_said_before_there_is_one(now):
 
 def test_the_bar_has_no_speed_before_there_is_one(now):
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    with showing(console) as report:
+    with progress_display(console) as report:
         report(GamesProgress(0, 1000, 0, ""))
         assert "0/s" not in console.file.getvalue()
         now[0] += 10

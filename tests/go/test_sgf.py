@@ -10,7 +10,7 @@ import pytest
 from sgfmill import sgf, sgf_moves
 
 from msae_sweep.go.records import Record, RefusedRecord
-from msae_sweep.go.sgf import Game, distinct, read_games, sample_plies
+from msae_sweep.go.sgf import Game, read_games, refuse_duplicates, sample_plies
 
 
 def read(text: str | bytes, name: str = "a.sgf") -> list[Game | RefusedRecord]:
@@ -220,7 +220,7 @@ def test_the_key_sees_size_setup_and_moves_and_nothing_else():
 
 def test_duplicates_are_dropped_and_say_of_which():
     one, other, again = read("(;PB[x];B[aa])", "1")[0], read("(;;B[bb])", "2")[0], read("(;PB[y];B[aa])", "3")[0]
-    assert list(distinct([one, other, again])) == [
+    assert list(refuse_duplicates([one, other, again])) == [
         one,
         other,
         RefusedRecord("3", "duplicate", "the same setup and moves as 1"),

@@ -81,7 +81,7 @@ def codes(settings) -> dict[tuple[str, int], np.ndarray]:
 
 @pytest.fixture(scope="module")
 def shown(settings, ray_session) -> tuple[top_activations.TopActivationSummary, dict]:
-    summary = top_activations.show(settings)
+    summary = top_activations.write_top_activations(settings)
     return summary, json.loads(settings.out.with_suffix(".json").read_text())
 
 
@@ -134,7 +134,7 @@ def test_the_same_page_comes_from_a_network_whose_rows_count_from_the_bottom(set
         upside_down = re.sub(r"\[([a-s])([a-s])\]", lambda move: f"[{move[1]}{turned[move[2]]}]", text)
         (flipped / name).write_text(upside_down)
     changed = settings._replace(first_row="bottom", games=flipped, out=tmp_path / "bottom.html")
-    top_activations.show(changed)
+    top_activations.write_top_activations(changed)
     records = shown[1], json.loads(changed.out.with_suffix(".json").read_text())
     pages = [
         {n: [s["value"] for s in latent["strongest"]] for n, latent in record["latents"].items()} for record in records
@@ -156,13 +156,15 @@ def test_the_same_page_comes_from_a_network_whose_rows_count_from_the_bottom(set
 )
 def test_what_cannot_be_is_said_before_ray_starts(settings, changes, error, line):
     with pytest.raises(error, match=line):
-        top_activations.show(settings._replace(**changes), connect=lambda: pytest.fail("Ray was started"))
+        top_activations.write_top_activations(
+            settings._replace(**changes), connect=lambda: pytest.fail("Ray was started")
+        )
 
 
 def test_a_network_of_another_width_than_the_models_is_refused(settings, tmp_path):
     write_weights(random_weights(2, 16, seed=1), tmp_path / "other.txt")
     with pytest.raises(DataError, match="16 filters, but the model takes 8 channels"):
-        top_activations.show(
+        top_activations.write_top_activations(
             settings._replace(weights=tmp_path / "other.txt"), connect=lambda: pytest.fail("Ray was started")
         )
 
@@ -173,13 +175,15 @@ def test_a_page_that_cannot_be_written_is_found_before_ray_starts(settings, tmp_
     (tmp_path / "file").write_text("")
     for out, line in ((tmp_path / "page.html", f"{name} is a folder"), (tmp_path / "file" / "page.html", "no folder")):
         with pytest.raises(ConfigError, match=line):
-            top_activations.show(settings._replace(out=out), connect=lambda: pytest.fail("Ray was started"))
+            top_activations.write_top_activations(
+                settings._replace(out=out), connect=lambda: pytest.fail("Ray was started")
+            )
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["file", name])
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("40", 40), ("12,77", (12, 77)), ("0,", (0,)), (" 3, 5 ", (3, 5))])
 def test_latents_are_a_number_of_them_or_their_numbers(text, wanted):
-    assert top_activations.latents_asked_for(text) == wanted
+    assert top_activations.parse_latents(text) == wanted
 
 
 WRONG_OPTIONS = {
@@ -217,7 +221,7 @@ def test_a_network_that_the_model_was_not_trained_on_is_said(settings, tmp_path)
     def said(sha256: str, first_row: str) -> list[tuple[str, ...]]:
         manifest = {"weights_sha256": sha256, "first_row": first_row}
         (tmp_path / "activations" / "manifest.json").write_text(json.dumps(manifest))
-        return [network_check.notes(model, settings.weights, "top") for model in models]
+        return [network_check.network_differences(model, settings.weights, "top") for model in models]
 
     assert said(weights_sha256(settings.weights), "top") == [(), ()]
     for notes in said("0" * 64, "bottom"):
@@ -225,4 +229,4 @@ def test_a_network_that_the_model_was_not_trained_on_is_said(settings, tmp_path)
         assert "extracted with --first-row bottom, not top" in notes[1]
     (tmp_path / "activations" / "manifest.json").unlink()
     for unknown in (*models, "models:/msae-block2@champion", str(settings.weights.parent / "model.pt")):
-        assert network_check.notes(unknown, settings.weights, "top") == ()
+        assert network_check.network_differences(unknown, settings.weights, "top") == ()

@@ -20,7 +20,7 @@ from msae_sweep.cli import main
 from msae_sweep.data.prepare.split import is_validation
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.models import evaluate
-from msae_sweep.models.evaluate import data_of, plan, sums_here
+from msae_sweep.models.evaluate import data_config_for, local_sums, make_plan
 from msae_sweep.models.evaluation_figure import evaluation_figure
 from msae_sweep.models.find import FoundModel
 from msae_sweep.sae import evaluation as of_model
@@ -62,8 +62,8 @@ def parquet(folder: Path, x: np.ndarray) -> Path:
 
 
 def report(found, data, block=None, side="all", overrides=(), parts=None, **options):
-    planned = plan(found, data_of("", str(data), overrides), block, side)
-    return evaluate.evaluate(found, planned, parts or partial(sums_here, device=CPU), **options)
+    planned = make_plan(found, data_config_for("", str(data), overrides), block, side)
+    return evaluate.evaluate(found, planned, parts or partial(local_sums, device=CPU), **options)
 
 
 def expected(found: FoundModel, x: np.ndarray, max_k: int | None = None) -> of_model.Evaluation:
@@ -301,7 +301,7 @@ def test_no_rows_on_a_side_are_an_error(tmp_path, found, x):
 def test_a_sweeps_own_data_is_what_it_was_about(tmp_path):
     folder = sweep(tmp_path / "sweep")
     (folder / "sweep.yaml").write_text("name: s\ndata: {path: /data, seed: 4, val_split: 0.3}\n")
-    data = data_of(str(folder), None, ["data.val_split=0.5"])
+    data = data_config_for(str(folder), None, ["data.val_split=0.5"])
     assert (data.path, data.seed, data.val_split) == ("/data", 4, 0.5)
     with pytest.raises(ConfigError, match="only data"):
-        data_of(str(folder), None, ["name=x"])
+        data_config_for(str(folder), None, ["name=x"])

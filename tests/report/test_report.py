@@ -23,7 +23,7 @@ from msae_sweep.paths import StoragePath
 from msae_sweep.report import score_figures
 from msae_sweep.report.curves import curves
 from msae_sweep.report.recommendation import baselines, recommendations
-from msae_sweep.report.score_figures import front
+from msae_sweep.report.score_figures import pareto_front
 from msae_sweep.report.sweep_data import read, read_all
 from msae_sweep.sae import model_file
 from msae_sweep.sae.metrics import total_variance
@@ -236,7 +236,7 @@ def test_of_two_sweeps_on_the_same_data_the_better_trial_is_recommended(sweep, t
 
 def test_nothing_on_the_front_is_beaten_and_whatever_is_off_it_is(sweep):
     group = read(sweep.path).groups[0]
-    kept = front(group.ended, lambda trial: trial.hidden_dim)
+    kept = pareto_front(group.ended, lambda trial: trial.hidden_dim)
     for trial in group.ended:
         beaten = any(
             o.hidden_dim <= trial.hidden_dim and o.best["r2_mean"] > trial.best["r2_mean"] for o in group.ended

@@ -10,9 +10,9 @@ from msae_sweep.sae.evaluation import (
     EvaluationSums,
     decoder_coherence,
     evaluate,
+    level_stabilities,
     level_stability,
     matched_cosine,
-    stability,
 )
 from msae_sweep.sae.kernels import reference
 from msae_sweep.sae.metrics import SplitMetrics, total_variance
@@ -172,7 +172,7 @@ def test_stability_weighs_latents_by_how_often_they_fire_at_the_level():
 def test_a_model_is_stable_against_itself_and_less_so_against_another_seed(x):
     model = trained()
     found = evaluate(model, [x])
-    itself, other = stability(model, found, [model, trained(seed=1)])
+    itself, other = level_stabilities(model, found, [model, trained(seed=1)])
     assert itself == pytest.approx([1.0] * 3, abs=1e-6)
     assert all(0 < level < 0.95 for level in other)
 

@@ -143,7 +143,9 @@ def collected(
     since = torch.full((hidden,), 5, dtype=torch.int64, device=DEVICE)
     fired = torch.zeros(hidden, dtype=torch.int32, device=DEVICE)
     level_of_rank = torch.tensor([sum(r >= k for k in levels[:-1]) for r in range(levels[-1])], dtype=torch.int32)
-    latent_gradients.collect(codes, ranks, holders, level_of_rank.to(DEVICE), entries, since, fired, len(levels), part)
+    latent_gradients.build_entries(
+        codes, ranks, holders, level_of_rank.to(DEVICE), entries, since, fired, len(levels), part
+    )
     assert torch.equal(fired > 0, since == 0)
     return entries, holders, since
 
@@ -186,18 +188,18 @@ def nans(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 LEVELS = [(1,), (2, 5, 12), (16, 32), (3, 20, 21)]
 
 
-def poisoned_quads(batch: int, n_levels: int, width: int) -> packing.Quads:
-    return packing.Quads(
+def poisoned_quads(batch: int, n_levels: int, width: int) -> packing.QuadWords:
+    return packing.QuadWords(
         torch.full((batch, n_levels, width // 4), -1, dtype=torch.int32, device=DEVICE), nans(batch, n_levels)
     )
 
 
-def quantized(x: Tensor) -> packing.Quads:
+def quantized(x: Tensor) -> packing.QuadWords:
     quads, scales = packing.quantize_reference(x.flatten(0, 1))
-    return packing.Quads(quads.view(*x.shape[:2], -1).contiguous(), scales.view(x.shape[:2]).contiguous())
+    return packing.QuadWords(quads.view(*x.shape[:2], -1).contiguous(), scales.view(x.shape[:2]).contiguous())
 
 
-def unquantized(G: packing.Quads) -> Tensor:
+def unquantized(G: packing.QuadWords) -> Tensor:
     return packing.dequantize_reference(G.words.flatten(0, 1), G.scales.flatten()).view(*G.scales.shape, -1)
 
 
@@ -309,7 +311,7 @@ def update_case(hidden: int, width: int, n_parts: int = 6):
         randn(hidden, width, seed=31), randn(n_parts, width, seed=32), randn(hidden, seed=33), randn(n_parts, seed=34)
     )
     totals = torch.tensor([1.0, 2.0], dtype=torch.float64, device=DEVICE)
-    hyper = adam.Hyper(
+    hyper = adam.DeviceHyperparameters(
         torch.tensor([[9.0, 9.0], [0.02, 0.3]], device=DEVICE), torch.tensor([0.9, 0.99, 1e-6, 0.5], device=DEVICE),
         torch.tensor([4, 1], dtype=torch.int32, device=DEVICE), torch.tensor([0.02, 0.3, 0.25], device=DEVICE), totals,
     )  # fmt: skip
@@ -410,7 +412,7 @@ def test_the_dead_are_listed_and_each_row_uses_its_largest_aux_k(n_dead, aux_k):
     assert buffers.n_dead.item() == len(expected)
     assert torch.equal(buffers.latents[: len(expected)].long(), expected)
     pre_acts = (randn(5, 128) * 2).round().div(2).bfloat16()  # many ties
-    aux_loss.select(pre_acts, buffers, aux_k)
+    aux_loss.select_codes(pre_acts, buffers, aux_k)
     if len(expected):
         acts = buffers.acts[:, : len(expected)].float()
         chosen = pre_acts[:, expected].float().clamp_min(0)
@@ -437,7 +439,7 @@ def test_the_auxiliary_loss_and_its_gradients_are_those_of_the_plain_one(batch, 
     before = randn(hidden, width, seed=6), randn(hidden, seed=7), randn(hidden, 72, seed=8).bfloat16()
     gradients = latent_gradients.Gradients(before[0].clone(), nans(1, width), before[1].clone(), nans(1))
     grad_pre = before[2].clone()
-    aux_loss.select(pre_acts, buffers, aux_k)
+    aux_loss.select_codes(pre_acts, buffers, aux_k)
     packed = packing.pack_reference(W_dec.float())
     aux_loss.residual_gradient(G, scales, error.square().sum(dim=1).float(), packed, aux, buffers)
     aux_loss.add_gradients(packed, buffers, grad_pre, gradients)
@@ -516,7 +518,7 @@ def compile_three(monkeypatch) -> list[str]:
     asked: list[str] = []
     monkeypatch.setattr(cache, "triton_key", lambda: asked.append("hash"), raising=False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    with launch.compiling(torch.device("cuda", 0)):
+    with launch.compile_in_parallel(torch.device("cuda", 0)):
         for _ in range(3):
             kernel = Mock()
             kernel.warmup.side_effect = lambda *args, **options: (cache.triton_key(), asked.append("kernel"))

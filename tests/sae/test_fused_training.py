@@ -256,7 +256,7 @@ def test_gradients_of_a_whole_step_are_those_of_autograd(changes):
 
 
 def test_the_cpu_and_small_gpus_say_why_they_do_not_take_the_fused_step():
-    choice = kernels.choose(torch.device("cpu"), config(), 16)
+    choice = kernels.choose_engine(torch.device("cpu"), config(), 16)
     assert choice.reconstruct in (sparse_cpu.reconstruct, kernels.reference.reconstruct)
     assert choice.reason
 
@@ -264,7 +264,7 @@ def test_the_cpu_and_small_gpus_say_why_they_do_not_take_the_fused_step():
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_a_precision_that_the_fused_step_has_not_is_a_said_reason(precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    choice = kernels.choose(torch.device("cuda"), config(precision=precision), 16)
+    choice = kernels.choose_engine(torch.device("cuda"), config(precision=precision), 16)
     assert choice.name == "reference"
     assert precision in choice.reason
 
@@ -279,14 +279,14 @@ def test_a_precision_that_the_fused_step_has_not_is_a_said_reason(precision, mon
 )
 def test_shapes_that_are_too_large_fall_back_and_say_so(changes, input_dim, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    choice = kernels.choose(torch.device("cuda"), config(**changes), input_dim)
+    choice = kernels.choose_engine(torch.device("cuda"), config(**changes), input_dim)
     assert choice.name == "reference"
     assert said in choice.reason
 
 
 def test_a_gpu_without_bfloat16_falls_back_and_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert "7.5" in kernels.choose(torch.device("cuda"), config(), 16).reason
+    assert "7.5" in kernels.choose_engine(torch.device("cuda"), config(), 16).reason
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled by every other test")

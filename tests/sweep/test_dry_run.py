@@ -33,7 +33,7 @@ def config(tmp_path: Path, *overrides: str) -> SweepConfig:
 
 def shown(tmp_path: Path, *overrides: str, resume: bool = False) -> str:
     out = io.StringIO()
-    dry_run.show(config(tmp_path, *overrides), resume=resume, console=Console(file=out, width=200))
+    dry_run.print_plan(config(tmp_path, *overrides), resume=resume, console=Console(file=out, width=200))
     return out.getvalue()
 
 
@@ -65,7 +65,7 @@ def test_long_plans_are_cut_and_optunas_is_what_it_chooses_from(tmp_path):
 
 
 def test_of_a_sweep_that_exists_it_counts_what_is_left(tmp_path):
-    resolved = run.checked(config(tmp_path), resume=False)[0]
+    resolved = run.check_before_ray(config(tmp_path), resume=False)[0]
     folder = SweepFolder.locate(resolved.storage, resolved.name)
     folder.create()
     folder.write_text(folder.config_file, resolved.to_yaml())

@@ -42,43 +42,43 @@ def one_machine(monkeypatch, tmp_path):
 
 def test_a_model_above_the_largest_device_is_refused_and_one_below_is_not(one_machine):
     # 2 × 256 × hidden_dim parameters of 16 bytes: 2^20 latents are 8 GiB.
-    memory.check_here(config("training.expansion_factor=4095"), [block()])
+    memory.check_memory_and_disk(config("training.expansion_factor=4095"), [block()])
     with pytest.raises(ConfigError, match=r"1,048,576 latents of width 256 \(block 5\).*take 8\.0 GiB .* has 8\.0 GiB"):
-        memory.check_here(config("training.expansion_factor=4096"), [block()])
+        memory.check_memory_and_disk(config("training.expansion_factor=4096"), [block()])
 
 
 @pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379"])
 def test_a_cluster_may_have_larger_devices_than_this_machine(one_machine, monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    memory.check_here(config("training.expansion_factor=40960"), [block()])
+    memory.check_memory_and_disk(config("training.expansion_factor=40960"), [block()])
 
 
 def test_only_what_will_be_proposed_counts(one_machine):
     wide = "space.expansion_factor={uniform: [1, 4200]}"
     few = config(wide, "search.trials_per_block=1")
-    memory.check_here(few, [block()])  # its one trial is small
+    memory.check_memory_and_disk(few, [block()])  # its one trial is small
     with pytest.raises(ConfigError, match="lower expansion_factor"):
-        memory.check_here(config(wide, "search.trials_per_block=1", "search.algorithm=optuna"), [block()])
+        memory.check_memory_and_disk(config(wide, "search.trials_per_block=1", "search.algorithm=optuna"), [block()])
 
 
 def test_shards_that_the_disk_cannot_hold_are_refused_but_not_those_that_are_there(one_machine, tmp_path, monkeypatch):
     rows = (1 << 30) // 1024
     there = config(f"storage={tmp_path}")
-    memory.check_here(there, [block(rows)])
+    memory.check_memory_and_disk(there, [block(rows)])
     with pytest.raises(
         DataError, match=r"1,048,577 rows of block 5 take 1\.0 GiB as prepared shards, but .* has 1\.0 GiB"
     ):
-        memory.check_here(there, [block(rows + 1)])
+        memory.check_memory_and_disk(there, [block(rows + 1)])
     monkeypatch.setattr(memory.shards, "reusable", lambda data, storage: {5: {}})
-    memory.check_here(there, [block(rows + 1)])
+    memory.check_memory_and_disk(there, [block(rows + 1)])
     # How many rows are dropped, nobody knows yet; and how much room a store has, neither.
-    memory.check_here(config(f"storage={tmp_path}", "data.drop_nonfinite=true"), [block(rows + 1)])
-    memory.check_here(config("storage=s3://bucket/sweeps"), [block(rows + 1)])
+    memory.check_memory_and_disk(config(f"storage={tmp_path}", "data.drop_nonfinite=true"), [block(rows + 1)])
+    memory.check_memory_and_disk(config("storage=s3://bucket/sweeps"), [block(rows + 1)])
 
 
 def test_rows_beyond_memory_and_spilling_are_refused(one_machine, monkeypatch):
     with pytest.raises(DataError, match=r"take 10\.0 GiB in Ray's object store, but memory and .* have 9\.0 GiB"):
-        memory.check_here(config("storage=s3://bucket/sweeps"), [block(10 << 20)])
+        memory.check_memory_and_disk(config("storage=s3://bucket/sweeps"), [block(10 << 20)])
 
 
 def test_a_cluster_is_asked_only_about_large_models(ray_session, monkeypatch):

@@ -232,24 +232,24 @@ def test_a_store_that_fails_for_a_while_loses_nothing_and_one_that_stays_away_en
 
 def test_a_sweep_in_a_store_has_one_driver_and_a_dead_one_is_told_from_a_living(object_store, tmp_path, monkeypatch):
     place = StoragePath(object_store.bucket) / "leased" / "sweep" / "journal" / "driver.json"
-    monkeypatch.setattr(driver_lock, "BEAT_SECONDS", 0.2)
-    monkeypatch.setattr(driver_lock, "DEAD_SECONDS", 1.0)
+    monkeypatch.setattr(driver_lock, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(driver_lock, "STALE_SECONDS", 1.0)
     elsewhere = f"process {os.getpid()} on another-machine"
-    with driver_lock.held(place):
+    with driver_lock.hold_lock(place):
         wait_for(place.exists)
         first = place.read()
         wait_for(lambda: place.read() != first)
         monkeypatch.setattr(driver_lock, "_is_dead_here", lambda driver: False)
         with (
             pytest.raises(SweepError, match=r"sweep: this sweep is being run by process \d+"),
-            driver_lock.held(place),
+            driver_lock.hold_lock(place),
         ):
             pass
     assert not place.exists()
     # Killed on another machine: its file stays, and does not change.
     place.write(json.dumps({"driver": elsewhere, "beat": "1"}).encode())
     started = time.monotonic()
-    with driver_lock.held(place):
+    with driver_lock.hold_lock(place):
         assert time.monotonic() - started >= 1.0
         wait_for(lambda: elsewhere.encode() not in place.read())
     monkeypatch.undo()
@@ -258,8 +258,8 @@ def test_a_sweep_in_a_store_has_one_driver_and_a_dead_one_is_told_from_a_living(
     gone.wait()
     place.write(json.dumps({"driver": f"process {gone.pid} on {socket.gethostname()}", "beat": "1"}).encode())
     started = time.monotonic()
-    with driver_lock.held(place):
-        assert time.monotonic() - started < driver_lock.DEAD_SECONDS / 2
+    with driver_lock.hold_lock(place):
+        assert time.monotonic() - started < driver_lock.STALE_SECONDS / 2
 
 
 def wait_for(condition) -> None:

@@ -11,7 +11,7 @@ from msae_sweep.data.prepare.shards import PreparedBlock
 from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.errors import DataError, SweepError
 from msae_sweep.sweep import preparation
-from msae_sweep.sweep.preparation import Preparation, leaves_cores
+from msae_sweep.sweep.preparation import Preparation, enough_free_cores
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -106,7 +106,7 @@ def test_trials_start_beside_the_preparation_where_they_leave_it_half_of_the_cor
 ):
     monkeypatch.setattr(preparation.ray, "cluster_resources", lambda: cluster)
     overrides = [f"resources.{key}={value}" for key, value in resources.items()]
-    assert leaves_cores(config(tmp_path, *overrides), gpus) is expected
+    assert enough_free_cores(config(tmp_path, *overrides), gpus) is expected
 
 
 def test_the_process_that_hands_blocks_out_imports_nothing_heavy():

@@ -11,7 +11,7 @@ def test_what_is_posted_is_written_in_order_and_whole_when_it_is_closed():
     with RecordWriter() as writing:
         for i in range(500):
             writing.post(lambda i=i: written.append((i, threading.current_thread().name)))
-    assert written == [(i, "scribe") for i in range(500)]
+    assert written == [(i, "record-writer") for i in range(500)]
 
 
 def test_posting_does_not_wait_for_the_disk_until_too_much_waits():

@@ -26,7 +26,7 @@ from msae_sweep.errors import ConfigError, DataError, DeviceError, StorageError,
 from msae_sweep.sae import model_file
 from msae_sweep.sweep.preparation import Preparation
 from msae_sweep.sweep.tuning import Tuning
-from msae_sweep.sweep_folder.trial_record import FINAL
+from msae_sweep.sweep_folder.trial_record import FINAL_STATUSES
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.uri import redact
 
@@ -130,7 +130,7 @@ def test_a_report_that_fails_costs_the_sweep_nothing(finished, tmp_path, monkeyp
 
 def test_figures_drawn_side_by_side_are_those_drawn_here(finished, monkeypatch):
     from msae_sweep.report import write_at_the_end
-    from msae_sweep.sweep.figure_workers import side_by_side
+    from msae_sweep.sweep.figure_workers import draw_in_workers
 
     def figures() -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in (finished.folder.path / "report" / "figures").iterdir()}
@@ -142,7 +142,7 @@ def test_figures_drawn_side_by_side_are_those_drawn_here(finished, monkeypatch):
 
     def counted(jobs):
         shares.append(len(jobs))
-        return side_by_side(jobs)
+        return draw_in_workers(jobs)
 
     for file in (finished.folder.path / "report" / "figures").iterdir():
         file.unlink()
@@ -152,7 +152,7 @@ def test_figures_drawn_side_by_side_are_those_drawn_here(finished, monkeypatch):
 
 
 def test_what_a_worker_cannot_draw_is_drawn_here(monkeypatch):
-    from msae_sweep.sweep.figure_workers import beside
+    from msae_sweep.sweep.figure_workers import run_in_workers
 
     here = os.getpid()
 
@@ -162,10 +162,10 @@ def test_what_a_worker_cannot_draw_is_drawn_here(monkeypatch):
         return os.getpid()
 
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    (there,) = beside([partial(job, False)])()
+    (there,) = run_in_workers([partial(job, False)])()
     assert there != here
-    assert beside([partial(job, True)] * 3)() == [here] * 3
-    assert beside([])() == []
+    assert run_in_workers([partial(job, True)] * 3)() == [here] * 3
+    assert run_in_workers([])() == []
 
 
 def test_tune_does_not_import_mlflow_for_statistics():
@@ -347,11 +347,11 @@ def test_a_sweep_whose_tracking_uri_had_a_password_is_resumed_when_it_is_given_a
     from msae_sweep.sweep import resume, run
 
     given = "http://me:secret@mlflow:5000"
-    begun, folder, _ = run.checked(config(tmp_path, f"tracking.uri={given}"), resume=False)
+    begun, folder, _ = run.check_before_ray(config(tmp_path, f"tracking.uri={given}"), resume=False)
     folder.create()
     folder.write_text(folder.config_file, redact(begun.to_yaml()))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    resumed, _, _ = run.checked(resume.load_config(folder.path, given), resume=True)
+    resumed, _, _ = run.check_before_ray(resume.load_config(folder.path, given), resume=True)
     assert resumed.tracking.uri == given
     assert "secret" not in folder.config_file.read_text()
 
@@ -508,7 +508,7 @@ def test_a_worker_that_cannot_save_ends_the_sweep_in_one_line_and_no_trial_count
             sweep(tmp_path, *changes)
     assert "failed" not in (tmp_path / "log").read_text()
     records = [json.loads(f.read_text()) for f in (tmp_path / "sweeps/small/trials").glob("*/trial.json")]
-    assert not {record["status"] for record in records} & set(FINAL), "a resumed sweep would not train it"
+    assert not {record["status"] for record in records} & set(FINAL_STATUSES), "a resumed sweep would not train it"
 
 
 def copy_of(finished: Any, folder: Path) -> Path:

@@ -47,7 +47,7 @@ def config() -> SweepConfig:
 
 @pytest.fixture(scope="module")
 def prepared(config, ray_session, tmp_path_factory) -> Any:
-    return shards.prepare(config.data, str(tmp_path_factory.mktemp("data")), batch_size=64)
+    return shards.prepare_blocks(config.data, str(tmp_path_factory.mktemp("data")), batch_size=64)
 
 
 class Workers:
@@ -232,7 +232,7 @@ def test_a_trial_that_gives_up_says_what_it_ran_on(workers, monkeypatch):
 def test_a_trial_on_a_node_that_was_told_to_go_saves_its_state_whatever_its_settings(workers, monkeypatch):
     from msae_sweep.sweep import preemption, trial
 
-    monkeypatch.setattr(trial, "LEAVING_SECONDS", 0)
+    monkeypatch.setattr(trial, "DRAINING_SAVE_SECONDS", 0)
     monkeypatch.setattr(preemption, "POLL_SECONDS", 0)
     spec = workers.specs()[0]
     worker = workers.worker(spec, checkpoint_seconds=600)

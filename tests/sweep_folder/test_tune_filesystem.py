@@ -4,11 +4,11 @@ import pickle
 
 from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
-from msae_sweep.sweep_folder.tune_filesystem import for_tune
+from msae_sweep.sweep_folder.tune_filesystem import tune_filesystem_view
 
 
 def test_tune_makes_no_folders_and_asks_for_no_logs(tmp_path):
-    store = for_tune(LocalFileSystem())
+    store = tune_filesystem_view(LocalFileSystem())
     store.create_dir(str(tmp_path / "tune" / "block5-000"), recursive=True)
     assert not list(tmp_path.iterdir())
     # Even if there were one: nothing was asked.
@@ -17,8 +17,8 @@ def test_tune_makes_no_folders_and_asks_for_no_logs(tmp_path):
 
 
 def test_everything_else_reaches_the_store(tmp_path):
-    store = pickle.loads(pickle.dumps(for_tune(LocalFileSystem())))
-    assert store == for_tune(LocalFileSystem())
+    store = pickle.loads(pickle.dumps(tune_filesystem_view(LocalFileSystem())))
+    assert store == tune_filesystem_view(LocalFileSystem())
     marker = str(tmp_path / "marker")
     with store.open_output_stream(marker) as file:
         file.write(b"here")

@@ -121,13 +121,13 @@ def test_getting_ready_exports_a_model_once_and_says_nothing_of_a_failure(monkey
         exported.append(path)
         raise RuntimeError("torch cannot do it here")
 
-    logged_models.get_ready.cache_clear()
+    logged_models.export_ahead.cache_clear()
     logged_models._kept_export.cache_clear()
     monkeypatch.setattr(logged_models, "_export", export)
     for _ in range(2):
-        logged_models.get_ready()
+        logged_models.export_ahead()
     assert len(exported) == 1
-    logged_models.get_ready.cache_clear()
+    logged_models.export_ahead.cache_clear()
 
 
 @pytest.mark.parametrize("damage", ["no description of the tensors", "a part of another size"])

@@ -29,7 +29,7 @@ def state_behind(path: str, store: Store) -> dict:
 
 def test_the_comparison_shows_the_trials_of_this_sweep_on_keys_that_they_have(uri, tmp_path):
     send(tmp_path / "sweep", uri)
-    path = mlflow_ui.comparison(tmp_path / "sweep", tracking(uri))
+    path = mlflow_ui.comparison_path(tmp_path / "sweep", tracking(uri))
     store = Store(uri)
     state = state_behind(path, store)
     shown = store.client.search_runs([store.experiment.experiment_id], state["searchFilter"])
@@ -43,7 +43,7 @@ def test_the_comparison_shows_the_trials_of_this_sweep_on_keys_that_they_have(ur
             assert set(chart["selectedMetrics"]) <= set(run.data.metrics)
             assert state["orderByKey"].split("`")[1] in run.data.metrics or run.data.tags["status"] == "failed"
     # Asked again it is the same page, not another tag.
-    assert mlflow_ui.comparison(tmp_path / "sweep", tracking(uri)) == path
+    assert mlflow_ui.comparison_path(tmp_path / "sweep", tracking(uri)) == path
 
 
 def test_a_trial_far_below_the_rest_is_left_out_by_a_filter_that_can_be_deleted(uri, tmp_path):
@@ -55,7 +55,7 @@ def test_a_trial_far_below_the_rest_is_left_out_by_a_filter_that_can_be_deleted(
         run = store.client.create_run(store.experiment.experiment_id, run_name=trial_id, tags=tags)
         store.client.log_metric(run.info.run_id, "r2_k4", r2)
         store.client.log_metric(run.info.run_id, "dead_ratio", 0.1)
-    state = state_behind(mlflow_ui.comparison(tmp_path / "sweep", tracking(uri)), Store(uri))
+    state = state_behind(mlflow_ui.comparison_path(tmp_path / "sweep", tracking(uri)), Store(uri))
     assert state["searchFilter"].startswith(f"tags.`mlflow.parentRunId` = '{parent}' and metrics.`r2_k4` > ")
     shown = store.client.search_runs([store.experiment.experiment_id], state["searchFilter"])
     named = {run.data.tags["msae_sweep.trial_id"] for run in shown}
@@ -110,12 +110,12 @@ mlflow_ui.serve(Path({str(tmp_path / "sweep")!r}), tracking)
 
 def test_a_sweep_that_the_store_does_not_have_is_said_with_what_to_do(uri, tmp_path):
     with pytest.raises(TrackingError, match=r"has no trials of this sweep in experiment study; .* track-sync"):
-        mlflow_ui.comparison(tmp_path / "sweep", tracking(uri))
+        mlflow_ui.comparison_path(tmp_path / "sweep", tracking(uri))
 
 
 def test_a_server_that_is_down_is_one_line(tmp_path):
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9"):
-        mlflow_ui.comparison(tmp_path / "sweep", tracking("http://127.0.0.1:9"))
+        mlflow_ui.comparison_path(tmp_path / "sweep", tracking("http://127.0.0.1:9"))
 
 
 def test_an_address_that_is_not_here_and_a_port_that_is_taken_are_said(uri):

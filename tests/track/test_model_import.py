@@ -16,15 +16,15 @@ from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sae.model_file import ModelFile
 from msae_sweep.track.connection import connect
-from msae_sweep.track.model_import import Import, register_import
+from msae_sweep.track.model_import import ModelImport, register_import
 
 METRICS = {"r2_k2": 0.3, "r2_k4": 0.4, "r2_mean": 0.35, "objective": 0.35, "dead_ratio": 0.1}
 
 
 @pytest.fixture
-def what(tmp_path) -> Import:
+def what(tmp_path) -> ModelImport:
     file = write_model(tmp_path / "notebook" / "msae_block5.pt", seed=9)
-    return Import(file, 5, "import-msae_block5", METRICS, {"imported_from": "/x/msae_block5.pt"})
+    return ModelImport(file, 5, "import-msae_block5", METRICS, {"imported_from": "/x/msae_block5.pt"})
 
 
 def test_it_becomes_a_version_beside_the_champion_and_is_the_same_model(uri, tmp_path, what):

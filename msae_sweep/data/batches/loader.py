@@ -11,23 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msae_sweep.data.batches.stream import WINDOW_BYTES, Shard, StreamedBatches
+from msae_sweep.data.batches.stream import WINDOW_BYTES, ShardFetcher, StreamedBatches
 from msae_sweep.data.batches.windows import Window, WindowBatches, order_key, permutation
 
 __all__ = [
-    "Loaded",
+    "BatchesAndReason",
     "ResidentBatches",
-    "Shard",
+    "ShardFetcher",
     "StreamedBatches",
     "Window",
     "WindowBatches",
-    "default_budget",
+    "default_budget_bytes",
     "machine_bytes",
     "make_batches",
 ]
 
 
-class Loaded(NamedTuple):
+class BatchesAndReason(NamedTuple):
     """Batches, and the reason why they are resident or streamed."""
 
     batches: WindowBatches
@@ -35,20 +35,27 @@ class Loaded(NamedTuple):
 
 
 def make_batches(
-    shards: Sequence[Shard], n_rows: int, input_dim: int, batch_size: int, device: torch.device, budget_bytes: int
-) -> Loaded:
+    shards: Sequence[ShardFetcher],
+    n_rows: int,
+    input_dim: int,
+    batch_size: int,
+    device: torch.device,
+    budget_bytes: int,
+) -> BatchesAndReason:
     """Return resident batches if the rows take at most `budget_bytes` of the device, streamed batches otherwise."""
     need = 4 * n_rows * input_dim
     sizes = f"{need / 2**20:,.0f} MiB of rows, {budget_bytes / 2**20:,.0f} MiB allowed on {device}"
     if need <= budget_bytes:
-        return Loaded(ResidentBatches.load(shards, n_rows, input_dim, batch_size, device), f"resident: {sizes}")
+        return BatchesAndReason(
+            ResidentBatches.load(shards, n_rows, input_dim, batch_size, device), f"resident: {sizes}"
+        )
     # The device holds two windows; the rest of the budget is for drawing orders and for the batches gathered.
     window_bytes = min(WINDOW_BYTES, budget_bytes // 4)
     streamed = StreamedBatches(shards, n_rows, input_dim, batch_size, device, window_bytes)
-    return Loaded(streamed, f"streamed: {sizes}")
+    return BatchesAndReason(streamed, f"streamed: {sizes}")
 
 
-def default_budget(device: torch.device, share: float = 1.0) -> int:
+def default_budget_bytes(device: torch.device, share: float = 1.0) -> int:
     """Return the bytes that data may take: half of a GPU's free (or the machine's total) memory, times `share`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -75,7 +82,7 @@ class ResidentBatches(WindowBatches):
 
     @classmethod
     def load(
-        cls, shards: Sequence[Shard], n_rows: int, input_dim: int, batch_size: int, device: torch.device
+        cls, shards: Sequence[ShardFetcher], n_rows: int, input_dim: int, batch_size: int, device: torch.device
     ) -> "ResidentBatches":
         """Copy the shards into one tensor, one after another, so that only one of them is held in addition.
 

@@ -37,7 +37,7 @@ class Segment(NamedTuple):
     """Row numbers in the concatenation of all arrays, ascending."""
 
 
-class WindowContents(NamedTuple):
+class WindowPlan(NamedTuple):
     """Plan of the contents of one window."""
 
     segments: list[Segment]
@@ -49,7 +49,7 @@ class WindowContents(NamedTuple):
     first: int
 
 
-def copying_threads(device: torch.device) -> int:
+def n_gather_threads(device: torch.device) -> int:
     """Return the number of threads that gather rows.
 
     For a GPU, this is the number of cores minus one for the consumer, at most 8, however few threads torch may use: a
@@ -113,7 +113,7 @@ class _Arrived(NamedTuple):
     copied: torch.cuda.Event | None
 
 
-_Filled = tuple[WindowContents, Tensor, list[Future[None]]]
+_Filled = tuple[WindowPlan, Tensor, list[Future[None]]]
 
 
 class WindowPrefetcher:
@@ -123,7 +123,7 @@ class WindowPrefetcher:
     requested. A prefetcher that is dropped without being closed also leaves nothing behind.
     """
 
-    def __init__(self, plan: Generator[WindowContents, None, None], buffers: WindowBuffers, n_threads: int) -> None:
+    def __init__(self, plan: Generator[WindowPlan, None, None], buffers: WindowBuffers, n_threads: int) -> None:
         self.buffers = buffers
         self._plan, self._n_threads = plan, n_threads
         self._planner = ThreadPoolExecutor(1, "window-planner")
@@ -219,7 +219,7 @@ class WindowPrefetcher:
         return _Arrived(window, host, slot, copied)
 
 
-def _order(contents: WindowContents, device: torch.device) -> Tensor:
+def _order(contents: WindowPlan, device: torch.device) -> Tensor:
     if not contents.n_ordered:
         return torch.empty(0, dtype=torch.int64, device=device)
     return permutation(contents.n_rows, contents.key, device, contents.first)[: contents.n_ordered]

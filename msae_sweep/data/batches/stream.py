@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from msae_sweep.data.batches.prefetch import Segment, WindowBuffers, WindowContents, WindowPrefetcher, copying_threads
+from msae_sweep.data.batches.prefetch import Segment, WindowBuffers, WindowPlan, WindowPrefetcher, n_gather_threads
 from msae_sweep.data.batches.windows import Window, WindowBatches, order_key, permutation
 
-Shard = Callable[[], np.ndarray]
+ShardFetcher = Callable[[], np.ndarray]
 """Function that fetches one shard [rows, input_dim], a read-only, contiguous float32 array."""
 
 WINDOW_BYTES = 64 << 20
@@ -67,7 +67,7 @@ class StreamedBatches(WindowBatches):
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[ShardFetcher],
         n_rows: int,
         input_dim: int,
         batch_size: int,
@@ -78,7 +78,7 @@ class StreamedBatches(WindowBatches):
     ) -> None:
         self.n_rows, self.batch_size = n_rows, batch_size
         self._input_dim, self._device = input_dim, device
-        self._n_threads = n_threads or copying_threads(device)
+        self._n_threads = n_threads or n_gather_threads(device)
         row_bytes = 4 * input_dim
         self._window_rows = max(1, window_bytes // row_bytes)
         shards_mixed = max(1, mix_bytes * len(shards) // max(1, row_bytes * n_rows))
@@ -199,18 +199,18 @@ class _Fetched(NamedTuple):
 class _Plans(NamedTuple):
     """Plans of the contents of windows; separate from `StreamedBatches`, so that no plan keeps buffers alive."""
 
-    shards: list[Shard]
+    shards: list[ShardFetcher]
     n_rows: int
     shards_mixed: int
     run: int
     """Number of neighbouring rows that stay together."""
 
-    def epochs(self, epoch: int, seed: int, size: int, batch_size: int) -> Generator[WindowContents, None, None]:
+    def epochs(self, epoch: int, seed: int, size: int, batch_size: int) -> Generator[WindowPlan, None, None]:
         """Yield windows of `size` rows of this epoch, then of the next, without end; an epoch's last may be smaller."""
         with contextlib.closing(self._fetched(self._random_groups(epoch, seed))) as fetched:
             yield from self._windows(fetched, size, batch_size)
 
-    def in_order(self, size: int) -> Generator[WindowContents, None, None]:
+    def in_order(self, size: int) -> Generator[WindowPlan, None, None]:
         """Yield windows of `size` rows of every shard in turn; the last window may be smaller."""
         last = len(self.shards) - 1
         groups = (_Group([i], None, 0, i == last) for i in range(last + 1))
@@ -227,12 +227,12 @@ class _Plans(NamedTuple):
 
     def _windows(
         self, fetched: Iterable[_Fetched], size: int, batch_size: int | None
-    ) -> Generator[WindowContents, None, None]:
+    ) -> Generator[WindowPlan, None, None]:
         segments: list[Segment] = []
         n, first = 0, 0
 
-        def contents() -> WindowContents:
-            return WindowContents(segments, n, n - n % batch_size if batch_size else 0, group.rows_key, first)
+        def contents() -> WindowPlan:
+            return WindowPlan(segments, n, n - n % batch_size if batch_size else 0, group.rows_key, first)
 
         for group, arrays, starts, rows in fetched:
             while len(rows):

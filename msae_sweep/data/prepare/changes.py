@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from msae_sweep.data.prepare.passes import Job, range_digest, rows_per_range
+from msae_sweep.data.prepare.passes import PreparationJob, range_digest, rows_per_range
 from msae_sweep.data.sources.base import BlockInfo, Source, digest
 
 
-def what_changed(
+def describe_change(
     source: Source,
     info: BlockInfo,
     manifest: Mapping[str, Any],
@@ -52,7 +52,7 @@ def what_changed(
 def _content(source: Source, info: BlockInfo, split: Mapping[str, Any]) -> str:
     """Return the digest of a block's rows and of each row's side of the split, computed as the preparation does."""
     ranges = source.row_ranges(info.block, rows_per_range(info))
-    job = Job(source, ranges, split["by"], split["seed"], split["val_split"])
+    job = PreparationJob(source, ranges, split["by"], split["seed"], split["val_split"])
     parts = []
     for i in range(len(ranges)):
         x, held_out, _ = job.read(i)

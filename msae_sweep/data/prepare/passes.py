@@ -14,7 +14,7 @@ from msae_sweep.data.prepare.split import RunningMoments, is_validation, standar
 from msae_sweep.data.sources.base import BlockInfo, RowRange, Source
 
 
-class Job(NamedTuple):
+class PreparationJob(NamedTuple):
     """Arguments that the tasks of both passes share; they are sent to the workers."""
 
     source: Source
@@ -50,7 +50,7 @@ def range_digest(x: np.ndarray, held_out: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def measure(batch: dict[str, np.ndarray], job: Job) -> dict[str, object]:
+def measure_range(batch: dict[str, np.ndarray], job: PreparationJob) -> dict[str, object]:
     """Return a range's digest, its row counts, where its non-finite rows are, and the moments of its training rows.
 
     `bad_first` and `bad_last` are the positions of the first and last non-finite row in the range, or -1 if there is
@@ -74,7 +74,7 @@ def measure(batch: dict[str, np.ndarray], job: Job) -> dict[str, object]:
 
 
 def standardise_range(
-    batch: dict[str, np.ndarray], job: Job, folder: ShardFolder, mean: np.ndarray, std: np.ndarray
+    batch: dict[str, np.ndarray], job: PreparationJob, folder: ShardFolder, mean: np.ndarray, std: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Standardise the range's finite rows, training rows first; write them to `folder` and return them as a shard."""
     i = int(batch["i"][0])

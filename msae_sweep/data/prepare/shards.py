@@ -35,11 +35,11 @@ from ray.data.block import BlockAccessor
 
 from msae_sweep import errors
 from msae_sweep.config import DataConfig
-from msae_sweep.data.prepare.passes import Job, measure, read_shard, rows_per_range, standardise_range
+from msae_sweep.data.prepare.passes import PreparationJob, measure_range, read_shard, rows_per_range, standardise_range
 from msae_sweep.data.prepare.shard_folder import ShardFolder
 from msae_sweep.data.prepare.split import RunningMoments
 from msae_sweep.data.sources.base import BlockInfo, RowRange, Source, digest
-from msae_sweep.data.sources.catalog import open_source, select
+from msae_sweep.data.sources.catalog import open_source, select_blocks
 from msae_sweep.errors import DataError, MsaeSweepError
 from msae_sweep.paths import StoragePath
 
@@ -48,7 +48,7 @@ FORMAT = 1
 
 It is raised when shards are written differently, so that old shards are not mistaken for new ones."""
 
-RANGES_A_WORKER = 4
+RANGES_PER_WORKER = 4
 """Number of row ranges that make it worthwhile to start one more worker. A worker imports for seconds, while a range of
 32 MiB takes a tenth of a second, and trial workers that start at the same time wait for the same cores and disk."""
 
@@ -96,7 +96,7 @@ class PreparedBlock:
             yield ref, i, n_train, n_val
 
 
-def prepare(
+def prepare_blocks(
     config: DataConfig,
     storage: str,
     *,
@@ -125,7 +125,7 @@ def prepare(
     source = open_source(config)
     under_way: dict[int, Future[PreparedBlock]] = {}
     try:
-        for info in select(source.infos(), config):
+        for info in select_blocks(source.infos(), config):
             for i, future in enumerate(under_way.values()):
                 if future.done() or i <= len(under_way) - STANDARDISED_AT_ONCE:
                     future.result()
@@ -138,13 +138,13 @@ def prepare(
     return {block: future.result() for block, future in under_way.items()}
 
 
-def reusable(config: DataConfig, storage: str) -> dict[int, dict[str, Any]]:
+def prepared_manifests(config: DataConfig, storage: str) -> dict[int, dict[str, Any]]:
     """Return the manifests of the wanted blocks that were prepared before and would only be loaded, by block number.
 
     Nothing is prepared or loaded by this call.
     """
     source = open_source(config)
-    folders = {info.block: _folder(source, info, config, storage) for info in select(source.infos(), config)}
+    folders = {info.block: _folder(source, info, config, storage) for info in select_blocks(source.infos(), config)}
     manifests = {block: folder.manifest() for block, (folder, _) in folders.items()}
     return {block: manifest for block, manifest in manifests.items() if manifest is not None}
 
@@ -223,7 +223,7 @@ def _split_by(info: BlockInfo, config: DataConfig) -> str:
 class _Measured(NamedTuple):
     """Results of the first pass over a block."""
 
-    job: Job
+    job: PreparationJob
     counts: dict[int, tuple[int, int]]
     """Number of training rows and of validation rows in each range, by range number."""
     mean: np.ndarray
@@ -243,7 +243,7 @@ def _measure(
     folder.create()
     ranges = source.row_ranges(info.block, rows_per_range(info))
     split_by = _split_by(info, config)
-    job = Job(source, ranges, split_by, config.seed, config.val_split)
+    job = PreparationJob(source, ranges, split_by, config.seed, config.val_split)
 
     moments = RunningMoments.of(np.empty((0, info.input_dim)))
     counts: dict[int, tuple[int, int]] = {}
@@ -251,7 +251,7 @@ def _measure(
     bad: list[tuple[RowRange, int, int, int]] = []
     said = started = time.monotonic()
     with _plain_errors():
-        for row in _over(range(len(ranges)), functools.partial(measure, job=job)).iter_rows():
+        for row in _over(range(len(ranges)), functools.partial(measure_range, job=job)).iter_rows():
             counts[int(row["i"])] = int(row["n_train"]), int(row["n_val"])
             digests[int(row["i"])] = row["digest"]
             moments = moments.merge(RunningMoments(int(row["n_train"]), row["mean"], row["m2"]))
@@ -328,7 +328,7 @@ def _standardise(
 def _over(numbers: Iterable[int], function: Callable[..., dict[str, Any]]) -> ray.data.Dataset:
     """Return a Ray Data pipeline that calls `function` for each number, in a separate task."""
     items = [{"i": i} for i in numbers]
-    at_once = ray.data.TaskPoolStrategy(size=max(1, -(-len(items) // RANGES_A_WORKER)))
+    at_once = ray.data.TaskPoolStrategy(size=max(1, -(-len(items) // RANGES_PER_WORKER)))
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         function, batch_size=1, compute=at_once
     )

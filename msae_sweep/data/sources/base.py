@@ -96,7 +96,7 @@ class Source(ABC):
         return None
 
 
-def block_of(name: str) -> int | None:
+def block_number(name: str) -> int | None:
     """Return the block number in the name of a folder, dataset or column; None if there is none, or more than one.
 
     Examples of names of block 5: `block5`, `block_05`, `blocks/5/act`, `5`.
@@ -134,7 +134,7 @@ def check_groups(where: str, shape: tuple[int, ...], dtype: np.dtype, n_rows: in
         raise DataError(f"{where}: game_id of dtype {dtype}; must be whole numbers or text")
 
 
-def group_numbers(groups: np.ndarray) -> Int64[np.ndarray, " rows"]:
+def game_numbers(groups: np.ndarray) -> Int64[np.ndarray, " rows"]:
     """Return games as int64; text is hashed, so that a game has the same number in every file and on every node."""
     if groups.dtype.kind in "iu":
         return groups.astype(np.int64)
@@ -143,7 +143,7 @@ def group_numbers(groups: np.ndarray) -> Int64[np.ndarray, " rows"]:
     return np.array(hashed, dtype=np.int64)[inverse]
 
 
-def cut(block: int, file: str, start: int, stop: int, first_row: int, rows: int) -> Iterable[RowRange]:
+def split_rows(block: int, file: str, start: int, stop: int, first_row: int, rows: int) -> Iterable[RowRange]:
     """Yield equal ranges of about `rows` rows that cover rows `start` to `stop` of a file.
 
     `first_row` is the row number of the file's first row within the block.

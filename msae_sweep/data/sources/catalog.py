@@ -1,10 +1,10 @@
 """Open the source at a path, and check from file headers alone whether the wanted blocks can be swept."""
 
 from msae_sweep.config import DataConfig
-from msae_sweep.data.sources.base import BlockInfo, Source, block_of
-from msae_sweep.data.sources.hdf5 import Hdf5File
-from msae_sweep.data.sources.npy import NpyFolder
-from msae_sweep.data.sources.parquet import SUFFIXES, ParquetTables
+from msae_sweep.data.sources.base import BlockInfo, Source, block_number
+from msae_sweep.data.sources.hdf5 import Hdf5Source
+from msae_sweep.data.sources.npy import NpySource
+from msae_sweep.data.sources.parquet import SUFFIXES, ParquetSource
 from msae_sweep.data.sources.planted import PlantedSource
 from msae_sweep.errors import DataError, SweepError
 from msae_sweep.paths import StoragePath
@@ -32,16 +32,16 @@ def _source_at(path: StoragePath) -> Source:
         raise DataError(f"data.path: {path} does not exist; give a folder of activations, an .h5 or a Parquet file")
     if not info.is_file:
         chunks = [folder for folder in path.folders() if any(file.suffix == ".npy" for file in folder.files())]
-        if any(block_of(folder.name) is not None for folder in chunks):
-            return NpyFolder(path)
+        if any(block_number(folder.name) is not None for folder in chunks):
+            return NpySource(path)
         if (path / "activations.h5").is_file():
-            return Hdf5File(path / "activations.h5")
+            return Hdf5Source(path / "activations.h5")
         if any(file.suffix in SUFFIXES for file in path.files(recursive=True)):
-            return ParquetTables(path)
+            return ParquetSource(path)
     elif path.suffix in (".h5", ".hdf5"):
-        return Hdf5File(path)
+        return Hdf5Source(path)
     elif path.suffix in SUFFIXES:
-        return ParquetTables(path)
+        return ParquetSource(path)
     raise DataError(
         f"data.path: {path} holds no activations; expected block{{B}}/chunk_*.npy, an .h5 file, or Parquet/Arrow files"
     )
@@ -55,7 +55,7 @@ def check_blocks(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
             missing, or fewer training rows than a batch are left.
     """
     source = open_source(config)
-    infos = select(source.infos(), config)
+    infos = select_blocks(source.infos(), config)
     for info in infos:
         if config.split_by == "game_id" and not info.has_groups:
             raise DataError(f"data.split_by: game_id, but {info.where} has no game_id; add one or write row")
@@ -69,7 +69,7 @@ def check_blocks(config: DataConfig, *, batch_size: int) -> list[BlockInfo]:
     return infos
 
 
-def select(infos: dict[int, BlockInfo], config: DataConfig) -> list[BlockInfo]:
+def select_blocks(infos: dict[int, BlockInfo], config: DataConfig) -> list[BlockInfo]:
     """Return the blocks that the configuration asks for, in the configuration's order; all blocks if it names none.
 
     Raises:

@@ -10,18 +10,18 @@ from msae_sweep.data.sources.base import (
     RowRange,
     Rows,
     Source,
-    block_of,
+    block_number,
     check_array,
     check_groups,
-    cut,
     digest,
-    group_numbers,
+    game_numbers,
+    split_rows,
 )
 from msae_sweep.errors import DataError, first_line
 from msae_sweep.paths import StoragePath
 
 
-class Hdf5File(Source):
+class Hdf5Source(Source):
     """Activations in an HDF5 file.
 
     The dataset `game_id` lies at the root, for all blocks, or in the group of a block's dataset, for that block.
@@ -43,7 +43,7 @@ class Hdf5File(Source):
             file.visititems(visit)
         found: dict[int, list[tuple[str, int]]] = {}
         for name, n_dims in names:
-            block = block_of(name)
+            block = block_number(name)
             if block is not None:
                 found.setdefault(block, []).append((name, n_dims))
         chosen = {}
@@ -76,7 +76,7 @@ class Hdf5File(Source):
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
         """See `Source.row_ranges`."""
-        return list(cut(block, f"{self._path}:{self._datasets[block]}", 0, self.infos()[block].n_rows, 0, rows))
+        return list(split_rows(block, f"{self._path}:{self._datasets[block]}", 0, self.infos()[block].n_rows, 0, rows))
 
     def read(self, row_range: RowRange) -> Rows:
         """See `Source.read`."""
@@ -85,7 +85,7 @@ class Hdf5File(Source):
             groups = self._groups(file, row_range.block)
             try:
                 x = file[self._datasets[row_range.block]][rows]
-                return Rows(x, None if groups is None else group_numbers(groups[rows]))
+                return Rows(x, None if groups is None else game_numbers(groups[rows]))
             except OSError as error:
                 where = row_range.name(0, row_range.stop - row_range.start - 1)
                 raise DataError(f"{where}: cannot be read: {first_line(error)}") from None

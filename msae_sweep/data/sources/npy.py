@@ -13,12 +13,12 @@ from msae_sweep.data.sources.base import (
     RowRange,
     Rows,
     Source,
-    block_of,
+    block_number,
     check_array,
     check_groups,
-    cut,
     digest,
-    group_numbers,
+    game_numbers,
+    split_rows,
 )
 from msae_sweep.errors import DataError, first_line
 from msae_sweep.paths import StoragePath
@@ -27,7 +27,7 @@ _COLUMN_BYTES = 8 << 20
 """Number of bytes per request when an array in Fortran (column-major) order is read from an object store."""
 
 
-class NpyFolder(Source):
+class NpySource(Source):
     """Activations in one folder per block, whose chunks follow one another in the order of their numbers.
 
     `game_id.npy` has one entry per row. It lies either in the activation folder, for all blocks, or in the folder of a
@@ -41,7 +41,7 @@ class NpyFolder(Source):
     def _folders(self) -> dict[int, StoragePath]:
         folders: dict[int, StoragePath] = {}
         for folder in self._path.folders():
-            block = block_of(folder.name)
+            block = block_number(folder.name)
             if block is None or not any(file.suffix == ".npy" for file in folder.files()):
                 continue
             if block in folders:
@@ -92,7 +92,7 @@ class NpyFolder(Source):
         ranges: list[RowRange] = []
         first_row = 0
         for chunk in self._chunks[block]:
-            ranges += cut(block, str(chunk.file), 0, chunk.n_rows, first_row, rows)
+            ranges += split_rows(block, str(chunk.file), 0, chunk.n_rows, first_row, rows)
             first_row += chunk.n_rows
         return ranges
 
@@ -102,7 +102,7 @@ class NpyFolder(Source):
         groups = self._groups[row_range.block]
         if groups is None:
             return Rows(x, None)
-        return Rows(x, group_numbers(_read(groups, row_range.first_row, row_range.first_row + len(x))))
+        return Rows(x, game_numbers(_read(groups, row_range.first_row, row_range.first_row + len(x))))
 
     def fingerprint(self, block: int) -> str:
         """See `Source.fingerprint`."""

@@ -16,12 +16,12 @@ from msae_sweep.data.sources.base import (
     RowRange,
     Rows,
     Source,
-    block_of,
+    block_number,
     check_array,
     check_groups,
-    cut,
     digest,
-    group_numbers,
+    game_numbers,
+    split_rows,
 )
 from msae_sweep.errors import DataError, first_line
 from msae_sweep.paths import StoragePath
@@ -40,7 +40,7 @@ class _Part(NamedTuple):
     """Number of rows in each row group (Parquet) or record batch (Arrow)."""
 
 
-class ParquetTables(Source):
+class ParquetSource(Source):
     """Activations in a Parquet or Arrow file, or in a folder of such files.
 
     The name of a column identifies its block. If a file has only one list column, the name of the file or of its folder
@@ -71,10 +71,10 @@ class ParquetTables(Source):
                 )
             blocks: set[int] = set()
             for column in columns:
-                block = block_of(column)
+                block = block_number(column)
                 if block is None and len(columns) == 1:
                     inside = Path(file.stem) if is_file else file.relative_to(self._path).with_suffix("")
-                    block = next((b for part in inside.parts if (b := block_of(part)) is not None), None)
+                    block = next((b for part in inside.parts if (b := block_number(part)) is not None), None)
                 if block is None:
                     raise DataError(
                         f"{file}: column {column} tells no block; name it block5, or the file block5.parquet"
@@ -121,10 +121,10 @@ class ParquetTables(Source):
             for piece in part.pieces:
                 stop += piece
                 if stop - start >= rows:
-                    ranges += cut(block, str(part.file), start, stop, first_row, rows)
+                    ranges += split_rows(block, str(part.file), start, stop, first_row, rows)
                     start = stop
             if stop > start:
-                ranges += cut(block, str(part.file), start, stop, first_row, rows)
+                ranges += split_rows(block, str(part.file), start, stop, first_row, rows)
             first_row += stop
         return ranges
 
@@ -142,7 +142,7 @@ class ParquetTables(Source):
                     raise DataError(f"{where}: column {name} has nulls; every row needs a value")
             x.append(batch[part.column].flatten().to_numpy(zero_copy_only=False).reshape(-1, width))
             if grouped:
-                groups.append(group_numbers(batch["game_id"].to_numpy(zero_copy_only=False)))
+                groups.append(game_numbers(batch["game_id"].to_numpy(zero_copy_only=False)))
         return Rows(np.concatenate(x), np.concatenate(groups) if grouped else None)
 
     def fingerprint(self, block: int) -> str:

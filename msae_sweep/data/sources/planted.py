@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from msae_sweep.config import PlantedConfig
-from msae_sweep.data.sources.base import BlockInfo, RowRange, Rows, Source, cut, digest
+from msae_sweep.data.sources.base import BlockInfo, RowRange, Rows, Source, digest, split_rows
 
 DEFAULT_BLOCKS = (5, 20)
 _TILE_ROWS = 1024
@@ -40,7 +40,7 @@ class PlantedSource(Source):
 
     def row_ranges(self, block: int, rows: int) -> list[RowRange]:
         """See `Source.row_ranges`."""
-        return list(cut(block, f"planted block {block}", 0, self._config.rows, 0, rows))
+        return list(split_rows(block, f"planted block {block}", 0, self._config.rows, 0, rows))
 
     def read(self, row_range: RowRange) -> Rows:
         """See `Source.read`."""

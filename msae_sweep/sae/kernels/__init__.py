@@ -1,4 +1,4 @@
-"""Fast operations with their plain references, and `choose`, the only place that chooses between them."""
+"""Fast operations with their plain references, and `choose_engine`, the only place that chooses between them."""
 
 import importlib.util
 import inspect
@@ -29,7 +29,7 @@ class EngineChoice(NamedTuple):
     reason: str
 
 
-def choose(device: torch.device, config: TrainingConfig, input_dim: int) -> EngineChoice:
+def choose_engine(device: torch.device, config: TrainingConfig, input_dim: int) -> EngineChoice:
     """Return the fastest correct way on `device`; its reason is shown at start-up and stored with the run."""
     if device.type == "cpu":
         if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msae_sweep.sae.kernels.latent_gradients import Entries, Gradients
 from msae_sweep.sae.kernels.launch import launch
-from msae_sweep.sae.kernels.packing import Quads, dequantize, pack
+from msae_sweep.sae.kernels.packing import QuadWords, dequantize, pack
 
 N_DECODING_SUMS = 64
 """Number of programs that each sum a share of the rows for pre_bias's gradient."""
@@ -28,7 +28,7 @@ class AdamParameter(NamedTuple):
     square: Tensor
 
 
-class Hyper(NamedTuple):
+class DeviceHyperparameters(NamedTuple):
     """Values that differ between trials or steps, on the device so that one captured graph can be used for all."""
 
     schedule: Float[Tensor, "steps 2"]
@@ -43,7 +43,7 @@ class Hyper(NamedTuple):
     """Sums over the epoch of the reconstruction loss and of the auxiliary loss, float64."""
 
 
-def sum_decoding_gradient(G: Quads, sums: Float[Tensor, "shares width"], hyper: Hyper) -> None:
+def sum_decoding_gradient(G: QuadWords, sums: Float[Tensor, "shares width"], hyper: DeviceHyperparameters) -> None:
     """Write pre_bias's gradient from its addition after decoding at every level: Σ_b G_0[b], in N_DECODING_SUMS shares.
 
     The kernel also copies this step's row of the schedule to `hyper.now` and advances the counters, which nothing reads
@@ -86,7 +86,7 @@ def clip_gradients(
     gradients: Gradients,
     sums: Float[Tensor, "shares width"],
     norms: Float[Tensor, " pieces"],
-    hyper: Hyper,
+    hyper: DeviceHyperparameters,
     part: int,
     *,
     normalize: bool,
@@ -119,7 +119,7 @@ def update_weights(
     sums: Float[Tensor, "shares width"],
     row_loss: Float[Tensor, " batch"],
     aux_losses: Float[Tensor, " pieces"] | None,
-    hyper: Hyper,
+    hyper: DeviceHyperparameters,
     encoder_copy: BFloat16[Tensor, "hidden_dim width"],
     decoder_copy: Int[Tensor, "hidden_dim half"],
     part: int,
@@ -131,7 +131,7 @@ def update_weights(
     With `normalize`, the decoder's gradient is projected before the update and its rows are normalised afterwards.
     """
     hidden_dim, width = W_dec.value.shape
-    rows = rows_a_program(hidden_dim, width)
+    rows = rows_per_program(hidden_dim, width)
     launch(
         _update_weights, (1 + 2 * hidden_dim // rows,),
         *W_enc, *W_dec, *pre_bias, grad_W_enc, entries.counts, entries.more_parts, gradients.W_dec,
@@ -142,7 +142,7 @@ def update_weights(
     )  # fmt: skip
 
 
-def rows_a_program(hidden_dim: int, width: int) -> int:
+def rows_per_program(hidden_dim: int, width: int) -> int:
     """Return the number of rows with about 1024 elements: a power of two up to 16, which divides padded hidden_dim."""
     return max(1, min(16, 1024 // width))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msae_sweep.sae.kernels.latent_gradients import Gradients
 from msae_sweep.sae.kernels.launch import launch
-from msae_sweep.sae.kernels.packing import Quads, dequantize, high_half, low_half, pack
+from msae_sweep.sae.kernels.packing import QuadWords, dequantize, high_half, low_half, pack
 
 TILE = 64
 """Number of rows, and of latents, in a tile of the dense products; hidden_dim is padded to a multiple of it."""
@@ -67,10 +67,10 @@ def find_dead(
     )
 
 
-def select(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: DeadLatents, aux_k: int) -> None:
+def select_codes(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: DeadLatents, aux_k: int) -> None:
     """Write the dead latents' codes: each row's `aux_k` largest positive pre_acts, lowest latent first on ties."""
     batch, hidden_dim = dead.acts.shape
-    block = min(1024, hidden_dim)
+    block = min(1024, triton.next_power_of_2(hidden_dim))
     launch(
         _select, (batch,),
         pre_acts.view(torch.int16), dead.latents, dead.n_dead, dead.acts.view(torch.int16), aux_k,
@@ -79,7 +79,7 @@ def select(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: DeadLatents, aux
 
 
 def residual_gradient(
-    G: Quads,
+    G: QuadWords,
     level_scales: Float[Tensor, " levels"],
     last_error: Float[Tensor, " batch"],
     W_dec: Int[Tensor, "hidden_dim half"],

@@ -17,7 +17,15 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from msae_sweep.sae.kernels.launch import launch
-from msae_sweep.sae.kernels.packing import Quads, code_latent, code_value, high_half, low_half, quantize, split_codes
+from msae_sweep.sae.kernels.packing import (
+    QuadWords,
+    code_latent,
+    code_value,
+    high_half,
+    low_half,
+    quantize,
+    split_codes,
+)
 
 FEW_LEVELS = 8
 
@@ -27,7 +35,7 @@ def decode_few(
     codes: Int[Tensor, "batch k_padded"],
     W_dec: Int[Tensor, "hidden_dim half"],
     level_scales: Float[Tensor, " levels"],
-    G: Quads,
+    G: QuadWords,
     row_loss: Float[Tensor, " batch"],
     last_error: Float[Tensor, " batch"],
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
@@ -53,7 +61,7 @@ def decode_many(
     W_dec: Int[Tensor, "hidden_dim half"],
     rank_scales: Float[Tensor, " k"],
     level_of_rank: Int[Tensor, " k"],
-    G: Quads,
+    G: QuadWords,
     row_loss: Float[Tensor, " batch"],
     last_error: Float[Tensor, " batch"],
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from msae_sweep.sae.kernels import adam, aux_loss, decode, gather, latent_gradients, packing, topk
-from msae_sweep.sae.kernels.launch import compiling
+from msae_sweep.sae.kernels.launch import compile_in_parallel
 
 # From version 3.10 on, Triton fuses multiply-adds only on request; without, steps are slower and have other bits.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -77,7 +77,7 @@ class FusedStep:
         self.level_scales, self.rank_scales = zeros(n_levels), zeros(k)
         level_of_rank = [sum(rank >= level for level in shape.loss_levels[:-1]) for rank in range(k)]
         self.level_of_rank = torch.tensor(level_of_rank, dtype=int32, device=device)
-        self.hyper = adam.Hyper(
+        self.hyper = adam.DeviceHyperparameters(
             zeros(SCHEDULE_STEPS, 2), zeros(4), counters[1:3], zeros(3), zeros(2, dtype=torch.float64)
         )
         self.aux = aux_loss.AuxHyper(zeros(1, dtype=torch.int64), zeros(1))
@@ -101,14 +101,14 @@ class FusedStep:
             part_numbers=zeros(n_parts, dtype=int32),
             cursors=zeros(2, dtype=int32),
         )
-        self.G = packing.Quads(zeros(batch, n_levels, half // 2, dtype=int32), zeros(batch, n_levels))
+        self.G = packing.QuadWords(zeros(batch, n_levels, half // 2, dtype=int32), zeros(batch, n_levels))
         self.row_loss, self.last_error = zeros(batch), zeros(batch)
         self.gradients = latent_gradients.Gradients(
             zeros(hidden, width), zeros(n_parts, width), zeros(hidden), zeros(n_parts)
         )
         self.grad_W_enc = zeros(hidden, width)
         self.bias_sums = zeros(adam.N_SUMS, width)
-        self.norms = zeros(hidden // adam.rows_a_program(hidden, width)) if shape.clips else None
+        self.norms = zeros(hidden // adam.rows_per_program(hidden, width)) if shape.clips else None
         self.dead: aux_loss.DeadLatents | None = None
         if shape.aux_k:
             row_tiles = triton.cdiv(batch, aux_loss.TILE)
@@ -170,7 +170,7 @@ class FusedStep:
         """Compile and capture everything now, on a row of zeros; this overwrites the weights. CUDA only."""
         if self.device.type != "cuda":
             return
-        with compiling(self.device):
+        with compile_in_parallel(self.device):
             self._train(None)
             self._train(self.dead)
             self._evaluate()
@@ -221,8 +221,8 @@ class FusedStep:
             aux_loss.find_dead(self.samples_since_fired, self.aux, aux, shape.hidden_dim)
         self._encode(collect=True)
         if aux is not None:
-            aux_loss.select(self.pre_acts, aux, shape.aux_k)
-        latent_gradients.collect(
+            aux_loss.select_codes(self.pre_acts, aux, shape.aux_k)
+        latent_gradients.build_entries(
             self.codes, self.ranks, self.holders, self.level_of_rank, self.entries, self.samples_since_fired,
             self.fired, len(shape.loss_levels), self.part,
         )  # fmt: skip

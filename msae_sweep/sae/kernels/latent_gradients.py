@@ -14,7 +14,15 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from msae_sweep.sae.kernels.launch import launch
-from msae_sweep.sae.kernels.packing import RAISED_BY, Quads, code_value, high_half, low_half, raised, split_codes
+from msae_sweep.sae.kernels.packing import (
+    DEQUANTIZE_OFFSET,
+    QuadWords,
+    code_value,
+    dequantize_with_offset,
+    high_half,
+    low_half,
+    split_codes,
+)
 from msae_sweep.sae.kernels.topk import _bit_number, _count_bits
 
 
@@ -48,7 +56,7 @@ class Gradients(NamedTuple):
     pre_sum_parts: Float[Tensor, " parts"]
 
 
-def collect(
+def build_entries(
     codes: Int[Tensor, "batch k_padded"],
     ranks: Int[Tensor, "hidden_dim batch"],
     holders: Int[Tensor, "hidden_dim batch_words"],
@@ -75,7 +83,7 @@ def collect(
 
 
 def backward(
-    G: Quads,
+    G: QuadWords,
     W_dec: Int[Tensor, "hidden_dim half"],
     entries: Entries,
     gradients: Gradients,
@@ -242,7 +250,7 @@ def _backward(
             w_sum += (low_half(even) + low_half(odd)) + (high_half(even) + high_half(odd))
             zeros = tl.zeros((ROWS, CHUNK), tl.float32)
             sums = sums + (zeros, zeros, zeros, zeros)  # type: ignore[assignment]  # noqa: RUF005
-        above = RAISED_BY * tl.sum(w_sum)
+        above = DEQUANTIZE_OFFSET * tl.sum(w_sum)
         pre_sums = tl.zeros((ROWS,), tl.float32)
         value_sums = tl.zeros((ROWS,), tl.float32)
         grad_row = grad_pre + latent.to(tl.int64) * grad_pre_stride
@@ -251,12 +259,12 @@ def _backward(
             after = _load_entries(packed, i + 2 * TILES * ROWS, end, lane, TILES)
             for u in tl.static_range(TILES):
                 value = (entries[u] >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scales[u]
-                value_sums = tl.fma(value, tl.full((ROWS,), RAISED_BY, tl.float32), value_sums)
+                value_sums = tl.fma(value, tl.full((ROWS,), DEQUANTIZE_OFFSET, tl.float32), value_sums)
                 products = tl.zeros((ROWS, CHUNK), tl.float32)
                 more_sums = ()
                 for c in tl.static_range(N_CHUNKS):
                     for byte in tl.static_range(4):
-                        g = raised(words[u * N_CHUNKS + c], byte, NATIVE)
+                        g = dequantize_with_offset(words[u * N_CHUNKS + c], byte, NATIVE)
                         products += g * w[4 * c + byte]
                         more_sums = more_sums + (tl.fma(value[:, None] + tl.zeros_like(g), g, sums[4 * c + byte]),)  # type: ignore[assignment]  # noqa: RUF005
                 sums = more_sums

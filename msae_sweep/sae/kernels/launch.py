@@ -19,7 +19,7 @@ _collected: ContextVar[dict[Hashable, partial[Any]] | None] = ContextVar("collec
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel; inside `compiling`, only record that it must be compiled."""
+    """Launch a kernel; inside `compile_in_parallel`, only record that it must be compiled."""
     collected = _collected.get()
     if collected is None:
         kernel[grid](*args, **options)
@@ -29,7 +29,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @contextmanager
-def compiling(device: torch.device) -> Iterator[None]:
+def compile_in_parallel(device: torch.device) -> Iterator[None]:
     """Compile the kernels launched in this context, in as many threads as there are cores, instead of launching them.
 
     Triton compiles each kernel at its first launch, one after another. The 16 kernels of the notebook's shape took

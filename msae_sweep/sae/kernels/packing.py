@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
 
-class Quads(NamedTuple):
+class QuadWords(NamedTuple):
     """Rows as quad words, with the rows' scales."""
 
     words: Int[Tensor, "batch levels quarter"]
@@ -33,11 +33,11 @@ class Quads(NamedTuple):
 LATENT_BITS = 17
 MAX_HIDDEN_DIM = 1 << LATENT_BITS
 
-UNIT = 2.0**-15
+QUANTIZATION_STEP = 2.0**-15
 """Value of the lowest bit of a quad word's byte, before multiplication by the row's scale."""
 
-FULL_SCALE = tl.constexpr(1 / (127 * UNIT))
-RAISED_BY = tl.constexpr(1 + 128 * UNIT)
+FULL_SCALE = tl.constexpr(1 / (127 * QUANTIZATION_STEP))
+DEQUANTIZE_OFFSET = tl.constexpr(1 + 128 * QUANTIZATION_STEP)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _biased(x):
 
 
 @triton.jit
-def raised(word, BYTE: tl.constexpr, NATIVE: tl.constexpr):
+def dequantize_with_offset(word, BYTE: tl.constexpr, NATIVE: tl.constexpr):
     """Return byte BYTE of quad words as RAISED_BY plus a number that is to be multiplied by the row's scale.
 
     The byte is put into the mantissa of 1.0, which is a single instruction (NATIVE) on a GPU. Code that sums products
@@ -109,7 +109,7 @@ def raised(word, BYTE: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def dequantize(word, BYTE: tl.constexpr):
     """Return byte BYTE of quad words as a number that is to be multiplied by the row's scale."""
-    return raised(word, BYTE, False) - RAISED_BY
+    return dequantize_with_offset(word, BYTE, False) - DEQUANTIZE_OFFSET
 
 
 def quantize_reference(x: Float[Tensor, "rows width"]) -> tuple[Int[Tensor, "rows quarter"], Float[Tensor, " rows"]]:
@@ -119,7 +119,7 @@ def quantize_reference(x: Float[Tensor, "rows width"]) -> tuple[Int[Tensor, "row
     biased = (x * inverse[:, None]).round().int() + 128
     low, high = biased.view(len(x), 2, -1, 2).unbind(1)
     words = low[..., 0] | (low[..., 1] << 8) | (high[..., 0] << 16) | (high[..., 1] << 24)
-    return words, largest / (127 * UNIT)
+    return words, largest / (127 * QUANTIZATION_STEP)
 
 
 def dequantize_reference(
@@ -128,7 +128,7 @@ def dequantize_reference(
     """Return the float32 rows of quad words, in plain PyTorch."""
     parts = [((words >> (8 * i)) & 0xFF) - 128 for i in range(4)]
     low, high = torch.stack(parts[:2], dim=2), torch.stack(parts[2:], dim=2)
-    return torch.cat([low.flatten(1), high.flatten(1)], dim=1) * UNIT * scales[:, None]
+    return torch.cat([low.flatten(1), high.flatten(1)], dim=1) * QUANTIZATION_STEP * scales[:, None]
 
 
 def pack_reference(x: Float[Tensor, "rows width"]) -> Int[Tensor, "rows half"]:
