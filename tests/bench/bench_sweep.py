@@ -36,7 +36,7 @@ import torch
 from rich.console import Console
 
 from msae_sweep.config import parse
-from msae_sweep.sweep import ray_cluster
+from msae_sweep.sweep import preparation, ray_cluster
 from msae_sweep.sweep import run as sweep
 from msae_sweep.sweep.callback import SweepCallback
 
@@ -198,10 +198,10 @@ def main() -> None:
         connect(n_gpus)
         watch, use = Watch(), GpuUse()
         for owner, function, as_ in (
-            (sweep.shards, "check", "check"),
-            (sweep.shards, "prepare", "prepare"),
+            (sweep, "check_blocks", "check"),
+            (preparation.shards, "prepare_blocks", "prepare"),
             (sweep.Tuning, "run", "tune"),
-            (sweep.finish, "write", "summary"),
+            (sweep.final_files, "write", "summary"),
             (sweep.Tracker, "close", "tracking"),
         ):
             watch.wrap(owner, function, as_)
