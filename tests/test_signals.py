@@ -79,7 +79,7 @@ def test_handlers_that_a_library_leaves_are_put_back():
 COMMAND = """
 import atexit, sys, threading, time
 from msae_sweep import cli
-from msae_sweep.data import inspect
+from msae_sweep.data import inspection
 
 def busy(config):
     # Threads that a command leaves behind, as the preparation of data does.
@@ -92,7 +92,7 @@ def busy(config):
         interrupt.add_note("the same command goes on")
         raise
 
-inspect.inspect = busy
+inspection.inspect = busy
 sys.argv = ["msae-sweep", "inspect", "planted"]
 cli.main()
 """

@@ -541,7 +541,7 @@ import json, sys
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from msae_sweep.config import DataConfig
-from msae_sweep.data import shards
+from msae_sweep.data.prepare import shards
 
 @ray.remote(num_cpus=0)
 class Reader:
@@ -556,7 +556,7 @@ class Reader:
 
 data, storage, reader = sys.argv[1:]
 ray.init(log_to_driver=False)
-block = shards.prepare(DataConfig(path=data, blocks=(5,)), storage, batch_size=1)[5]
+block = shards.prepare_blocks(DataConfig(path=data, blocks=(5,)), storage, batch_size=1)[5]
 address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
 places = [[address[node] for node in place["node_ids"]] for place in
           (ray.experimental.get_object_locations([ref])[ref] for ref in block.refs)]

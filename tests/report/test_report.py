@@ -354,7 +354,7 @@ def test_a_trial_of_one_epoch_says_so_beside_those_that_trained_on(tmp_path):
 def drawn_axes(monkeypatch, draw, *arguments):
     """The axes of a figure as it is about to be written."""
     kept = []
-    monkeypatch.setattr(score_figures, "finished", lambda figure, *texts: kept.append(figure.axes[0]))
+    monkeypatch.setattr(score_figures, "to_drawing", lambda figure, *texts: kept.append(figure.axes[0]))
     draw(*arguments)
     (axes,) = kept
     return axes

@@ -63,7 +63,7 @@ def train(
     if state is None:
         state = TrainState.create(settings, 16, seed=settings.seed, device=DEVICE, train=training)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "choose", lambda *_: choice)
+        patch.setattr(kernels, "choose_engine", lambda *_: choice)
         for progress in fit(state, training, validation, settings, steps):
             if progress.epoch == until:
                 break

@@ -82,10 +82,8 @@ def test_the_live_view_fits_a_terminal_whatever_runs(height, rows, width):
 
 
 def test_rows_a_second_and_the_time_left_are_in_the_status_line(monkeypatch):
-    from msae_sweep.sweep import display
-
     now = [100.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("msae_sweep.sweep.display.time.monotonic", lambda: now[0])
     shown, records, _ = display()
     assert "left" not in shown._status_line()
     for epoch in range(1, 6):

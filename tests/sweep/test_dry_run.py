@@ -124,7 +124,7 @@ def test_the_command_ends_with_0_and_leaves_nothing(tmp_path):
 
 def test_resume_has_a_dry_run_too(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(dry_run, "show", lambda config, resume, console: seen.append((config.name, resume)))
+    monkeypatch.setattr(dry_run, "print_plan", lambda config, resume, console: seen.append((config.name, resume)))
     folder = SweepFolder.locate(str(tmp_path / "sweeps"), "small")
     folder.create()
     folder.write_text(folder.config_file, config(tmp_path).to_yaml())

@@ -69,7 +69,7 @@ def test_shards_that_the_disk_cannot_hold_are_refused_but_not_those_that_are_the
         DataError, match=r"1,048,577 rows of block 5 take 1\.0 GiB as prepared shards, but .* has 1\.0 GiB"
     ):
         memory.check_memory_and_disk(there, [block(rows + 1)])
-    monkeypatch.setattr(memory.shards, "reusable", lambda data, storage: {5: {}})
+    monkeypatch.setattr(memory.shards, "prepared_manifests", lambda data, storage: {5: {}})
     memory.check_memory_and_disk(there, [block(rows + 1)])
     # How many rows are dropped, nobody knows yet; and how much room a store has, neither.
     memory.check_memory_and_disk(config(f"storage={tmp_path}", "data.drop_nonfinite=true"), [block(rows + 1)])

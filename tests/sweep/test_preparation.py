@@ -24,13 +24,13 @@ INFOS = [BlockInfo(block, "here", 100, 64, "float32", False) for block in (5, 20
 
 
 class Shards:
-    """A stand-in for `data.shards` whose blocks are ready when the test says so."""
+    """A stand-in for `data.prepare.shards` whose blocks are ready when the test says so."""
 
     def __init__(self) -> None:
         self.ready = {5: threading.Event(), 20: threading.Event()}
         self.faults: dict[int, Exception] = {}
 
-    def prepare(
+    def prepare_blocks(
         self, config: DataConfig, storage: str, *, batch_size: int, on_progress: Any, on_ready: Any
     ) -> dict[int, Any]:
         prepared = {}

@@ -174,9 +174,9 @@ import sys
 import time
 from ray import tune
 from ray.air._internal import usage
-from msae_sweep.sweep.tuning import _uncounted
+from msae_sweep.sweep.tuning import _without_usage_statistics
 before = usage.tag_callbacks
-with _uncounted():
+with _without_usage_statistics():
     usage.tag_callbacks([tune.Callback()])
 assert "mlflow" not in sys.modules
 assert usage.tag_callbacks is before
@@ -417,7 +417,7 @@ def test_interrupted_while_data_is_prepared_it_says_how_to_go_on(tmp_path, monke
     wait_for_all, is_waited_for = Preparation.wait, threading.Event()
     monkeypatch.setattr(Preparation, "wait", wait)
     ended, before = threading.Event(), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("msae_sweep.sweep.preparation.shards.prepare", prepare)
+    monkeypatch.setattr("msae_sweep.sweep.preparation.shards.prepare_blocks", prepare)
     with pytest.raises(KeyboardInterrupt) as interrupt:
         sweep(tmp_path)
     ended.set()
@@ -430,8 +430,8 @@ def test_interrupted_while_data_is_prepared_it_says_how_to_go_on(tmp_path, monke
 
 def test_interrupted_while_workers_start_beside_the_preparation_it_says_the_same(tmp_path, monkeypatch):
     ended = threading.Event()
-    monkeypatch.setattr("msae_sweep.sweep.run.leaves_cores", lambda config, gpus: True)
-    monkeypatch.setattr("msae_sweep.sweep.preparation.shards.prepare", lambda *args, **options: ended.wait(60))
+    monkeypatch.setattr("msae_sweep.sweep.run.enough_free_cores", lambda config, gpus: True)
+    monkeypatch.setattr("msae_sweep.sweep.preparation.shards.prepare_blocks", lambda *args, **options: ended.wait(60))
     # Ray Tune returns when it is interrupted, as if all trials had ended.
     monkeypatch.setattr(Tuning, "_fit", lambda *args: None)
     with pytest.raises(KeyboardInterrupt) as interrupt:
@@ -441,13 +441,13 @@ def test_interrupted_while_workers_start_beside_the_preparation_it_says_the_same
 
 
 def test_the_result_does_not_depend_on_whether_workers_start_beside_the_preparation(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("msae_sweep.sweep.run.leaves_cores", lambda config, gpus: True)
+    monkeypatch.setattr("msae_sweep.sweep.run.enough_free_cores", lambda config, gpus: True)
     beside = sweep(tmp_path)
     assert results(beside.summary) == results(finished.summary)
 
 
 def test_data_that_cannot_be_used_leaves_no_sweep_though_workers_started(tmp_path, monkeypatch):
-    monkeypatch.setattr("msae_sweep.sweep.run.leaves_cores", lambda config, gpus: True)
+    monkeypatch.setattr("msae_sweep.sweep.run.enough_free_cores", lambda config, gpus: True)
     rng = np.random.default_rng(0)
     good = {block: rng.standard_normal((600, 16), dtype=np.float32) for block in (5, 20)}
     bad = np.where(np.arange(600)[:, None] == 77, np.nan, good[20])

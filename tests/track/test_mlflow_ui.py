@@ -85,7 +85,7 @@ def test_on_a_store_a_server_of_our_own_answers_on_loopback_until_it_is_ended(ur
     command = f"""
 from pathlib import Path
 from msae_sweep.config import TrackingConfig
-from msae_sweep.track import ui
+from msae_sweep.track import mlflow_ui
 tracking = TrackingConfig(uri={uri!r}, experiment={EXPERIMENT!r})
 mlflow_ui.serve(Path({str(tmp_path / "sweep")!r}), tracking)
 """

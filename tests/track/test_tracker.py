@@ -362,7 +362,7 @@ def test_epochs_of_all_trials_come_in_any_order(uri, tmp_path):
 
 def test_a_sender_that_has_nothing_to_send_makes_itself_ready_for_models(uri, tmp_path, monkeypatch):
     ready = threading.Event()
-    monkeypatch.setattr(logged_models, "get_ready", ready.set)
+    monkeypatch.setattr(logged_models, "export_ahead", ready.set)
     tracker = start(tmp_path / "sweep", uri)
     assert ready.wait(30)
     tell(tracker, tmp_path / "sweep")
@@ -371,5 +371,5 @@ def test_a_sender_that_has_nothing_to_send_makes_itself_ready_for_models(uri, tm
 
 def test_a_sync_to_which_nothing_is_to_come_does_not(uri, tmp_path, monkeypatch):
     send(tmp_path / "sweep", uri)
-    monkeypatch.setattr(logged_models, "get_ready", lambda: pytest.fail("it took 3 s for that"))
+    monkeypatch.setattr(logged_models, "export_ahead", lambda: pytest.fail("it took 3 s for that"))
     assert sync(tmp_path / "sweep", uri, tracking(uri)).reason == ""
