@@ -184,7 +184,7 @@ class TrainingConfig(FrozenModel):
 
     @property
     def loss_levels(self) -> tuple[int, ...]:
-        """All k whose reconstructions are in the loss, in ascending order."""
+        """Every k whose reconstruction is in the loss, in ascending order."""
         return tuple(range(1, self.levels[-1] + 1)) if isinstance(self.k_levels, str) else self.k_levels
 
     def hidden_dim(self, input_dim: int) -> int:

@@ -45,7 +45,7 @@ class Report:
 
     @property
     def drawings(self) -> list[Drawing]:
-        """All figures of all sections."""
+        """Figures of every section."""
         return [drawing for section in self.sections for drawing in section.drawings]
 
 

@@ -1,6 +1,6 @@
 """Compile every kernel of the fused step for a GPU, on a machine without one, and print what each needs.
 
-    python tests/sae/compile_kernels.py [--capability 90] [notebook odd widest most]
+    python tests/sae/compile_kernels.py [--capability 90] [notebook odd narrow widest most]
 
 The interpreter takes more Python than the compiler does, so interpreting is not enough. Launches are turned into
 compilations. Prints name, warps, shared memory; ends with exit code 1 at the first kernel that does not compile.
@@ -22,6 +22,8 @@ SHAPES = {
     "notebook": fused_step.Shape(256, 256, 4096, (16, 32, 64, 128), (16, 32, 64, 128), 512, True, False),
     # Nothing a power of two, and gradients clipped.
     "odd": fused_step.Shape(100, 361, 5000, (10, 30, 50), (10, 30, 50), 64, False, True),
+    # Fewer latents than a program of the auxiliary loss takes at a time, and no power of two.
+    "narrow": fused_step.Shape(16, 24, 192, (4, 8), (4, 8), 64, True, False),
     # The widest rows, with every k.
     "widest": fused_step.Shape(16, 4096, 4096, (64, 128, 256, 512), tuple(range(1, 513)), 512, True, False),
     # The most latents.

@@ -291,7 +291,8 @@ def test_a_gpu_without_bfloat16_falls_back_and_says_so(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled by every other test")
 @pytest.mark.parametrize(
-    "shape", ["notebook", "odd", *(pytest.param(shape, marks=pytest.mark.slow) for shape in ("widest", "most"))]
+    "shape",
+    ["notebook", "odd", "narrow", *(pytest.param(shape, marks=pytest.mark.slow) for shape in ("widest", "most"))],
 )
 def test_every_kernel_compiles_for_a_gpu(shape):
     script = Path(__file__).with_name("compile_kernels.py")

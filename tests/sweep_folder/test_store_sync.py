@@ -1,4 +1,4 @@
-"""A mirror keeps the order of what it brings across and always ends; a folder stands in for the store."""
+"""A `StoreSync` keeps the order of its uploads and always ends; a folder stands in for the store."""
 
 import threading
 
@@ -7,7 +7,7 @@ import pytest
 from msae_sweep.errors import StorageError
 from msae_sweep.paths import StoragePath
 from msae_sweep.sweep_folder.folder import SweepFolder
-from msae_sweep.sweep_folder.store_sync import StoreSync
+from msae_sweep.sweep_folder.store_sync import StoreSync, fetch
 from msae_sweep.track.journal import Journal
 
 
@@ -53,6 +53,14 @@ def test_a_fault_of_any_kind_ends_the_sweep_and_keeps_nobody_waiting(tmp_path, m
     with pytest.raises(StorageError, match=r"^storage: ValueError: not an address; what is on its way is lost"):
         mirror.flush()
     mirror.close()
+
+
+@pytest.mark.parametrize("name", ["sweep.yaml", "identity.json", "data.json", "origins.json", "summary.json"])
+def test_all_that_a_resumed_sweep_reads_is_fetched(tmp_path, name):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / name).write_text("{}")
+    fetch(StoragePath(tmp_path / "store"), tmp_path / "copy")
+    assert (tmp_path / "copy" / name).read_text() == "{}"
 
 
 def test_a_file_that_only_the_store_has_comes_as_a_copy_of_its_own_and_stays_nowhere_else(tmp_path):
