@@ -109,12 +109,12 @@ def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
 
 def early_stopping(group: Group) -> Drawing | None:
     """Draw the epochs of each trial and the shortfall of the stopped ones. Return None if there are no rungs."""
-    ladder = group.ladder
-    if not ladder.rungs:
+    stopping = group.early_stopping
+    if not stopping.rungs:
         return None
     shown = group.trials[:MOST_ROWS]
     figure, axes = panel(1.5 + 0.19 * len(shown))
-    stops = {stop.trial_id: stop for stop in ladder.stops}
+    stops = {stop.trial_id: stop for stop in stopping.stops}
     looks = {
         "completed": (COLOURS[2], "", "completed"),
         "stopped_early": (COLOURS[4], "///", "stopped"),
@@ -127,22 +127,22 @@ def early_stopping(group: Group) -> Drawing | None:
         if stop := stops.get(trial.trial_id):
             look = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
             axes.annotate(f"{_small(stop.shortfall)} short", (stop.rung, row), **look)
-    for rung in ladder.rungs:
+    for rung in stopping.rungs:
         axes.axvline(rung, color="k", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(shown)), [trial.trial_id for trial in shown], fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 1.02 * max(trial.training.epochs for trial in shown))
     axes.grid(visible=False, axis="y")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(f"epochs (dotted: judged at {', '.join(map(str, ladder.rungs))})")
+    axes.set_xlabel(f"epochs (dotted: judged at {', '.join(map(str, stopping.rungs))})")
     legend_below(figure, axes, 2)
     if stops:
-        closest = min(ladder.stops, key=lambda stop: stop.shortfall)
-        total = ladder.epochs_saved + ladder.epochs_trained
+        closest = min(stopping.stops, key=lambda stop: stop.shortfall)
+        total = stopping.epochs_saved + stopping.epochs_trained
         reading = (
             f"{len(stops)} of {len(group.trials)} trials {'was' if len(stops) == 1 else 'were'} stopped, which saved "
-            f"{ladder.epochs_saved} of {total} "
-            f"epochs ({ladder.epochs_saved / total:.0%}); the closest, {closest.trial_id}, would have needed "
+            f"{stopping.epochs_saved} of {total} "
+            f"epochs ({stopping.epochs_saved / total:.0%}); the closest, {closest.trial_id}, would have needed "
             f"{_small(closest.shortfall)} more at epoch {closest.rung}"
         )
     else:

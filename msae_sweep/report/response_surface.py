@@ -162,7 +162,7 @@ def choose_sample(group: Group, needed: int) -> Sample:
     """
     completed = [trial for trial in group.ended if trial.record.status == "completed"]
     samples = [_sample(completed, [trial.best["objective"] for trial in completed], None)]
-    for rung in reversed(group.ladder.rungs):
+    for rung in reversed(group.early_stopping.rungs):
         there = [trial for trial in group.ended if trial.record.epochs >= rung]
         samples.append(_sample(there, [t.record.points[rung - 1]["objective"] for t in there], rung))
     useful = [sample for sample in samples if _varies(sample)] or samples

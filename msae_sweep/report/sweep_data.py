@@ -114,7 +114,7 @@ class Group:
     levels: tuple[int, ...]
     trials: list[Trial]
     """Trials that ended well, best first, then trials that diverged, failed or have not ended yet."""
-    ladder: EarlyStopping
+    early_stopping: EarlyStopping
     """Rungs of the group, and the trials that were stopped at them."""
 
     @property
@@ -291,11 +291,11 @@ def _groups(
         by_id = {trial.trial_id: trial for trial in trials}
         order = [by_id[r.trial_id] for r in ranked([t.record for t in trials if t.ended_well])]
         order += sorted((t for t in trials if not t.ended_well), key=lambda t: t.record.index)
-        ladder = summarise_stops(
+        stopping = summarise_stops(
             [t.record for t in trials], config.asha, {t.trial_id: t.training.epochs for t in trials}
         )
         if order[0].ended_well:
-            groups.append(Group(block, levels, order, ladder))
+            groups.append(Group(block, levels, order, stopping))
         else:
             unranked += order
     return groups, unranked

@@ -36,12 +36,12 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         records: dict[str, TrialRecord],
         folder: SweepFolder,
         scheduler: BlockAsha,
-        scribe: RecordWriter,
+        record_writer: RecordWriter,
         tracker: Tracker,
         display: Display,
         tracked_params: Callable[[TrialRecord], dict[str, Any]],
     ) -> None:
-        self._records, self._folder, self._scheduler, self._scribe = records, folder, scheduler, scribe
+        self._records, self._folder, self._scheduler, self._record_writer = records, folder, scheduler, record_writer
         self._tracker, self._display, self._tracked_params = tracker, display, tracked_params
         self._runs_on: dict[str, dict[str, str]] = {}
         self._said: list[dict[str, str]] = []
@@ -54,7 +54,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         """Mark a trial as running when it begins, or continues after a pause or a failure."""
         record = self._record(trial)
         if record.status == "pending":
-            self._scribe.post(
+            self._record_writer.post(
                 partial(
                     self._tracker.trial_started,
                     trial_id=record.trial_id,
@@ -83,7 +83,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         if new := record.add_points(result["points"]):
             now = int(time.time() * 1000)
             points = [{**point, "time_ms": now} for point in new]
-            self._scribe.post(partial(self._tracker.metrics, trial_id=record.trial_id, points=points))
+            self._record_writer.post(partial(self._tracker.metrics, trial_id=record.trial_id, points=points))
             self._save(record)
         self._display.tick(record)
 
@@ -126,16 +126,18 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         # Ray passes on the text of a worker's exception, not the exception itself.
         found = re.search(r"^msae_sweep\.errors\.StorageError: (.+)$", _error_text(trial), re.MULTILINE)
         if found:
-            self._scribe.fail(StorageError(found[1]))
+            self._record_writer.fail(StorageError(found[1]))
         return found is not None
 
     def _save(self, record: TrialRecord) -> None:
-        self._scribe.post(partial(self._folder.write_text, self._folder.record_file(record.trial_id), record.to_json()))
+        self._record_writer.post(
+            partial(self._folder.write_text, self._folder.record_file(record.trial_id), record.to_json())
+        )
 
     def _end(self, record: TrialRecord, status: Status, reason: str) -> None:
         record.status, record.reason = status, reason
         ended = replace(record, points=list(record.points))
-        self._scribe.post(partial(self._write_end, ended, self._runs_on.pop(record.trial_id, {})))
+        self._record_writer.post(partial(self._write_end, ended, self._runs_on.pop(record.trial_id, {})))
         self._display.tick(record)
 
     def _write_end(self, record: TrialRecord, tags: dict[str, str]) -> None:

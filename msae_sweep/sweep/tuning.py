@@ -97,8 +97,10 @@ class Tuning:
             )
         display = Display(self._console, config, self.n_trials, self._tracking_note)
         display.show(known)
-        scribe = RecordWriter(begin)
-        monitor = SweepCallback(self.records, self._folder, scheduler, scribe, self._tracker, display, self._params)
+        record_writer = RecordWriter(begin)
+        callback = SweepCallback(
+            self.records, self._folder, scheduler, record_writer, self._tracker, display, self._params
+        )
         if config.search.algorithm == "optuna":
             from msae_sweep.sweep.optuna_search import BlockOptuna
 
@@ -111,11 +113,11 @@ class Tuning:
             specs = [self._spec(record) for record in known if not record.finished]
             search = BasicVariantGenerator(max_concurrent=config.resources.max_concurrent or 0)
             param_space, samples, left = {"trial": _InOrder(specs)}, len(specs), len(specs)
-        with scribe:
+        with record_writer:
             if left:
                 with display:
                     try:
-                        self._fit(param_space, search, scheduler, samples, monitor, _Failure(scribe))
+                        self._fit(param_space, search, scheduler, samples, callback, _Failure(record_writer))
                     finally:
                         self._preparation.abandon()
 
@@ -166,7 +168,7 @@ class Tuning:
         search: Any,
         scheduler: BlockAsha,
         samples: int,
-        monitor: SweepCallback,
+        callback: SweepCallback,
         failure: tune.Stopper,
     ) -> None:
         resources = self._config.resources
@@ -200,7 +202,7 @@ class Tuning:
                 # A finished trial's model is in the sweep folder; by default, Tune would request one more checkpoint.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=resources.max_failures),
-                callbacks=[monitor],
+                callbacks=[callback],
                 stop=failure,
                 verbose=0,
             ),
@@ -294,8 +296,8 @@ class _InOrder(Domain):  # type: ignore[misc]
 class _Failure(tune.Stopper):  # type: ignore[misc]
     """Tune stopper that ends the sweep in an orderly way if its data cannot be used or its folder cannot be written."""
 
-    def __init__(self, scribe: RecordWriter) -> None:
-        self._scribe = scribe
+    def __init__(self, record_writer: RecordWriter) -> None:
+        self._record_writer = record_writer
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its settings for `Tuner.restore`, which is not used here.
@@ -305,7 +307,7 @@ class _Failure(tune.Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        return self._scribe.failed
+        return self._record_writer.failed
 
 
 def _without_usage_statistics() -> AbstractContextManager[None]:

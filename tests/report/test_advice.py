@@ -131,7 +131,7 @@ def test_where_few_trials_came_to_their_end_scores_are_compared_at_a_rung(tmp_pa
     completed = [trial for trial in group.trials if trial.record.status == "completed"]
     assert len(completed) < 8  # else this test is about nothing
     response = response_of(sweep)
-    assert response.epoch in group.ladder.rungs
+    assert response.epoch in group.early_stopping.rungs
     assert response.n_trials > len(completed)
     assert response.optimum == pytest.approx(BEST, rel=0.1)
     assert "scores so early favour high learning rates" in response.sentence
