@@ -1,7 +1,7 @@
 """Record of one trial, which the driver keeps in memory and in the trial's `trial.json`."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from msae_sweep.config import TrainingConfig
@@ -30,6 +30,8 @@ class TrialRecord:
     """Metrics of every epoch, in ascending order of epochs."""
     seconds: float = 0.0
     """Training time in seconds, without waiting."""
+    unknown: dict[str, Any] = field(default_factory=dict)
+    """Keys of the file that this version does not know; they are written back."""
 
     @property
     def epochs(self) -> int:
@@ -63,7 +65,8 @@ class TrialRecord:
 
     def to_json(self) -> str:
         """Return the content of `trials/{trial_id}/trial.json`."""
-        return json.dumps(vars(self))
+        known = {key: value for key, value in vars(self).items() if key != "unknown"}
+        return json.dumps({**known, **self.unknown})
 
     @classmethod
     def from_json(cls, text: str) -> "TrialRecord":
@@ -72,7 +75,11 @@ class TrialRecord:
         Raises:
             ValueError, TypeError: the text is not the record of a trial.
         """
-        record = cls(**json.loads(text))
+        raw = json.loads(text)
+        if not isinstance(raw, dict):
+            raise ValueError("it is not a mapping")
+        known = {key: raw.pop(key) for key in [f.name for f in fields(cls) if f.name != "unknown"] if key in raw}
+        record = cls(**known, unknown=raw)
         if record.status not in get_args(Status) or not isinstance(record.params, dict):
             raise ValueError(f"status {record.status!r} or params {record.params!r} is none of a trial")
         if not isinstance(record.points, list) or not all(isinstance(point, dict) for point in record.points):
