@@ -52,7 +52,7 @@ def default_of(field: FieldInfo) -> Any:
 
 
 def differences(text: str) -> list[str]:
-    """What the reference says otherwise than the schema: `key: what is wrong`, sorted."""
+    """Return the differences between the reference and the schema as sorted lines `key: what is wrong`."""
     rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
     rows = [row for row in rows if len(row) == 4 and row[0].startswith("`")]
     written: dict[str, list[list[str]]] = {}

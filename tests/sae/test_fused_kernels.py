@@ -66,7 +66,7 @@ SLOW_TOP_CODES = {
     (320, 50, "constant"),
     (192, 7, "constant"),
 }
-"""They take ten seconds each in the interpreter, and others are much like them."""
+"""Cases of the top-k that take ten seconds each in Triton's interpreter; the cases that stay are similar."""
 
 
 @pytest.mark.parametrize(

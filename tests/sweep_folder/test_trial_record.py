@@ -1,4 +1,4 @@
-"""What `trial.json` holds is read back, keys of another version included."""
+"""A trial's record survives being written and read, with the keys that another version of the package added."""
 
 import json
 
