@@ -165,7 +165,7 @@ def inspect(
 ) -> None:
     """Show statistics of each block of activations in PATH, and how much its principal components explain."""
     from msae_sweep.config import DataConfig
-    from msae_sweep.data import inspection as inspection
+    from msae_sweep.data import inspection
 
     _console().print(inspection.render(inspection.inspect(DataConfig(path=path))))
 
@@ -185,7 +185,7 @@ def extract(
     format: Annotated[str, typer.Option(help="npy, h5, parquet, or several: npy,h5.")] = "npy",
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU, fp32 on a CPU."),
+        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU (compute capability 7.0), else fp32."),
     ] = "auto",
     first_row: Annotated[
         Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
@@ -242,7 +242,7 @@ def boards(
     skip_first: Annotated[int, typer.Option(min=0, help="Moves at the beginning whose positions are left out.")] = 0,
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU, fp32 on a CPU."),
+        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU (compute capability 7.0), else fp32."),
     ] = "auto",
     first_row: Annotated[
         Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")

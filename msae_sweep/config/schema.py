@@ -129,8 +129,11 @@ class TrainingConfig(FrozenModel):
     dead_after_samples: int | None = Field(None, ge=1)
     """Rows without firing after which a latent is dead in the auxiliary loss; null means one epoch of training rows."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Adam's decay rate of the gradient's running mean."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Adam's decay rate of the squared gradient's running mean."""
     adam_eps: float = Field(1e-8, gt=0)
+    """Number that Adam adds to the denominator of its step."""
     normalize_decoder: bool = True
     """Keep decoder rows at unit norm, and project the part parallel to the row out of the gradient."""
     warmup_steps: int = Field(0, ge=0)

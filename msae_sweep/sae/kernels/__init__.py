@@ -11,7 +11,7 @@ from msae_sweep.config import TrainingConfig
 from msae_sweep.sae.kernels import reference, sparse_cpu
 from msae_sweep.sae.kernels.reference import Reconstruction
 
-__all__ = ["EngineChoice", "Reconstruct", "Reconstruction", "choose"]
+__all__ = ["EngineChoice", "Reconstruct", "Reconstruction", "choose_engine"]
 
 Reconstruct = Callable[..., Reconstruction]
 
