@@ -117,6 +117,7 @@ def test_stopping_and_going_on_gives_the_same_bits_as_never_stopping(undisturbed
     assert same_bits(train(settings, state=resumed), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_trial_in_a_used_process_equals_one_in_a_fresh_process(first_epoch):
     steps = StepCache()
     train(
@@ -174,7 +175,10 @@ def test_a_diverged_trial_is_named_so():
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"weighting": "reverse", "dead": 0.5}, marks=pytest.mark.slow),
         {"batch": 37, "input_dim": 30, "hidden_dim": 44, "k_levels": (1, 3, 10)},
-        {"batch": 17, "loss_levels": tuple(range(1, 13)), "k_levels": (3, 12), "dead": 0.9},
+        pytest.param(
+            {"batch": 17, "loss_levels": tuple(range(1, 13)), "k_levels": (3, 12), "dead": 0.9},
+            marks=pytest.mark.slow,
+        ),
         {"batch": 1, "k_levels": (128,), "hidden_dim": 128},
     ],
 )

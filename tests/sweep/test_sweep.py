@@ -128,6 +128,7 @@ def test_a_report_that_fails_costs_the_sweep_nothing(finished, tmp_path, monkeyp
     assert said.index("Success criteria") < said.index("no report"), "results come before what takes longer"
 
 
+@pytest.mark.slow
 def test_figures_drawn_side_by_side_are_those_drawn_here(finished, monkeypatch):
     from msae_sweep.report import write_at_the_end
     from msae_sweep.sweep.figure_workers import draw_in_workers
@@ -263,6 +264,7 @@ def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp
     assert results(other.summary) == results(finished.summary)
 
 
+@pytest.mark.slow
 def test_a_fast_trial_waits_at_its_rung_for_a_slow_predecessor(tmp_path, monkeypatch):
     from msae_sweep.sweep import tuning
     from msae_sweep.sweep.scheduler import BlockAsha
@@ -440,34 +442,47 @@ def test_interrupted_while_workers_start_beside_the_preparation_it_says_the_same
     assert interrupt.value.__notes__ == [NOT_BEGUN]
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_whether_workers_start_beside_the_preparation(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("msae_sweep.sweep.run.enough_free_cores", lambda config, gpus: True)
     beside = sweep(tmp_path)
     assert results(beside.summary) == results(finished.summary)
 
 
-def test_data_that_cannot_be_used_leaves_no_sweep_though_workers_started(tmp_path, monkeypatch):
+ONE_EPOCH = ["search.trials_per_block=1", "training.epochs=1"]
+
+
+@pytest.fixture
+def repaired(tmp_path, monkeypatch):
+    """Data whose sweep was refused for a bad row and that was repaired since, and the same data, in two folders."""
     monkeypatch.setattr("msae_sweep.sweep.run.enough_free_cores", lambda config, gpus: True)
     rng = np.random.default_rng(0)
     good = {block: rng.standard_normal((600, 16), dtype=np.float32) for block in (5, 20)}
     bad = np.where(np.arange(600)[:, None] == 77, np.nan, good[20])
-    changes = ["search.trials_per_block=1", "training.epochs=1"]
     for folder, last_block in ((tmp_path / "bad", bad), (tmp_path / "good", good[20])):
         for block, x in ((5, good[5]), (20, last_block)):
             (folder / "data" / f"block{block}").mkdir(parents=True)
             np.save(folder / "data" / f"block{block}" / "chunk_0000.npy", x)
-    path = f"data.path={tmp_path}/bad/data"
     with pytest.raises(DataError, match=r"chunk_0000.npy row 77: NaN or Inf"):
-        sweep(tmp_path / "bad", path, *changes)
-    assert not (tmp_path / "bad" / "sweeps" / "small" / "sweep.yaml").exists()
-    # Mended, it runs under the same name, and nothing of the first attempt is in it.
+        sweep(tmp_path / "bad", f"data.path={tmp_path}/bad/data", *ONE_EPOCH)
     np.save(tmp_path / "bad" / "data" / "block20" / "chunk_0000.npy", good[20])
-    mended = sweep(tmp_path / "bad", path, *changes)
-    whole = sweep(tmp_path / "good", f"data.path={tmp_path}/good/data", *changes)
+    return tmp_path / "bad", tmp_path / "good"
+
+
+def test_data_that_cannot_be_used_leaves_no_sweep_though_workers_started(repaired):
+    left = repaired[0] / "sweeps" / "small"
+    assert not (left / "sweep.yaml").exists()
+    assert not (left / "trials").exists()
+
+
+@pytest.mark.slow
+def test_after_data_that_could_not_be_used_the_same_name_gives_the_sweep_of_the_repaired_data(repaired):
+    mended, whole = (sweep(folder, f"data.path={folder}/data", *ONE_EPOCH) for folder in repaired)
     trials = [[b["trials"] for b in results(sw.summary)["blocks"].values()] for sw in (mended, whole)]
     assert trials[0] == trials[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_folder_that_fills_up_ends_the_sweep_and_it_can_be_resumed(finished, tmp_path, monkeypatch):
     write, n_written = Path.write_bytes, []
 

@@ -73,6 +73,7 @@ def test_what_is_told_reaches_mlflow(uri, tmp_path):
     assert not scratch(), "files of models that were sent"
 
 
+@pytest.mark.slow
 def test_lightning_which_takes_ten_seconds_is_not_imported_for_a_model(uri, tmp_path, monkeypatch):
     imported = tmp_path / "imported"
     (tmp_path / "pytorch_lightning.py").write_text(f"open({str(imported)!r}, 'w').close()")
@@ -123,13 +124,14 @@ def test_it_ends_with_its_driver_and_its_command_line_shows_no_password(uri, tmp
         (process,) = senders(driver.pid)
         assert not [word for word in process.cmdline() if "secret" in word]
         driver.kill()
-    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, seconds=10)
+    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
     assert not scratch()
     report = sync(folder, uri, tracking(uri))
     assert (report.pending, report.refused) == (0, 0), report
     assert_whole(Store(uri))
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_while_all_is_closed_is_started_again_too(uri, tmp_path):
     tracker = begin(tmp_path / "sweep", uri)
     tell(tracker, tmp_path / "sweep")
