@@ -4,6 +4,7 @@
     ├── ConfigError      the search-space file, a --set override or a command-line option is invalid
     ├── DataError        activations, games or weights are missing, malformed, or too few
     ├── DeviceError      the requested device is not available
+    ├── FormatError      a newer msae_sweep wrote the folder in a format that this version cannot read
     ├── SweepError       a sweep cannot be started or resumed (name taken, data changed)
     │   └── StorageError  the sweep folder cannot be written or read: the disk is full, or the folder became read-only
     └── TrackingError    MLflow could not be reached or refused a request; never raised inside a trial
@@ -26,6 +27,10 @@ class DataError(MsaeSweepError):
 
 class DeviceError(MsaeSweepError):
     """The requested device is not available."""
+
+
+class FormatError(MsaeSweepError):
+    """A newer msae_sweep wrote the folder in a format that this version cannot read."""
 
 
 class SweepError(MsaeSweepError):

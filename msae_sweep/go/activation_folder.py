@@ -26,7 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float64
 
+import msae_sweep
 from msae_sweep.errors import ConfigError, SweepError
+from msae_sweep.format_version import EXTRACTION, check_format
 from msae_sweep.paths import StoragePath, check_folder
 from msae_sweep.sweep_folder import driver_lock
 
@@ -52,17 +54,20 @@ class ActivationFolder:
 
         Raises:
             ConfigError: the manifest cannot be read, or the folder contains something other than an extraction.
+            FormatError: a newer msae_sweep wrote the folder in another format.
         """
         try:
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
             assert isinstance(manifest["complete"], bool)
-            return dict(manifest)
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
             raise ConfigError(f"--out: {self.manifest} cannot be read: {error.strerror}") from None
         except (ValueError, TypeError, KeyError, AssertionError):
             raise ConfigError(f"--out: {self.manifest} is not an extraction's; give another folder") from None
+        else:
+            check_format(manifest, EXTRACTION, self.manifest)
+            return dict(manifest)
         if self.path.exists() and (not self.path.is_dir() or any(self._files_of_others())):
             raise ConfigError(f"--out {self.path}: is not empty and holds no extraction; give another folder")
         return {}
@@ -120,7 +125,9 @@ class ActivationFolder:
             return True
         # The manifest is written first, because files in a folder without a manifest are assumed to be foreign.
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write_manifest({**identity, "complete": False})
+        self._write_manifest(
+            {"format": EXTRACTION, "msae_sweep": msae_sweep.__version__, **identity, "complete": False}
+        )
         self.parts.mkdir()
         return True
 

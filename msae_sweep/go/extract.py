@@ -217,5 +217,4 @@ def _identity(settings: ExtractionSettings) -> dict[str, Any]:
         "formats": list(settings.formats),
         "precision": settings.precision,
         "first_row": settings.first_row,
-        "msae_sweep": msae_sweep.__version__,
     }

@@ -24,6 +24,7 @@ from msae_sweep.config import SweepConfig
 from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.data.sources.catalog import check_blocks
 from msae_sweep.errors import SweepError
+from msae_sweep.format_version import SWEEP_FOLDER
 from msae_sweep.report.tables import best_table, criteria_table
 from msae_sweep.report.training_figure import import_ahead, training_figure
 from msae_sweep.sweep import final_files, ray_cluster
@@ -181,7 +182,7 @@ def _drive(
         tracker.sweep_started(
             name=config.name,
             params=flatten(config.model_dump(mode="json")),
-            tags={key: str(value) for key, value in identity.items() if value and key not in ("sweep_id", "runs")},
+            tags={key: str(value) for key, value in identity.items() if value and key not in ("format", "sweep_id", "runs")},
             config_yaml=config.to_yaml(),
             datasets=manifests,
         )
@@ -293,6 +294,7 @@ def _identity(folder: SweepFolder, config: SweepConfig, command: str, gpus: floa
     ):
         run["accelerators"] = ", ".join(accelerators)
     identity |= {
+        "format": SWEEP_FOLDER,
         "runs": [*identity.get("runs", []), run],
         "gpus_per_trial": gpus,
         "python": platform.python_version(),

@@ -2,7 +2,7 @@
 
 {storage}/{name}/
     sweep.yaml                          the resolved search-space file
-    identity.json  data.json            command, versions and times of each run; manifest of each block's data
+    identity.json  data.json            format, command, versions and times of each run; manifest of each block's data
     trials/{trial_id}/trial.json        settings, status and every epoch's metrics (driver)
     trials/{trial_id}/state.pt          training state, while the trial is unfinished (trial)
     trials/{trial_id}/model.pt          best weights so far, in the notebook's format (trial)
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from msae_sweep.errors import StorageError, SweepError, first_line
+from msae_sweep.format_version import SWEEP_FOLDER, check_format
 from msae_sweep.paths import StoragePath
 from msae_sweep.sweep_folder import driver_lock, store_sync
 from msae_sweep.sweep_folder.trial_record import TrialRecord
@@ -62,15 +63,20 @@ class SweepFolder:
 
         Raises:
             SweepError: the store cannot be reached, or refuses access.
+            FormatError: a newer msae_sweep wrote the folder in another format.
         """
         place = StoragePath(where)
         if not place.is_remote:
-            return cls(place.path)
+            folder = cls(place.path)
+            folder._check_format()
+            return folder
         place.check()
         copy = tempfile.mkdtemp(prefix="msae_sweep-")
         atexit.register(shutil.rmtree, copy, ignore_errors=True)
         store_sync.fetch(place, Path(copy))
-        return cls(copy, place)
+        folder = cls(copy, place)
+        folder._check_format()
+        return folder
 
     @classmethod
     def locate(cls, storage: str, name: str) -> "SweepFolder":
@@ -177,6 +183,7 @@ class SweepFolder:
         with driver_lock.hold_lock(self._shared / "journal" / "driver.json"):
             # Another driver may have continued the sweep since this copy was fetched.
             store_sync.fetch(self._shared, self.path)
+            self._check_format()
             yield from self._mirrored(self._shared)
 
     def _mirrored(self, shared: StoragePath) -> Iterator[None]:
@@ -346,6 +353,10 @@ class SweepFolder:
             files = (self._shared / "trials").files(recursive=True)
             return {file.parent.name for file, info in files.items() if file.name == "model.pt" and info.size > 0}
         return {file.parent.name for file in self.path.glob("trials/*/model.pt") if zipfile.is_zipfile(file)}
+
+    def _check_format(self) -> None:
+        with contextlib.suppress(SweepError):  # a damaged identity.json is written again when the sweep is resumed
+            check_format(self.read_json("identity.json"), SWEEP_FOLDER, f"{self}/identity.json")
 
     def _place(self, path: Path) -> StoragePath:
         assert self._shared is not None

@@ -213,7 +213,7 @@ def _in_background(
 
 def _key(source: Source, info: BlockInfo, config: DataConfig) -> str:
     split = (config.seed, config.val_split, _split_by(info, config))
-    return digest(FORMAT, source.fingerprint(info.block), split, config.use_given_stats, config.drop_nonfinite)
+    return digest(PREPARED_SHARDS, source.fingerprint(info.block), split, config.use_given_stats, config.drop_nonfinite)
 
 
 def _split_by(info: BlockInfo, config: DataConfig) -> str:
@@ -302,7 +302,7 @@ def _standardise(
     constant = np.flatnonzero(std == 0)
     folder.save_stats(mean, np.where(std == 0, 1.0, std))
     manifest = {
-        "format": FORMAT,
+        "format": PREPARED_SHARDS,
         "key": key,
         "block": info.block,
         "source": {
