@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import ray
 
-import msae_sweep
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go.activation_folder import FORMATS, ActivationFolder
 from msae_sweep.go.extraction_actor import ExtractionActor, StageSeconds, device_here

@@ -182,7 +182,11 @@ def _drive(
         tracker.sweep_started(
             name=config.name,
             params=flatten(config.model_dump(mode="json")),
-            tags={key: str(value) for key, value in identity.items() if value and key not in ("format", "sweep_id", "runs")},
+            tags={
+                key: str(value)
+                for key, value in identity.items()
+                if value and key not in ("format", "sweep_id", "runs")
+            },
             config_yaml=config.to_yaml(),
             datasets=manifests,
         )

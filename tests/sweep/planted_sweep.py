@@ -47,17 +47,21 @@ def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = Fal
     happened by a thread instead of a process, which would import for 5 s of two cores. One trial runs at a time unless
     `overrides` say otherwise: a second worker costs more seconds to start than all trials take.
     """
+    return run_quietly(config(folder, ONE_WORKER, *overrides), folder, resume=resume, drawn=drawn)
+
+
+def run_quietly(config: SweepConfig, folder: Path, *, resume: bool = False, drawn: bool = False) -> Any:
+    """Run a sweep as `sweep` describes, from any configuration; what it prints is appended to `folder`/log."""
     from msae_sweep.sweep import run
     from msae_sweep.track import tracker
     from msae_sweep.track.sender_process import SenderThread
 
-    console = Console(file=open(folder / "log", "a"), width=200)  # noqa: SIM115
-    with pytest.MonkeyPatch.context() as patch:
+    with open(folder / "log", "a") as log, pytest.MonkeyPatch.context() as patch:
         if not drawn:
             patch.setattr(run, "_write_report", lambda folder, console: None)
             patch.setattr(run, "training_figure", lambda histories: b"")
             patch.setattr(tracker, "SenderProcess", SenderThread)
-        return run.run(config(folder, ONE_WORKER, *overrides), resume=resume, command="test", console=console)
+        return run.run(config, resume=resume, command="test", console=Console(file=log, width=200))
 
 
 def results(summary: dict[str, Any]) -> dict[str, Any]:

@@ -41,12 +41,8 @@ from msae_sweep.data.prepare.split import RunningMoments
 from msae_sweep.data.sources.base import BlockInfo, RowRange, Source, digest
 from msae_sweep.data.sources.catalog import open_source, select_blocks
 from msae_sweep.errors import DataError, MsaeSweepError
+from msae_sweep.format_version import PREPARED_SHARDS
 from msae_sweep.paths import StoragePath
-
-FORMAT = 1
-"""Format version of the shards, which is part of every key.
-
-It is raised when shards are written differently, so that old shards are not mistaken for new ones."""
 
 RANGES_PER_WORKER = 4
 """Number of row ranges that make it worthwhile to start one more worker. A worker imports for seconds, while a range of
