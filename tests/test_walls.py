@@ -18,7 +18,7 @@ ORDER = [
     ["track"],
     ["sae", "data", "sweep_folder"],
     ["config"],
-    ["paths", "patching", "signals"],
+    ["format_version", "paths", "patching", "signals"],
     ["errors"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -19,7 +19,7 @@ import torch
 
 from msae_sweep.config import DataConfig
 from msae_sweep.data.sources.catalog import open_source
-from msae_sweep.errors import ConfigError, DataError
+from msae_sweep.errors import ConfigError, DataError, FormatError
 from msae_sweep.go import extract as extraction
 from msae_sweep.go import pipeline, sampling
 from msae_sweep.go.activation_folder import ActivationFolder, atomic
@@ -184,12 +184,27 @@ def test_stopped_half_way_it_goes_on_without_repeating_or_losing_a_row(
     assert interrupt.value.__notes__ == ["what is done is kept, the same command goes on"]
     kept = {file: file.stat().st_mtime_ns for file in half.out.glob("parts/index_*.npz")}
     assert kept
+    # Another version of the same format may go on; the first ones did not write the format down.
+    manifest = json.loads((half.out / "manifest.json").read_text())
+    assert manifest.pop("format") == 1
+    (half.out / "manifest.json").write_text(json.dumps({**manifest, "msae_sweep": "0.0.9", "added later": 1}))
     seen: list[int] = []
     extract(half, lambda progress: seen.append(progress.positions))
     assert seen[0] >= 10, "finished chunks were repeated"
     for name, values in contents(chosen.out, 1).items():
         assert np.array_equal(values, contents(half.out, 1)[name]), name
     assert extract(half).complete_before
+    assert json.loads((half.out / "manifest.json").read_text())["added later"] == 1
+
+
+def test_an_extraction_of_a_newer_version_is_refused_in_one_line_that_names_both_versions(begun):
+    chosen, folder = begun
+    manifest = json.loads(folder.manifest.read_text())
+    folder.manifest.write_text(json.dumps({**manifest, "format": 2, "msae_sweep": "7.8"}))
+    with pytest.raises(
+        FormatError, match=r"manifest.json: format 2 was written by msae_sweep 7.8, but this is msae_sw"
+    ):
+        extract(chosen, connect=no_ray)
 
 
 def test_a_network_that_counts_from_the_bottom_sees_the_board_so_and_points_still_count_from_the_top(

@@ -43,7 +43,7 @@ def test_a_sweep_that_an_earlier_commit_wrote_is_resumed_and_ends_as_its_undistu
 
 def test_a_sweep_that_an_earlier_commit_wrote_is_read(old):
     read = sweep_data.read(old)
-    assert [record.status for record in read.records] == ["completed", "stopped_early", "running"]
+    assert [record.status for record in read.records] == ["completed", "completed", "running"]
 
 
 def test_a_sweep_folder_of_a_newer_version_is_refused_in_one_line_that_names_both_versions(old):
