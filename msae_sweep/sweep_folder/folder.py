@@ -134,13 +134,15 @@ class SweepFolder:
         """Return the content of a JSON file of the folder; empty if the file does not exist (yet).
 
         Raises:
-            SweepError: the file is not valid JSON.
+            SweepError: the file cannot be read, or is not valid JSON.
         """
         file = self.path / name
         try:
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise SweepError(f"{file} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise SweepError(
                 f"{file} is damaged ({first_line(error)}); `msae-sweep resume {self}` writes it again"
@@ -355,7 +357,7 @@ class SweepFolder:
         return {file.parent.name for file in self.path.glob("trials/*/model.pt") if zipfile.is_zipfile(file)}
 
     def _check_format(self) -> None:
-        with contextlib.suppress(SweepError):  # a damaged identity.json is written again when the sweep is resumed
+        with contextlib.suppress(SweepError):  # an identity.json that cannot be read is reported by those who need it
             check_format(self.read_json("identity.json"), SWEEP_FOLDER, f"{self}/identity.json")
 
     def _place(self, path: Path) -> StoragePath:
