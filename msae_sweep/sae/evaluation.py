@@ -99,7 +99,15 @@ class EvaluationSums:
         level_firing = self._firing.cpu().cumsum(0)
         firing = level_firing[-1]
         dead_ratio = (firing == 0).double().mean().item()
-        return Evaluation(self.n_rows, r2, l0, firing, dead_ratio, self.levels, level_firing)
+        return Evaluation(
+            n_rows=self.n_rows,
+            r2=r2,
+            l0=l0,
+            firing=firing,
+            dead_ratio=dead_ratio,
+            levels=self.levels,
+            level_firing=level_firing,
+        )
 
     def _add_moments(self, n_rows: int, mean: Tensor, deviation: Tensor) -> None:
         # Merging by the formula of Chan, Golub and LeVeque 1979 loses no digits to a large mean.

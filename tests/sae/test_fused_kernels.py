@@ -9,7 +9,18 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed, and without it the fused step is not taken")
 
-from msae_sweep.sae.kernels import adam, aux_loss, decode, fused_step, gather, latent_gradients, launch, packing, topk
+from msae_sweep.sae.kernels import (
+    adam,
+    aux_loss,
+    bias_gradient,
+    decode,
+    fused_step,
+    gather,
+    latent_gradients,
+    launch,
+    packing,
+    topk,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16_TOLERANCE = 6e-3
@@ -326,9 +337,9 @@ def test_pre_biass_gradient_is_summed_and_the_counters_move_on():
     hidden, width, batch = 64, 64, 37
     part, (W_enc, _, _), entries, gradients, hyper, _, pre_sum = update_case(hidden, width)
     G = quantized(randn(batch * 3, width, seed=1).view(batch, 3, width))
-    sums = nans(adam.N_SUMS, width)
-    adam.sum_decoding_gradient(G, sums, hyper)
-    adam.sum_encoding_gradient(W_enc.value, entries, gradients, sums, part)
+    sums = nans(bias_gradient.N_SUMS, width)
+    bias_gradient.sum_decoding_gradient(G, sums, hyper)
+    bias_gradient.sum_encoding_gradient(W_enc.value, entries, gradients, sums, part)
     first = unquantized(G)[:, 0].double().sum(dim=0)
     assert difference(sums.sum(dim=0), first - pre_sum @ W_enc.value.double()) < 1e-5
     assert hyper.counters.tolist() == [5, 2]
@@ -341,7 +352,7 @@ def test_adam_updates_everything_and_keeps_decoder_rows_at_unit_norm(normalize):
     part, (W_enc, W_dec, pre_bias), entries, gradients, hyper, W_dec_gradient, _ = update_case(hidden, width)
     grad_W_enc, sums, row_loss = (
         randn(hidden, width, seed=40),
-        randn(adam.N_SUMS, width, seed=41),
+        randn(bias_gradient.N_SUMS, width, seed=41),
         randn(1500, seed=42),
     )
     aux_losses = randn(7, seed=43)
@@ -378,7 +389,7 @@ def test_clipping_takes_the_norm_over_all_parameters(limit):
     hidden, width = 64, 64
     part, (_, W_dec, _), entries, gradients, hyper, W_dec_gradient, _ = update_case(hidden, width)
     hyper.betas[3] = limit
-    grad_W_enc, sums, norms = randn(hidden, width, seed=40), randn(adam.N_SUMS, width, seed=41), nans(4)
+    grad_W_enc, sums, norms = randn(hidden, width, seed=40), randn(bias_gradient.N_SUMS, width, seed=41), nans(4)
     adam.clip_gradients(grad_W_enc, W_dec.value, entries, gradients, sums, norms, hyper, part, normalize=True)
     along = (W_dec_gradient * W_dec.value).sum(dim=1, keepdim=True)
     parts = (grad_W_enc, W_dec_gradient - along * W_dec.value.double(), sums.double().sum(dim=0))
@@ -522,7 +533,7 @@ def compile_three(monkeypatch) -> list[str]:
         for _ in range(3):
             kernel = Mock()
             kernel.warmup.side_effect = lambda *args, **options: (cache.triton_key(), asked.append("kernel"))
-            launch.launch(kernel, (1,), 1.0)
+            launch.launch(kernel, (1,), value=1.0)
         assert asked == []
     return asked
 

@@ -83,7 +83,15 @@ class AutogradEngine:
         # No latent can be dead before dead_after_samples rows have passed, and the check would make the device wait.
         if config.aux_k and config.aux_coefficient and (state.step + 1) * len(x) > self.dead_after_samples:
             dead = state.samples_since_fired >= self.dead_after_samples
-            aux = loss.aux_loss(x, x_hats[-1], dead, model.W_enc, model.W_dec, model.pre_bias, config.aux_k)
+            aux = loss.aux_loss(
+                x=x,
+                x_hat=x_hats[-1],
+                dead=dead,
+                W_enc=model.W_enc,
+                W_dec=model.W_dec,
+                pre_bias=model.pre_bias,
+                aux_k=config.aux_k,
+            )
             total = total + config.aux_coefficient * aux
         self._optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Kernels of Adam and the work around it: sums of gradient parts, projection, unit norm, bfloat16 copies, pre_bias."""
+"""Kernels of Adam and the work around it: clipping, sums of gradient parts, projection, unit norm, bfloat16 copies."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,7 @@ from torch import Tensor
 
 from msae_sweep.sae.kernels.latent_gradients import Entries, Gradients
 from msae_sweep.sae.kernels.launch import launch
-from msae_sweep.sae.kernels.packing import QuadWords, dequantize, pack
-
-N_DECODING_SUMS = 64
-"""Number of programs that each sum a share of the rows for pre_bias's gradient."""
-
-N_ENCODING_SUMS = 128
-"""Number of programs that each sum a share of the latents for pre_bias's gradient."""
-
-N_SUMS = N_DECODING_SUMS + N_ENCODING_SUMS
+from msae_sweep.sae.kernels.packing import pack
 
 
 class AdamParameter(NamedTuple):
@@ -43,42 +35,6 @@ class DeviceHyperparameters(NamedTuple):
     """Sums over the epoch of the reconstruction loss and of the auxiliary loss, float64."""
 
 
-def sum_decoding_gradient(G: QuadWords, sums: Float[Tensor, "shares width"], hyper: DeviceHyperparameters) -> None:
-    """Write pre_bias's gradient from its addition after decoding at every level: Σ_b G_0[b], in N_DECODING_SUMS shares.
-
-    The kernel also copies this step's row of the schedule to `hyper.now` and advances the counters, which nothing reads
-    any more in this step.
-    """
-    batch, n_levels, quarter = G.words.shape
-    launch(
-        _sum_decoding_gradient, (N_DECODING_SUMS,),
-        *G, sums, hyper.schedule, hyper.counters, hyper.now, batch, n_levels,
-        QUARTER=quarter, ROWS=max(1, min(16, 1024 // quarter)), num_warps=4,
-    )  # fmt: skip
-
-
-def sum_encoding_gradient(
-    W_enc: Float[Tensor, "hidden_dim width"],
-    entries: Entries,
-    gradients: Gradients,
-    sums: Float[Tensor, "shares width"],
-    part: int,
-) -> None:
-    """Write pre_bias's gradient from its subtraction before encoding: −Σ_n (Σ_b grad_pre[b, n]) W_enc[n], in shares.
-
-    The shares follow those of `sum_decoding_gradient` in `sums`. The matrix product that runs concurrently fills the
-    multiprocessors that it uses, and waits for them, so the work here is cut finely enough to end soon.
-    """
-    hidden_dim, width = W_enc.shape
-    half = width // 2
-    launch(
-        _sum_encoding_gradient, (N_ENCODING_SUMS,),
-        W_enc, entries.counts, entries.more_parts, gradients.pre_sum, gradients.pre_sum_parts,
-        sums[N_DECODING_SUMS:], hidden_dim,
-        HALF=half, ROWS=max(1, min(32, 4096 // half)), PART=part, SHARES=N_ENCODING_SUMS, num_warps=8,
-    )  # fmt: skip
-
-
 def clip_gradients(
     grad_W_enc: Float[Tensor, "hidden_dim width"],
     W_dec: Float[Tensor, "hidden_dim width"],
@@ -99,12 +55,14 @@ def clip_gradients(
     hidden_dim, width = W_dec.shape
     launch(
         _gradient_norms, (len(norms),),
-        grad_W_enc, W_dec, entries.counts, entries.more_parts, gradients.W_dec, gradients.W_dec_parts, norms,
+        grad_W_enc_ptr=grad_W_enc, W_dec_ptr=W_dec, count_ptr=entries.counts, more_parts_ptr=entries.more_parts,
+        grad_W_dec_ptr=gradients.W_dec, grad_W_dec_parts_ptr=gradients.W_dec_parts, norms_ptr=norms,
         HALF=width // 2, ROWS=hidden_dim // len(norms), PART=part, NORMALIZE=normalize, num_warps=4,
     )  # fmt: skip
     launch(
         _clip_factor, (1,),
-        norms, len(norms), sums, len(sums), width, hyper.betas, hyper.now,
+        norms_ptr=norms, n_norms=len(norms), sums_ptr=sums, n_sums=len(sums), width=width, betas_ptr=hyper.betas,
+        now_ptr=hyper.now,
         SHARES=triton.next_power_of_2(len(sums)), COLUMNS=32, num_warps=8,
     )  # fmt: skip
 
@@ -134,10 +92,14 @@ def update_weights(
     rows = rows_per_program(hidden_dim, width)
     launch(
         _update_weights, (1 + 2 * hidden_dim // rows,),
-        *W_enc, *W_dec, *pre_bias, grad_W_enc, entries.counts, entries.more_parts, gradients.W_dec,
-        gradients.W_dec_parts, sums, row_loss, row_loss if aux_losses is None else aux_losses,
-        len(row_loss), 0 if aux_losses is None else len(aux_losses),
-        hyper.betas, hyper.now, hyper.totals, encoder_copy, decoder_copy, hidden_dim,
+        W_enc_ptr=W_enc.value, W_enc_mean_ptr=W_enc.mean, W_enc_square_ptr=W_enc.square, W_dec_ptr=W_dec.value,
+        W_dec_mean_ptr=W_dec.mean, W_dec_square_ptr=W_dec.square, pre_bias_ptr=pre_bias.value,
+        pre_bias_mean_ptr=pre_bias.mean, pre_bias_square_ptr=pre_bias.square, grad_W_enc_ptr=grad_W_enc,
+        count_ptr=entries.counts, more_parts_ptr=entries.more_parts, grad_W_dec_ptr=gradients.W_dec,
+        grad_W_dec_parts_ptr=gradients.W_dec_parts, sums_ptr=sums, row_loss_ptr=row_loss,
+        aux_losses_ptr=row_loss if aux_losses is None else aux_losses, batch=len(row_loss),
+        n_aux=0 if aux_losses is None else len(aux_losses), betas_ptr=hyper.betas, now_ptr=hyper.now,
+        totals_ptr=hyper.totals, encoder_copy_ptr=encoder_copy, decoder_copy_ptr=decoder_copy, hidden_dim=hidden_dim,
         HALF=width // 2, ROWS=rows, PART=part, NORMALIZE=normalize, SHARES=len(sums), num_warps=8,
     )  # fmt: skip
 
@@ -159,126 +121,41 @@ def adam_reference(
 
 
 @triton.jit
-def _sum_decoding_gradient(
-    G,
-    G_scales,
-    sums,
-    schedule,
-    counters,
-    now,
-    batch,
-    n_levels,
-    QUARTER: tl.constexpr,
-    ROWS: tl.constexpr,
+def _clip_factor(
+    norms_ptr, n_norms, sums_ptr, n_sums, width, betas_ptr, now_ptr, SHARES: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    program = tl.program_id(0)
-    if program == 0:
-        in_window = tl.load(counters)
-        in_epoch = tl.load(counters + 1)
-        tl.store(now, tl.load(schedule + 2 * in_epoch))
-        tl.store(now + 1, tl.load(schedule + 2 * in_epoch + 1))
-        tl.store(now + 2, 1.0)
-        tl.store(counters, in_window + 1)
-        tl.store(counters + 1, in_epoch + 1)
-    HALF: tl.constexpr = 2 * QUARTER
-    quarter = tl.arange(0, QUARTER)
-    sum0 = tl.zeros((ROWS, QUARTER), tl.float32)
-    sum1 = tl.zeros((ROWS, QUARTER), tl.float32)
-    sum2 = tl.zeros((ROWS, QUARTER), tl.float32)
-    sum3 = tl.zeros((ROWS, QUARTER), tl.float32)
-    for first in range(program * ROWS, batch, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        place = row.to(tl.int64) * n_levels
-        # Rows beyond the batch get the scale 0, so they add nothing.
-        scale = tl.load(G_scales + place, mask=row < batch, other=0.0)[:, None]
-        inside = (row < batch)[:, None] & (quarter >= 0)[None, :]
-        word = tl.load(G + place[:, None] * QUARTER + quarter[None, :], mask=inside, other=0)
-        sum0 += scale * dequantize(word, 0)
-        sum1 += scale * dequantize(word, 1)
-        sum2 += scale * dequantize(word, 2)
-        sum3 += scale * dequantize(word, 3)
-    target = sums + program * (2 * HALF)
-    tl.store(target + 2 * quarter, tl.sum(sum0, 0))
-    tl.store(target + 2 * quarter + 1, tl.sum(sum1, 0))
-    tl.store(target + HALF + 2 * quarter, tl.sum(sum2, 0))
-    tl.store(target + HALF + 2 * quarter + 1, tl.sum(sum3, 0))
-
-
-@triton.jit
-def _sum_encoding_gradient(
-    W_enc,
-    count,
-    more_parts,
-    pre_sum,
-    pre_sum_parts,
-    sums,
-    hidden_dim,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    PART: tl.constexpr,
-    SHARES: tl.constexpr,
-):
-    program = tl.program_id(0)
-    j = tl.arange(0, HALF)
-    low = tl.zeros((ROWS, HALF), tl.float32)
-    high = tl.zeros((ROWS, HALF), tl.float32)
-    for first in range(program * ROWS, hidden_dim, SHARES * ROWS):
-        latent = first + tl.arange(0, ROWS)
-        inside = latent < hidden_dim
-        place = latent.to(tl.int64)[:, None] * (2 * HALF) + j[None, :]
-        both = inside[:, None] & (j >= 0)[None, :]
-        # These loads depend on no other load, so they are issued first.
-        W_low = tl.load(W_enc + place, mask=both, other=0.0)
-        W_high = tl.load(W_enc + place + HALF, mask=both, other=0.0)
-        total = tl.load(pre_sum + latent, mask=inside, other=0.0)
-        n_more = tl.maximum(tl.load(count + latent, mask=inside, other=0) - 1, 0) // PART
-        first_more = tl.load(more_parts + latent, mask=inside, other=0)
-        number = tl.arange(0, 16)[None, :]
-        for i in range(0, tl.max(n_more), 16):
-            more = tl.load(
-                pre_sum_parts + first_more[:, None] + i + number, mask=i + number < n_more[:, None], other=0.0
-            )
-            total += tl.sum(more, 1)
-        low -= total[:, None] * W_low
-        high -= total[:, None] * W_high
-    tl.store(sums + program * (2 * HALF) + j, tl.sum(low, 0))
-    tl.store(sums + program * (2 * HALF) + HALF + j, tl.sum(high, 0))
-
-
-@triton.jit
-def _clip_factor(norms, n_norms, sums, n_sums, width, betas, now, SHARES: tl.constexpr, COLUMNS: tl.constexpr):
     lane = tl.arange(0, 1024)
     share = tl.arange(0, SHARES)
     squares = tl.zeros((1024,), tl.float32)
     for first in range(0, n_norms, 1024):
-        squares += tl.load(norms + first + lane, mask=first + lane < n_norms, other=0.0)
+        squares += tl.load(norms_ptr + first + lane, mask=first + lane < n_norms, other=0.0)
     total = tl.sum(squares)
     for first in range(0, width, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
         inside = (share < n_sums)[:, None] & (j < width)[None, :]
-        g = tl.sum(tl.load(sums + share[:, None] * width + j[None, :], mask=inside, other=0.0), 0)
+        g = tl.sum(tl.load(sums_ptr + share[:, None] * width + j[None, :], mask=inside, other=0.0), 0)
         total += tl.sum(g * g)
-    tl.store(now + 2, tl.minimum(1.0, tl.load(betas + 3) / (tl.sqrt(total) + 1e-6)))
+    tl.store(now_ptr + 2, tl.minimum(1.0, tl.load(betas_ptr + 3) / (tl.sqrt(total) + 1e-6)))
 
 
 @triton.jit
 def _decoder_gradient(
-    latent, place, W_low, W_high, count, more_parts, grad, grad_parts, HALF: tl.constexpr, PART: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    latent, place, W_low, W_high, count_ptr, more_parts_ptr, grad_ptr, grad_parts_ptr, HALF: tl.constexpr,
+    PART: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of decoder rows, parts summed in order; NORMALIZE removes the component along the row."""
     j = tl.arange(0, HALF)
-    low = tl.load(grad + place)
-    high = tl.load(grad + place + HALF)
-    n_more = tl.maximum(tl.load(count + latent) - 1, 0) // PART
-    first_more = tl.load(more_parts + latent)
+    low = tl.load(grad_ptr + place)
+    high = tl.load(grad_ptr + place + HALF)
+    n_more = tl.maximum(tl.load(count_ptr + latent) - 1, 0) // PART
+    first_more = tl.load(more_parts_ptr + latent)
     for i in range(0, tl.max(n_more), 4):
         # Parts are loaded four at a time, so that a latent with many parts waits for memory less often.
         for u in tl.static_range(4):
             part_place = (first_more + i + u).to(tl.int64)[:, None] * (2 * HALF) + j[None, :]
             inside = (i + u < n_more)[:, None] & (j >= 0)[None, :]
-            low += tl.load(grad_parts + part_place, mask=inside, other=0.0)
-            high += tl.load(grad_parts + part_place + HALF, mask=inside, other=0.0)
+            low += tl.load(grad_parts_ptr + part_place, mask=inside, other=0.0)
+            high += tl.load(grad_parts_ptr + part_place + HALF, mask=inside, other=0.0)
     if NORMALIZE:
         along = tl.sum(low * W_low + high * W_high, 1)[:, None]
         low -= along * W_low
@@ -288,13 +165,13 @@ def _decoder_gradient(
 
 @triton.jit
 def _gradient_norms(
-    grad_W_enc,
-    W_dec,
-    count,
-    more_parts,
-    grad_W_dec,
-    grad_W_dec_parts,
-    norms,
+    grad_W_enc_ptr,
+    W_dec_ptr,
+    count_ptr,
+    more_parts_ptr,
+    grad_W_dec_ptr,
+    grad_W_dec_parts_ptr,
+    norms_ptr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     PART: tl.constexpr,
@@ -303,39 +180,40 @@ def _gradient_norms(
     latent = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = latent.to(tl.int64)[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
     low, high = _decoder_gradient(
-        latent, place, tl.load(W_dec + place), tl.load(W_dec + place + HALF), count, more_parts, grad_W_dec,
-        grad_W_dec_parts, HALF, PART, NORMALIZE,
+        latent=latent, place=place, count_ptr=count_ptr, more_parts_ptr=more_parts_ptr, grad_ptr=grad_W_dec_ptr,
+        grad_parts_ptr=grad_W_dec_parts_ptr, W_low=tl.load(W_dec_ptr + place), W_high=tl.load(W_dec_ptr + place + HALF),
+        HALF=HALF, PART=PART, NORMALIZE=NORMALIZE,
     )  # fmt: skip
-    e_low = tl.load(grad_W_enc + place)
-    e_high = tl.load(grad_W_enc + place + HALF)
-    tl.store(norms + tl.program_id(0), tl.sum(low * low + high * high + e_low * e_low + e_high * e_high))
+    e_low = tl.load(grad_W_enc_ptr + place)
+    e_high = tl.load(grad_W_enc_ptr + place + HALF)
+    tl.store(norms_ptr + tl.program_id(0), tl.sum(low * low + high * high + e_low * e_low + e_high * e_high))
 
 
 @triton.jit
-def _adam(place, value, mean, square, g, betas, now):
-    beta1 = tl.load(betas)
-    beta2 = tl.load(betas + 1)
-    g *= tl.load(now + 2)
-    m = beta1 * tl.load(mean + place) + (1 - beta1) * g
-    v = beta2 * tl.load(square + place) + (1 - beta2) * g * g
-    tl.store(mean + place, m)
-    tl.store(square + place, v)
-    return value - tl.load(now) * m / (tl.sqrt(v) / tl.load(now + 1) + tl.load(betas + 2))
+def _adam(place, value, mean_ptr, square_ptr, g, betas_ptr, now_ptr):
+    beta1 = tl.load(betas_ptr)
+    beta2 = tl.load(betas_ptr + 1)
+    g *= tl.load(now_ptr + 2)
+    m = beta1 * tl.load(mean_ptr + place) + (1 - beta1) * g
+    v = beta2 * tl.load(square_ptr + place) + (1 - beta2) * g * g
+    tl.store(mean_ptr + place, m)
+    tl.store(square_ptr + place, v)
+    return value - tl.load(now_ptr) * m / (tl.sqrt(v) / tl.load(now_ptr + 1) + tl.load(betas_ptr + 2))
 
 
 @triton.jit
-def _add_up(values, n, BLOCK: tl.constexpr):
+def _add_up(values_ptr, n, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, n, BLOCK):
-        total += tl.load(values + first + lane, mask=first + lane < n, other=0.0)
+        total += tl.load(values_ptr + first + lane, mask=first + lane < n, other=0.0)
     return tl.sum(total).to(tl.float64)
 
 
 @triton.jit
 def _update_bias(
-    pre_bias, mean, square, sums, row_loss, aux_losses, batch, n_aux, betas, now, totals, HALF: tl.constexpr,
-    SHARES: tl.constexpr,
+    pre_bias_ptr, mean_ptr, square_ptr, sums_ptr, row_loss_ptr, aux_losses_ptr, batch, n_aux, betas_ptr, now_ptr,
+    totals_ptr, HALF: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = min(32, max(1, 4096 // HALF))
     j = tl.arange(0, HALF)
@@ -343,43 +221,51 @@ def _update_bias(
     low = tl.zeros((ROWS, HALF), tl.float32)
     high = tl.zeros((ROWS, HALF), tl.float32)
     for first in tl.static_range(0, SHARES, ROWS):
-        low += tl.load(sums + first * (2 * HALF) + place)
-        high += tl.load(sums + first * (2 * HALF) + HALF + place)
+        low += tl.load(sums_ptr + first * (2 * HALF) + place)
+        high += tl.load(sums_ptr + first * (2 * HALF) + HALF + place)
     low = tl.sum(low, 0)
     high = tl.sum(high, 0)
-    tl.store(pre_bias + j, _adam(j, tl.load(pre_bias + j), mean, square, low, betas, now))
+    updated = _adam(
+        place=j, value=tl.load(pre_bias_ptr + j), mean_ptr=mean_ptr, square_ptr=square_ptr, g=low, betas_ptr=betas_ptr,
+        now_ptr=now_ptr,
+    )  # fmt: skip
+    tl.store(pre_bias_ptr + j, updated)
     j += HALF
-    tl.store(pre_bias + j, _adam(j, tl.load(pre_bias + j), mean, square, high, betas, now))
-    tl.store(totals, tl.load(totals) + _add_up(row_loss, batch, 1024))
-    tl.store(totals + 1, tl.load(totals + 1) + _add_up(aux_losses, n_aux, 1024))
+    updated = _adam(
+        place=j, value=tl.load(pre_bias_ptr + j), mean_ptr=mean_ptr, square_ptr=square_ptr, g=high, betas_ptr=betas_ptr,
+        now_ptr=now_ptr,
+    )  # fmt: skip
+    tl.store(pre_bias_ptr + j, updated)
+    tl.store(totals_ptr, tl.load(totals_ptr) + _add_up(row_loss_ptr, batch, 1024))
+    tl.store(totals_ptr + 1, tl.load(totals_ptr + 1) + _add_up(aux_losses_ptr, n_aux, 1024))
 
 
 @triton.jit
 def _update_weights(
-    W_enc,
-    W_enc_mean,
-    W_enc_square,
-    W_dec,
-    W_dec_mean,
-    W_dec_square,
-    pre_bias,
-    pre_bias_mean,
-    pre_bias_square,
-    grad_W_enc,
-    count,
-    more_parts,
-    grad_W_dec,
-    grad_W_dec_parts,
-    sums,
-    row_loss,
-    aux_losses,
+    W_enc_ptr,
+    W_enc_mean_ptr,
+    W_enc_square_ptr,
+    W_dec_ptr,
+    W_dec_mean_ptr,
+    W_dec_square_ptr,
+    pre_bias_ptr,
+    pre_bias_mean_ptr,
+    pre_bias_square_ptr,
+    grad_W_enc_ptr,
+    count_ptr,
+    more_parts_ptr,
+    grad_W_dec_ptr,
+    grad_W_dec_parts_ptr,
+    sums_ptr,
+    row_loss_ptr,
+    aux_losses_ptr,
     batch,
     n_aux,
-    betas,
-    now,
-    totals,
-    encoder_copy,
-    decoder_copy,
+    betas_ptr,
+    now_ptr,
+    totals_ptr,
+    encoder_copy_ptr,
+    decoder_copy_ptr,
     hidden_dim,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
@@ -395,31 +281,45 @@ def _update_weights(
     place = latent.to(tl.int64)[:, None] * (2 * HALF) + j[None, :]
     if program < 0:
         _update_bias(
-            pre_bias, pre_bias_mean, pre_bias_square, sums, row_loss, aux_losses, batch, n_aux, betas, now, totals,
-            HALF, SHARES,
+            pre_bias_ptr=pre_bias_ptr, mean_ptr=pre_bias_mean_ptr, square_ptr=pre_bias_square_ptr, sums_ptr=sums_ptr,
+            row_loss_ptr=row_loss_ptr, aux_losses_ptr=aux_losses_ptr, batch=batch, n_aux=n_aux, betas_ptr=betas_ptr,
+            now_ptr=now_ptr, totals_ptr=totals_ptr, HALF=HALF, SHARES=SHARES,
         )  # fmt: skip
     elif program < n_programs:
-        low = tl.load(W_dec + place)
-        high = tl.load(W_dec + place + HALF)
+        low = tl.load(W_dec_ptr + place)
+        high = tl.load(W_dec_ptr + place + HALF)
         g_low, g_high = _decoder_gradient(
-            latent, place, low, high, count, more_parts, grad_W_dec, grad_W_dec_parts, HALF, PART, NORMALIZE
-        )
-        low = _adam(place, low, W_dec_mean, W_dec_square, g_low, betas, now)
-        high = _adam(place + HALF, high, W_dec_mean, W_dec_square, g_high, betas, now)
+            latent=latent, place=place, count_ptr=count_ptr, more_parts_ptr=more_parts_ptr, grad_ptr=grad_W_dec_ptr,
+            grad_parts_ptr=grad_W_dec_parts_ptr, W_low=low, W_high=high, HALF=HALF, PART=PART, NORMALIZE=NORMALIZE,
+        )  # fmt: skip
+        low = _adam(
+            place=place, value=low, mean_ptr=W_dec_mean_ptr, square_ptr=W_dec_square_ptr, g=g_low, betas_ptr=betas_ptr,
+            now_ptr=now_ptr,
+        )  # fmt: skip
+        high = _adam(
+            place=place + HALF, value=high, mean_ptr=W_dec_mean_ptr, square_ptr=W_dec_square_ptr, g=g_high,
+            betas_ptr=betas_ptr, now_ptr=now_ptr,
+        )  # fmt: skip
         if NORMALIZE:
             # The clamp is the least normal float32: a row of zeros stays zero, as in MSAE.normalize_decoder_.
             norm = tl.sqrt(tl.sum(low * low + high * high, 1))[:, None]
             scale = 1.0 / tl.maximum(norm, 1.1754943508222875e-38)
             low *= scale
             high *= scale
-        tl.store(W_dec + place, low)
-        tl.store(W_dec + place + HALF, high)
-        tl.store(decoder_copy + latent.to(tl.int64)[:, None] * HALF + j[None, :], pack(low, high))
+        tl.store(W_dec_ptr + place, low)
+        tl.store(W_dec_ptr + place + HALF, high)
+        tl.store(decoder_copy_ptr + latent.to(tl.int64)[:, None] * HALF + j[None, :], pack(low, high))
     else:
-        low = _adam(place, tl.load(W_enc + place), W_enc_mean, W_enc_square, tl.load(grad_W_enc + place), betas, now)
-        tl.store(W_enc + place, low)
-        tl.store(encoder_copy + place, low.to(tl.bfloat16))
+        low = _adam(
+            place=place, value=tl.load(W_enc_ptr + place), mean_ptr=W_enc_mean_ptr, square_ptr=W_enc_square_ptr,
+            g=tl.load(grad_W_enc_ptr + place), betas_ptr=betas_ptr, now_ptr=now_ptr,
+        )  # fmt: skip
+        tl.store(W_enc_ptr + place, low)
+        tl.store(encoder_copy_ptr + place, low.to(tl.bfloat16))
         place += HALF
-        high = _adam(place, tl.load(W_enc + place), W_enc_mean, W_enc_square, tl.load(grad_W_enc + place), betas, now)
-        tl.store(W_enc + place, high)
-        tl.store(encoder_copy + place, high.to(tl.bfloat16))
+        high = _adam(
+            place=place, value=tl.load(W_enc_ptr + place), mean_ptr=W_enc_mean_ptr, square_ptr=W_enc_square_ptr,
+            g=tl.load(grad_W_enc_ptr + place), betas_ptr=betas_ptr, now_ptr=now_ptr,
+        )  # fmt: skip
+        tl.store(W_enc_ptr + place, high)
+        tl.store(encoder_copy_ptr + place, high.to(tl.bfloat16))

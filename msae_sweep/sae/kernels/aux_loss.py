@@ -55,16 +55,11 @@ def find_dead(
 ) -> None:
     """Write the dead latents among the first `hidden_dim` ones, and their number, to `dead`."""
     launch(
-        _find_dead,
-        (1,),
-        samples_since_fired,
-        aux.dead_after,
-        dead.latents,
-        dead.n_dead,
-        hidden_dim,
-        BLOCK=4096,
-        num_warps=8,
-    )
+        _find_dead, (1,),
+        samples_since_fired_ptr=samples_since_fired, dead_after_ptr=aux.dead_after, latents_ptr=dead.latents,
+        n_dead_ptr=dead.n_dead, hidden_dim=hidden_dim,
+        BLOCK=4096, num_warps=8,
+    )  # fmt: skip
 
 
 def select_codes(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: DeadLatents, aux_k: int) -> None:
@@ -73,7 +68,8 @@ def select_codes(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: DeadLatent
     block = min(1024, triton.next_power_of_2(hidden_dim))
     launch(
         _select, (batch,),
-        pre_acts.view(torch.int16), dead.latents, dead.n_dead, dead.acts.view(torch.int16), aux_k,
+        pre_acts_ptr=pre_acts.view(torch.int16), latents_ptr=dead.latents, n_dead_ptr=dead.n_dead,
+        acts_ptr=dead.acts.view(torch.int16), aux_k=aux_k,
         HIDDEN_DIM=hidden_dim, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
@@ -92,8 +88,9 @@ def residual_gradient(
     columns = min(64, half)
     launch(
         _residual_gradient, (triton.cdiv(batch, TILE), half // columns),
-        *G, level_scales, last_error, W_dec, aux.coefficient, dead.latents, dead.n_dead, dead.acts, dead.G, dead.losses,
-        batch, n_levels, dead.acts.shape[1],
+        G_ptr=G.words, G_scales_ptr=G.scales, level_scales_ptr=level_scales, last_error_ptr=last_error, W_dec_ptr=W_dec,
+        coefficient_ptr=aux.coefficient, latents_ptr=dead.latents, n_dead_ptr=dead.n_dead, acts_ptr=dead.acts,
+        dead_G_ptr=dead.G, losses_ptr=dead.losses, batch=batch, n_levels=n_levels, acts_stride=dead.acts.shape[1],
         HALF=half, ROWS=TILE, COLUMNS=columns, DEPTH=64, PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
 
@@ -111,14 +108,16 @@ def add_gradients(
     columns = min(64, half)
     launch(
         _add_pre_gradients, (hidden_dim // TILE, row_tiles),
-        W_dec, dead.latents, dead.n_dead, dead.acts, dead.G, dead.pre_sums, grad_pre, grad_pre.shape[1],
-        batch, hidden_dim,
+        W_dec_ptr=W_dec, latents_ptr=dead.latents, n_dead_ptr=dead.n_dead, acts_ptr=dead.acts, dead_G_ptr=dead.G,
+        pre_sums_ptr=dead.pre_sums, grad_pre_ptr=grad_pre, grad_pre_stride=grad_pre.shape[1], batch=batch,
+        acts_stride=hidden_dim,
         HALF=half, ROWS=TILE, LATENTS=TILE, DEPTH=min(64, half), PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
     launch(
         _add_decoder_gradients, (hidden_dim // 32, half // columns),
-        dead.latents, dead.n_dead, dead.acts, dead.G, dead.pre_sums, gradients.W_dec, gradients.pre_sum,
-        batch, hidden_dim, row_tiles,
+        latents_ptr=dead.latents, n_dead_ptr=dead.n_dead, acts_ptr=dead.acts, dead_G_ptr=dead.G,
+        pre_sums_ptr=dead.pre_sums, grad_W_dec_ptr=gradients.W_dec, pre_sum_ptr=gradients.pre_sum, batch=batch,
+        acts_stride=hidden_dim, row_tiles=row_tiles,
         HALF=half, LATENTS=32, COLUMNS=columns, DEPTH=2 * TILE, PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
 
@@ -129,33 +128,33 @@ def _product_type(device: torch.device) -> tl.dtype:
 
 
 @triton.jit
-def _find_dead(samples_since_fired, dead_after, latents, n_dead, hidden_dim, BLOCK: tl.constexpr):
-    limit = tl.load(dead_after)
+def _find_dead(samples_since_fired_ptr, dead_after_ptr, latents_ptr, n_dead_ptr, hidden_dim, BLOCK: tl.constexpr):
+    limit = tl.load(dead_after_ptr)
     found = 0
     for first in range(0, hidden_dim, BLOCK):
         latent = first + tl.arange(0, BLOCK)
-        since = tl.load(samples_since_fired + latent, mask=latent < hidden_dim, other=-1)
+        since = tl.load(samples_since_fired_ptr + latent, mask=latent < hidden_dim, other=-1)
         is_dead = ((since >= limit) & (latent < hidden_dim)).to(tl.int32)
-        tl.store(latents + found + tl.cumsum(is_dead, 0) - is_dead, latent, mask=is_dead > 0)
+        tl.store(latents_ptr + found + tl.cumsum(is_dead, 0) - is_dead, latent, mask=is_dead > 0)
         found += tl.sum(is_dead)
-    tl.store(n_dead, found)
+    tl.store(n_dead_ptr, found)
 
 
 @triton.jit
-def _select(pre_acts, latents, n_dead, acts, aux_k, HIDDEN_DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _select(pre_acts_ptr, latents_ptr, n_dead_ptr, acts_ptr, aux_k, HIDDEN_DIM: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    n = tl.load(n_dead)
+    n = tl.load(n_dead_ptr)
     if n > 0:
-        pre_acts += row * HIDDEN_DIM
-        acts += row * HIDDEN_DIM
+        pre_acts_ptr += row * HIDDEN_DIM
+        acts_ptr += row * HIDDEN_DIM
         lane = tl.arange(0, BLOCK)
         positive = 0
         for first in range(0, n, BLOCK):
             place = first + lane
-            latent = tl.load(latents + place, mask=place < n, other=0)
-            bits = tl.maximum(tl.load(pre_acts + latent, mask=place < n, other=0), 0)
+            latent = tl.load(latents_ptr + place, mask=place < n, other=0)
+            bits = tl.maximum(tl.load(pre_acts_ptr + latent, mask=place < n, other=0), 0)
             # Also stored beyond the last dead latent, because the products read whole tiles.
-            tl.store(acts + place, bits, mask=place < HIDDEN_DIM)
+            tl.store(acts_ptr + place, bits, mask=place < HIDDEN_DIM)
             positive += tl.sum((bits > 0).to(tl.int32))
         if positive > aux_k:
             tl.debug_barrier()
@@ -165,36 +164,36 @@ def _select(pre_acts, latents, n_dead, acts, aux_k, HIDDEN_DIM: tl.constexpr, BL
                 higher = bound | (1 << (14 - i))
                 reached = 0
                 for first in range(0, n, BLOCK):
-                    bits = tl.load(acts + first + lane, mask=first + lane < n, other=0).to(tl.int32)
+                    bits = tl.load(acts_ptr + first + lane, mask=first + lane < n, other=0).to(tl.int32)
                     reached += tl.sum((bits >= higher).to(tl.int32))
                 bound = tl.where(reached >= aux_k, higher, bound)
             above = 0
             for first in range(0, n, BLOCK):
-                bits = tl.load(acts + first + lane, mask=first + lane < n, other=0).to(tl.int32)
+                bits = tl.load(acts_ptr + first + lane, mask=first + lane < n, other=0).to(tl.int32)
                 above += tl.sum((bits > bound).to(tl.int32))
             ties_left = aux_k - above
             for first in range(0, n, BLOCK):
                 place = first + lane
-                bits = tl.load(acts + place, mask=place < n, other=0).to(tl.int32)
+                bits = tl.load(acts_ptr + place, mask=place < n, other=0).to(tl.int32)
                 is_tie = (bits == bound).to(tl.int32)
                 keep = (bits > bound) | ((is_tie > 0) & (tl.cumsum(is_tie, 0) <= ties_left))
-                tl.store(acts + place, tl.where(keep, bits, 0).to(tl.int16), mask=place < n)
+                tl.store(acts_ptr + place, tl.where(keep, bits, 0).to(tl.int16), mask=place < n)
                 ties_left = tl.maximum(ties_left - tl.sum(is_tie), 0)
 
 
 @triton.jit
 def _residual_gradient(
-    G,
-    G_scales,
-    level_scales,
-    last_error,
-    W_dec,
-    coefficient,
-    latents,
-    n_dead,
-    acts,
-    dead_G,
-    losses,
+    G_ptr,
+    G_scales_ptr,
+    level_scales_ptr,
+    last_error_ptr,
+    W_dec_ptr,
+    coefficient_ptr,
+    latents_ptr,
+    n_dead_ptr,
+    acts_ptr,
+    dead_G_ptr,
+    losses_ptr,
     batch,
     n_levels,
     acts_stride,
@@ -204,10 +203,10 @@ def _residual_gradient(
     DEPTH: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    n = tl.load(n_dead)
+    n = tl.load(n_dead_ptr)
     piece = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     if n == 0:
-        tl.store(losses + piece, 0.0)
+        tl.store(losses_ptr + piece, 0.0)
     else:
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         far = row.to(tl.int64)[:, None]
@@ -218,39 +217,39 @@ def _residual_gradient(
         high = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(0, n, DEPTH):
             place = first + depth
-            code = tl.load(acts + far * acts_stride + place[None, :], mask=inside & (place < n)[None, :], other=0.0)
-            latent = tl.load(latents + place, mask=place < n, other=0)
-            word = tl.load(W_dec + latent[:, None] * HALF + column[None, :])
+            code = tl.load(acts_ptr + far * acts_stride + place[None, :], mask=inside & (place < n)[None, :], other=0.0)
+            latent = tl.load(latents_ptr + place, mask=place < n, other=0)
+            word = tl.load(W_dec_ptr + latent[:, None] * HALF + column[None, :])
             low = tl.dot(code.to(PRODUCT), low_half(word).to(PRODUCT), low)
             high = tl.dot(code.to(PRODUCT), high_half(word).to(PRODUCT), high)
         # Every program sums ‖e‖² itself, in the same order.
         scale = 0.0
         lane = tl.arange(0, 1024)
         for first in range(0, batch, 1024):
-            scale += tl.sum(tl.load(last_error + first + lane, mask=first + lane < batch, other=0.0))
+            scale += tl.sum(tl.load(last_error_ptr + first + lane, mask=first + lane < batch, other=0.0))
         inverse = tl.where(scale > 0, 1 / tl.maximum(scale, 1.1754943508222875e-38), 0.0)
         # G of the last level is c · (x̂ − x), so the residual is −G / c.
-        to_residual = -1 / tl.load(level_scales + n_levels - 1)
+        to_residual = -1 / tl.load(level_scales_ptr + n_levels - 1)
         last = far * n_levels + n_levels - 1
         quarter = (tl.program_id(1) * COLUMNS // 2 + tl.arange(0, COLUMNS // 2))[None, :]
-        quad = tl.load(G + last * (HALF // 2) + quarter, mask=inside, other=0)
-        g_scale = tl.load(G_scales + last, mask=inside, other=0.0) * to_residual
+        quad = tl.load(G_ptr + last * (HALF // 2) + quarter, mask=inside, other=0)
+        g_scale = tl.load(G_scales_ptr + last, mask=inside, other=0.0) * to_residual
         low -= g_scale * tl.reshape(tl.join(dequantize(quad, 0), dequantize(quad, 1)), (ROWS, COLUMNS))
         high -= g_scale * tl.reshape(tl.join(dequantize(quad, 2), dequantize(quad, 3)), (ROWS, COLUMNS))
-        tl.store(losses + piece, tl.sum(tl.where(inside, low * low + high * high, 0.0)) * inverse)
-        factor = 2 * tl.load(coefficient) * inverse
-        tl.store(dead_G + far * HALF + column[None, :], pack(low * factor, high * factor), mask=inside)
+        tl.store(losses_ptr + piece, tl.sum(tl.where(inside, low * low + high * high, 0.0)) * inverse)
+        factor = 2 * tl.load(coefficient_ptr) * inverse
+        tl.store(dead_G_ptr + far * HALF + column[None, :], pack(low * factor, high * factor), mask=inside)
 
 
 @triton.jit
 def _add_pre_gradients(
-    W_dec,
-    latents,
-    n_dead,
-    acts,
-    dead_G,
-    pre_sums,
-    grad_pre,
+    W_dec_ptr,
+    latents_ptr,
+    n_dead_ptr,
+    acts_ptr,
+    dead_G_ptr,
+    pre_sums_ptr,
+    grad_pre_ptr,
     grad_pre_stride,
     batch,
     acts_stride,
@@ -260,37 +259,39 @@ def _add_pre_gradients(
     DEPTH: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    n = tl.load(n_dead)
+    n = tl.load(n_dead_ptr)
     place = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     if tl.program_id(0) * LATENTS < n:
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         known = (place < n)[:, None]
         inside = (row < batch)[None, :]
-        latent = tl.load(latents + place, mask=place < n, other=0)
+        latent = tl.load(latents_ptr + place, mask=place < n, other=0)
         j = tl.arange(0, DEPTH)
         grad = tl.zeros((LATENTS, ROWS), tl.float32)
         for first in range(0, HALF, DEPTH):
-            w = tl.load(W_dec + latent[:, None] * HALF + first + j[None, :])
-            g = tl.load(dead_G + row.to(tl.int64)[None, :] * HALF + first + j[:, None], mask=inside, other=0)
+            w = tl.load(W_dec_ptr + latent[:, None] * HALF + first + j[None, :])
+            g = tl.load(dead_G_ptr + row.to(tl.int64)[None, :] * HALF + first + j[:, None], mask=inside, other=0)
             grad = tl.dot(low_half(w).to(PRODUCT), low_half(g).to(PRODUCT), grad)
             grad = tl.dot(high_half(w).to(PRODUCT), high_half(g).to(PRODUCT), grad)
-        code = tl.load(acts + row.to(tl.int64)[None, :] * acts_stride + place[:, None], mask=known & inside, other=0.0)
+        code = tl.load(
+            acts_ptr + row.to(tl.int64)[None, :] * acts_stride + place[:, None], mask=known & inside, other=0.0
+        )
         grad = tl.where(code > 0, grad, 0.0)
-        target = grad_pre + latent.to(tl.int64)[:, None] * grad_pre_stride + row[None, :]
+        target = grad_pre_ptr + latent.to(tl.int64)[:, None] * grad_pre_stride + row[None, :]
         before = tl.load(target, mask=known & inside, other=0.0).to(tl.float32)
         tl.store(target, (before + grad).to(tl.bfloat16), mask=known & inside)
-        tl.store(pre_sums + tl.program_id(1) * acts_stride + place, tl.sum(grad, 1), mask=place < n)
+        tl.store(pre_sums_ptr + tl.program_id(1) * acts_stride + place, tl.sum(grad, 1), mask=place < n)
 
 
 @triton.jit
 def _add_decoder_gradients(
-    latents,
-    n_dead,
-    acts,
-    dead_G,
-    pre_sums,
-    grad_W_dec,
-    pre_sum,
+    latents_ptr,
+    n_dead_ptr,
+    acts_ptr,
+    dead_G_ptr,
+    pre_sums_ptr,
+    grad_W_dec_ptr,
+    pre_sum_ptr,
     batch,
     acts_stride,
     row_tiles,
@@ -300,11 +301,11 @@ def _add_decoder_gradients(
     DEPTH: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    n = tl.load(n_dead)
+    n = tl.load(n_dead_ptr)
     place = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     if tl.program_id(0) * LATENTS < n:
         known = place < n
-        latent = tl.load(latents + place, mask=known, other=0)
+        latent = tl.load(latents_ptr + place, mask=known, other=0)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         low = tl.zeros((LATENTS, COLUMNS), tl.float32)
         high = tl.zeros((LATENTS, COLUMNS), tl.float32)
@@ -313,16 +314,16 @@ def _add_decoder_gradients(
             inside = row < batch
             far = row.to(tl.int64)
             code = tl.load(
-                acts + far[None, :] * acts_stride + place[:, None], mask=inside[None, :] & known[:, None], other=0.0
+                acts_ptr + far[None, :] * acts_stride + place[:, None], mask=inside[None, :] & known[:, None], other=0.0
             )
-            g = tl.load(dead_G + far[:, None] * HALF + column[None, :], mask=inside[:, None], other=0)
+            g = tl.load(dead_G_ptr + far[:, None] * HALF + column[None, :], mask=inside[:, None], other=0)
             low = tl.dot(code.to(PRODUCT), low_half(g).to(PRODUCT), low)
             high = tl.dot(code.to(PRODUCT), high_half(g).to(PRODUCT), high)
-        target = grad_W_dec + latent.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
+        target = grad_W_dec_ptr + latent.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
         tl.store(target, tl.load(target, mask=known[:, None]) + low, mask=known[:, None])
         tl.store(target + HALF, tl.load(target + HALF, mask=known[:, None]) + high, mask=known[:, None])
         if tl.program_id(1) == 0:
-            total = tl.load(pre_sum + latent, mask=known, other=0.0)
+            total = tl.load(pre_sum_ptr + latent, mask=known, other=0.0)
             for i in range(row_tiles):
-                total += tl.load(pre_sums + i * acts_stride + place, mask=known, other=0.0)
-            tl.store(pre_sum + latent, total, mask=known)
+                total += tl.load(pre_sums_ptr + i * acts_stride + place, mask=known, other=0.0)
+            tl.store(pre_sum_ptr + latent, total, mask=known)

@@ -49,8 +49,9 @@ def decode_few(
     n_programs, share = _zeroing(grad_pre, len(codes))
     launch(
         _decode_few, (n_programs,),
-        start, codes, W_dec, level_scales, *G, row_loss, last_error, grad_pre.view(torch.int32), grad_pre.numel() // 2,
-        len(codes), share,
+        start_ptr=start, codes_ptr=codes, W_dec_ptr=W_dec, level_scales_ptr=level_scales, G_ptr=G.words,
+        G_scales_ptr=G.scales, row_loss_ptr=row_loss, last_error_ptr=last_error,
+        zero_words_ptr=grad_pre.view(torch.int32), n_zero_words=grad_pre.numel() // 2, share=share,
         HALF=half, K_PADDED=codes.shape[1], LEVELS=tuple(k_levels), UNROLL=16, num_warps=_warps(half),
     )  # fmt: skip
 
@@ -74,8 +75,10 @@ def decode_many(
     n_programs, share = _zeroing(grad_pre, len(codes))
     launch(
         _decode_many, (n_programs,),
-        start, codes, W_dec, rank_scales, level_of_rank, *G, G.words.shape[1], row_loss, last_error,
-        grad_pre.view(torch.int32), grad_pre.numel() // 2, len(codes), share,
+        start_ptr=start, codes_ptr=codes, W_dec_ptr=W_dec, rank_scales_ptr=rank_scales, level_of_rank_ptr=level_of_rank,
+        G_ptr=G.words, G_scales_ptr=G.scales, n_levels=G.words.shape[1], row_loss_ptr=row_loss,
+        last_error_ptr=last_error, zero_words_ptr=grad_pre.view(torch.int32), n_zero_words=grad_pre.numel() // 2,
+        share=share,
         HALF=half, K_PADDED=codes.shape[1], K=len(rank_scales), UNROLL=16, BACK=8, num_warps=_warps(half),
     )  # fmt: skip
 
@@ -92,7 +95,7 @@ def decode_errors(
     half = W_dec.shape[1]
     launch(
         _decode_errors, (len(codes),),
-        start, codes, W_dec, errors, active,
+        start_ptr=start, codes_ptr=codes, W_dec_ptr=W_dec, errors_ptr=errors, active_ptr=active,
         HALF=half, K_PADDED=codes.shape[1], LEVELS=tuple(k_levels), UNROLL=16, num_warps=_warps(half),
     )  # fmt: skip
 
@@ -137,52 +140,63 @@ def _zeroing(grad_pre: Tensor, batch: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _zero_share(words, n_words, share, row):
+def _zero_share(words_ptr, n_words, share, row):
     first = row.to(tl.int64) * share
     lane = tl.arange(0, 512)
     if first + share <= n_words:
         for i in range(0, share, 512):
-            tl.store(words + first + i + lane, tl.zeros((512,), tl.int32))
+            tl.store(words_ptr + first + i + lane, tl.zeros((512,), tl.int32))
     else:
         for i in range(0, share, 512):
-            tl.store(words + first + i + lane, tl.zeros((512,), tl.int32), mask=first + i + lane < n_words)
+            tl.store(words_ptr + first + i + lane, tl.zeros((512,), tl.int32), mask=first + i + lane < n_words)
 
 
 @triton.jit
-def _add_one(row_codes, rank, W_dec, j, low, high, HALF: tl.constexpr):
-    code = tl.load(row_codes + rank)
-    word = tl.load(W_dec + code_latent(code) * HALF + j)
+def _add_one(row_codes_ptr, rank, W_dec_ptr, j, low, high, HALF: tl.constexpr):
+    code = tl.load(row_codes_ptr + rank)
+    word = tl.load(W_dec_ptr + code_latent(code) * HALF + j)
     value = code_value(code)
     return low + value * low_half(word), high + value * high_half(word)
 
 
 @triton.jit
 def _add_ranks(
-    row_codes, W_dec, j, low, high, FIRST: tl.constexpr, END: tl.constexpr, UNROLL: tl.constexpr, HALF: tl.constexpr
+    row_codes_ptr,
+    W_dec_ptr,
+    j,
+    low,
+    high,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """Add the latents of ranks FIRST to END − 1, UNROLL at a time, so that many gathers are in flight."""
     WHOLE: tl.constexpr = FIRST + (END - FIRST) // UNROLL * UNROLL
     for i in range(FIRST, WHOLE, UNROLL):
         for u in tl.static_range(UNROLL):
-            low, high = _add_one(row_codes, i + u, W_dec, j, low, high, HALF)
+            low, high = _add_one(
+                row_codes_ptr=row_codes_ptr, rank=i + u, W_dec_ptr=W_dec_ptr, j=j, low=low, high=high, HALF=HALF,
+            )  # fmt: skip
     for i in tl.static_range(WHOLE, END):
-        low, high = _add_one(row_codes, i, W_dec, j, low, high, HALF)
+        low, high = _add_one(
+            row_codes_ptr=row_codes_ptr, rank=i, W_dec_ptr=W_dec_ptr, j=j, low=low, high=high, HALF=HALF,
+        )  # fmt: skip
     return low, high
 
 
 @triton.jit
 def _decode_few(
-    start,
-    codes,
-    W_dec,
-    level_scales,
-    G,
-    G_scales,
-    row_loss,
-    last_error,
-    zero_words,
+    start_ptr,
+    codes_ptr,
+    W_dec_ptr,
+    level_scales_ptr,
+    G_ptr,
+    G_scales_ptr,
+    row_loss_ptr,
+    last_error_ptr,
+    zero_words_ptr,
     n_zero_words,
-    batch,
     share,
     HALF: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -193,44 +207,45 @@ def _decode_few(
     j = tl.arange(0, HALF)
     quarter = tl.arange(0, HALF // 2)
     N_LEVELS: tl.constexpr = len(LEVELS)
-    _zero_share(zero_words, n_zero_words, share, row)
+    _zero_share(zero_words_ptr, n_zero_words, share, row)
     far = row.to(tl.int64)
-    low = tl.load(start + far * (2 * HALF) + j)
-    high = tl.load(start + far * (2 * HALF) + HALF + j)
-    row_codes = codes + far * K_PADDED
+    low = tl.load(start_ptr + far * (2 * HALF) + j)
+    high = tl.load(start_ptr + far * (2 * HALF) + HALF + j)
+    row_codes = codes_ptr + far * K_PADDED
     lows = ()
     highs = ()
     for level in tl.static_range(N_LEVELS):
         low, high = _add_ranks(
-            row_codes, W_dec, j, low, high, LEVELS[level - 1] if level > 0 else 0, LEVELS[level], UNROLL, HALF
-        )
+            row_codes_ptr=row_codes, W_dec_ptr=W_dec_ptr, j=j, low=low, high=high,
+            FIRST=LEVELS[level - 1] if level > 0 else 0, END=LEVELS[level], UNROLL=UNROLL, HALF=HALF,
+        )  # fmt: skip
         # Triton does not support starred expressions.
         lows = lows + (low,)  # type: ignore[assignment]  # noqa: RUF005
         highs = highs + (high,)  # type: ignore[assignment]  # noqa: RUF005
     squares = low * low + high * high
-    tl.store(last_error + row, tl.sum(squares))
+    tl.store(last_error_ptr + row, tl.sum(squares))
     g_low = tl.zeros((HALF,), tl.float32)
     g_high = tl.zeros((HALF,), tl.float32)
     loss = tl.zeros((HALF,), tl.float32)
     for level in tl.static_range(N_LEVELS - 1, -1, -1):
-        scale = tl.load(level_scales + level)
+        scale = tl.load(level_scales_ptr + level)
         g_low += scale * lows[level]
         g_high += scale * highs[level]
         loss += scale * (lows[level] * lows[level] + highs[level] * highs[level])
         quad, g_scale = quantize(g_low, g_high, HALF)
-        tl.store(G + (far * N_LEVELS + level) * (HALF // 2) + quarter, quad)
-        tl.store(G_scales + far * N_LEVELS + level, g_scale)
-    tl.store(row_loss + row, tl.sum(loss) * 0.5)
+        tl.store(G_ptr + (far * N_LEVELS + level) * (HALF // 2) + quarter, quad)
+        tl.store(G_scales_ptr + far * N_LEVELS + level, g_scale)
+    tl.store(row_loss_ptr + row, tl.sum(loss) * 0.5)
 
 
 @triton.jit
 def _go_back(
-    row_codes,
-    W_dec,
-    rank_scales,
-    level_of_rank,
-    G,
-    G_scales,
+    row_codes_ptr,
+    W_dec_ptr,
+    rank_scales_ptr,
+    level_of_rank_ptr,
+    G_ptr,
+    G_scales_ptr,
     row_place,
     j,
     quarter,
@@ -254,11 +269,11 @@ def _go_back(
     levels = ()
     for u in tl.static_range(COUNT):
         rank = end - 1 - u
-        code = tl.load(row_codes + rank)
+        code = tl.load(row_codes_ptr + rank)
         values = values + (code_value(code),)  # type: ignore[assignment]  # noqa: RUF005
-        words = words + (tl.load(W_dec + code_latent(code) * HALF + j),)  # type: ignore[assignment]  # noqa: RUF005
-        scales = scales + (tl.load(rank_scales + rank),)  # type: ignore[assignment]  # noqa: RUF005
-        levels = levels + (tl.load(level_of_rank + rank),)  # type: ignore[assignment]  # noqa: RUF005
+        words = words + (tl.load(W_dec_ptr + code_latent(code) * HALF + j),)  # type: ignore[assignment]  # noqa: RUF005
+        scales = scales + (tl.load(rank_scales_ptr + rank),)  # type: ignore[assignment]  # noqa: RUF005
+        levels = levels + (tl.load(level_of_rank_ptr + rank),)  # type: ignore[assignment]  # noqa: RUF005
     for u in tl.static_range(COUNT):
         scale: tl.tensor = scales[u]
         loss += scale * (low * low + high * high)
@@ -266,8 +281,8 @@ def _go_back(
         g_high += scale * high
         quad, g_scale = quantize(g_low, g_high, HALF)
         place = row_place + levels[u]
-        tl.store(G + place * (HALF // 2) + quarter, quad, mask=tl.zeros_like(quad).to(tl.float32) + scale > 0)
-        tl.store(G_scales + place, g_scale, mask=scale > 0)
+        tl.store(G_ptr + place * (HALF // 2) + quarter, quad, mask=tl.zeros_like(quad).to(tl.float32) + scale > 0)
+        tl.store(G_scales_ptr + place, g_scale, mask=scale > 0)
         low -= values[u] * low_half(words[u])
         high -= values[u] * high_half(words[u])
     return low, high, g_low, g_high, loss
@@ -275,19 +290,18 @@ def _go_back(
 
 @triton.jit
 def _decode_many(
-    start,
-    codes,
-    W_dec,
-    rank_scales,
-    level_of_rank,
-    G,
-    G_scales,
+    start_ptr,
+    codes_ptr,
+    W_dec_ptr,
+    rank_scales_ptr,
+    level_of_rank_ptr,
+    G_ptr,
+    G_scales_ptr,
     n_levels,
-    row_loss,
-    last_error,
-    zero_words,
+    row_loss_ptr,
+    last_error_ptr,
+    zero_words_ptr,
     n_zero_words,
-    batch,
     share,
     HALF: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -297,36 +311,42 @@ def _decode_many(
 ):
     row = tl.program_id(0)
     j = tl.arange(0, HALF)
-    _zero_share(zero_words, n_zero_words, share, row)
+    _zero_share(zero_words_ptr, n_zero_words, share, row)
     far = row.to(tl.int64)
-    low = tl.load(start + far * (2 * HALF) + j)
-    high = tl.load(start + far * (2 * HALF) + HALF + j)
-    row_codes = codes + far * K_PADDED
-    low, high = _add_ranks(row_codes, W_dec, j, low, high, 0, K, UNROLL, HALF)
-    tl.store(last_error + row, tl.sum(low * low + high * high))
+    low = tl.load(start_ptr + far * (2 * HALF) + j)
+    high = tl.load(start_ptr + far * (2 * HALF) + HALF + j)
+    row_codes = codes_ptr + far * K_PADDED
+    low, high = _add_ranks(
+        row_codes_ptr=row_codes, W_dec_ptr=W_dec_ptr, j=j, low=low, high=high, FIRST=0, END=K, UNROLL=UNROLL, HALF=HALF,
+    )  # fmt: skip
+    tl.store(last_error_ptr + row, tl.sum(low * low + high * high))
     quarter = tl.arange(0, HALF // 2)
     loss = tl.zeros((HALF,), tl.float32)
     g_low = tl.zeros((HALF,), tl.float32)
     g_high = tl.zeros((HALF,), tl.float32)
     for i in range(K // BACK):
         low, high, g_low, g_high, loss = _go_back(
-            row_codes, W_dec, rank_scales, level_of_rank, G, G_scales, far * n_levels, j, quarter, low, high,
-            g_low, g_high, loss, K - i * BACK, BACK, HALF,
+            row_codes_ptr=row_codes, W_dec_ptr=W_dec_ptr, rank_scales_ptr=rank_scales_ptr,
+            level_of_rank_ptr=level_of_rank_ptr, G_ptr=G_ptr, G_scales_ptr=G_scales_ptr, row_place=far * n_levels, j=j,
+            quarter=quarter, low=low, high=high, g_low=g_low, g_high=g_high, loss=loss, end=K - i * BACK, COUNT=BACK,
+            HALF=HALF,
         )  # fmt: skip
     low, high, g_low, g_high, loss = _go_back(
-        row_codes, W_dec, rank_scales, level_of_rank, G, G_scales, far * n_levels, j, quarter, low, high,
-        g_low, g_high, loss, K % BACK, K % BACK, HALF,
+        row_codes_ptr=row_codes, W_dec_ptr=W_dec_ptr, rank_scales_ptr=rank_scales_ptr,
+        level_of_rank_ptr=level_of_rank_ptr, G_ptr=G_ptr, G_scales_ptr=G_scales_ptr, row_place=far * n_levels, j=j,
+        quarter=quarter, low=low, high=high, g_low=g_low, g_high=g_high, loss=loss, end=K % BACK, COUNT=K % BACK,
+        HALF=HALF,
     )  # fmt: skip
-    tl.store(row_loss + row, tl.sum(loss) * 0.5)
+    tl.store(row_loss_ptr + row, tl.sum(loss) * 0.5)
 
 
 @triton.jit
 def _decode_errors(
-    start,
-    codes,
-    W_dec,
-    errors,
-    active,
+    start_ptr,
+    codes_ptr,
+    W_dec_ptr,
+    errors_ptr,
+    active_ptr,
     HALF: tl.constexpr,
     K_PADDED: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -337,13 +357,14 @@ def _decode_errors(
     rank = tl.arange(0, K_PADDED)
     N_LEVELS: tl.constexpr = len(LEVELS)
     far = row.to(tl.int64)
-    low = tl.load(start + far * (2 * HALF) + j)
-    high = tl.load(start + far * (2 * HALF) + HALF + j)
-    row_codes = codes + far * K_PADDED
+    low = tl.load(start_ptr + far * (2 * HALF) + j)
+    high = tl.load(start_ptr + far * (2 * HALF) + HALF + j)
+    row_codes = codes_ptr + far * K_PADDED
     holds = (code_value(tl.load(row_codes + rank)) > 0).to(tl.int32)
     for level in tl.static_range(N_LEVELS):
         low, high = _add_ranks(
-            row_codes, W_dec, j, low, high, LEVELS[level - 1] if level > 0 else 0, LEVELS[level], UNROLL, HALF
-        )
-        tl.store(errors + far * N_LEVELS + level, tl.sum(low * low + high * high))
-        tl.store(active + far * N_LEVELS + level, tl.sum(tl.where(rank < LEVELS[level], holds, 0)))
+            row_codes_ptr=row_codes, W_dec_ptr=W_dec_ptr, j=j, low=low, high=high,
+            FIRST=LEVELS[level - 1] if level > 0 else 0, END=LEVELS[level], UNROLL=UNROLL, HALF=HALF,
+        )  # fmt: skip
+        tl.store(errors_ptr + far * N_LEVELS + level, tl.sum(low * low + high * high))
+        tl.store(active_ptr + far * N_LEVELS + level, tl.sum(tl.where(rank < LEVELS[level], holds, 0)))

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from msae_sweep.sae.kernels import adam, aux_loss, decode, gather, latent_gradients, packing, topk
+from msae_sweep.sae.kernels import adam, aux_loss, bias_gradient, decode, gather, latent_gradients, packing, topk
 from msae_sweep.sae.kernels.launch import compile_in_parallel
 
 # From version 3.10 on, Triton fuses multiply-adds only on request; without, steps are slower and have other bits.
@@ -107,7 +107,7 @@ class FusedStep:
             zeros(hidden, width), zeros(n_parts, width), zeros(hidden), zeros(n_parts)
         )
         self.grad_W_enc = zeros(hidden, width)
-        self.bias_sums = zeros(adam.N_SUMS, width)
+        self.bias_sums = zeros(bias_gradient.N_SUMS, width)
         self.norms = zeros(hidden // adam.rows_per_program(hidden, width)) if shape.clips else None
         self.dead: aux_loss.DeadLatents | None = None
         if shape.aux_k:
@@ -223,47 +223,55 @@ class FusedStep:
         if aux is not None:
             aux_loss.select_codes(self.pre_acts, aux, shape.aux_k)
         latent_gradients.build_entries(
-            self.codes, self.ranks, self.holders, self.level_of_rank, self.entries, self.samples_since_fired,
-            self.fired, len(shape.loss_levels), self.part,
+            codes=self.codes, ranks=self.ranks, holders=self.holders, level_of_rank=self.level_of_rank,
+            entries=self.entries, samples_since_fired=self.samples_since_fired, fired=self.fired,
+            n_levels=len(shape.loss_levels), part=self.part,
         )  # fmt: skip
         if self.many:
             decode.decode_many(
-                self.start, self.codes, self.decoder_copy, self.rank_scales, self.level_of_rank, self.G, self.row_loss,
-                self.last_error, self.grad_pre,
+                start=self.start, codes=self.codes, W_dec=self.decoder_copy, rank_scales=self.rank_scales,
+                level_of_rank=self.level_of_rank, G=self.G, row_loss=self.row_loss, last_error=self.last_error,
+                grad_pre=self.grad_pre,
             )  # fmt: skip
         else:
             decode.decode_few(
-                self.start, self.codes, self.decoder_copy, self.level_scales, self.G, self.row_loss, self.last_error,
-                self.grad_pre, shape.loss_levels,
+                start=self.start, codes=self.codes, W_dec=self.decoder_copy, level_scales=self.level_scales, G=self.G,
+                row_loss=self.row_loss, last_error=self.last_error, grad_pre=self.grad_pre,
+                k_levels=shape.loss_levels,
             )  # fmt: skip
         with self._beside():
-            adam.sum_decoding_gradient(self.G, self.bias_sums, self.hyper)
+            bias_gradient.sum_decoding_gradient(self.G, self.bias_sums, self.hyper)
         latent_gradients.backward(self.G, self.decoder_copy, self.entries, self.gradients, self.grad_pre, self.part)
         if aux is not None:
             aux_loss.residual_gradient(self.G, self.level_scales, self.last_error, self.decoder_copy, self.aux, aux)
             aux_loss.add_gradients(self.decoder_copy, aux, self.grad_pre, self.gradients)
         with self._beside():
-            adam.sum_encoding_gradient(self.W_enc.value, self.entries, self.gradients, self.bias_sums, self.part)
+            bias_gradient.sum_encoding_gradient(
+                self.W_enc.value, self.entries, self.gradients, self.bias_sums, self.part
+            )
         self._encoder_gradient()
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
         if self.norms is not None:
             adam.clip_gradients(
-                self.grad_W_enc, self.W_dec.value, self.entries, self.gradients, self.bias_sums, self.norms, self.hyper,
-                self.part, normalize=shape.normalize_decoder,
+                grad_W_enc=self.grad_W_enc, W_dec=self.W_dec.value, entries=self.entries, gradients=self.gradients,
+                sums=self.bias_sums, norms=self.norms, hyper=self.hyper, part=self.part,
+                normalize=shape.normalize_decoder,
             )  # fmt: skip
         adam.update_weights(
-            self.W_enc, self.W_dec, self.pre_bias, self.grad_W_enc, self.entries, self.gradients, self.bias_sums,
-            self.row_loss, None if aux is None else aux.losses, self.hyper, self.encoder_copy, self.decoder_copy,
-            self.part, normalize=shape.normalize_decoder,
+            W_enc=self.W_enc, W_dec=self.W_dec, pre_bias=self.pre_bias, grad_W_enc=self.grad_W_enc,
+            entries=self.entries, gradients=self.gradients, sums=self.bias_sums, row_loss=self.row_loss,
+            aux_losses=None if aux is None else aux.losses, hyper=self.hyper, encoder_copy=self.encoder_copy,
+            decoder_copy=self.decoder_copy, part=self.part,
+            normalize=shape.normalize_decoder,
         )  # fmt: skip
 
     def _encode(self, *, collect: bool) -> None:
         shape = self.shape
         counter = self.hyper.counters[:1] if collect else self.eval_counter
         gather.fetch_rows(
-            self.window, counter, self.pre_bias.value, self.centred, self.start, self.entries.cursors, shape.batch,
-            shape.input_dim,
+            window=self.window, counter=counter, pre_bias=self.pre_bias.value, centred=self.centred, start=self.start,
+            cursors=self.entries.cursors, batch=shape.batch, input_dim=shape.input_dim,
         )  # fmt: skip
         used = self._used_columns()
         _product(self.centred[: shape.batch, :used], self.encoder_copy[:, :used].T, self.pre_acts)

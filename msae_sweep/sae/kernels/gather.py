@@ -31,20 +31,11 @@ def fetch_rows(
     width = start.shape[1]
     rows = max(1, 2048 // width)
     launch(
-        _fetch_rows,
-        (triton.cdiv(batch, rows),),
-        window,
-        counter,
-        pre_bias,
-        centred,
-        start,
-        cursors,
-        batch,
-        input_dim,
-        WIDTH=width,
-        ROWS=rows,
-        num_warps=4,
-    )
+        _fetch_rows, (triton.cdiv(batch, rows),),
+        window_ptr=window, counter_ptr=counter, pre_bias_ptr=pre_bias, centred_ptr=centred, start_ptr=start,
+        cursors_ptr=cursors, batch=batch, input_dim=input_dim,
+        WIDTH=width, ROWS=rows, num_warps=4,
+    )  # fmt: skip
 
 
 def add_errors(
@@ -62,67 +53,68 @@ def add_errors(
     batch, n_levels = errors.shape
     launch(
         _add_errors, (1,),
-        window, counter, errors, active, error_sums, active_sums, batch,
+        window_ptr=window, counter_ptr=counter, errors_ptr=errors, active_ptr=active, error_sums_ptr=error_sums,
+        active_sums_ptr=active_sums, batch=batch,
         N_LEVELS=n_levels, LEVELS=triton.next_power_of_2(n_levels), ROWS=256, num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit
 def _fetch_rows(
-    window,
-    counter,
-    pre_bias,
-    centred,
-    start,
-    cursors,
+    window_ptr,
+    counter_ptr,
+    pre_bias_ptr,
+    centred_ptr,
+    start_ptr,
+    cursors_ptr,
     batch,
     input_dim,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    rows = tl.load(window).to(tl.pointer_type(tl.float32))
-    order = tl.load(window + 1)
-    n_rows = tl.load(window + 2)
+    rows = tl.load(window_ptr).to(tl.pointer_type(tl.float32))
+    order = tl.load(window_ptr + 1)
+    n_rows = tl.load(window_ptr + 2)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, WIDTH)
-    number = tl.minimum(tl.load(counter).to(tl.int64) * batch + place, n_rows - 1)
+    number = tl.minimum(tl.load(counter_ptr).to(tl.int64) * batch + place, n_rows - 1)
     if order != 0:
         number = tl.load(order.to(tl.pointer_type(tl.int64)) + number, mask=place < batch, other=0)
     inside = (place < batch)[:, None] & (j < input_dim)[None, :]
     x = tl.load(rows + number[:, None] * input_dim + j[None, :], mask=inside, other=0.0)
-    bias = tl.load(pre_bias + j)[None, :]
+    bias = tl.load(pre_bias_ptr + j)[None, :]
     target = place.to(tl.int64)[:, None] * WIDTH + j[None, :]
-    tl.store(centred + target, (x - bias).to(tl.bfloat16), mask=inside)
-    tl.store(start + target, bias - x, mask=inside)
+    tl.store(centred_ptr + target, (x - bias).to(tl.bfloat16), mask=inside)
+    tl.store(start_ptr + target, bias - x, mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(cursors + tl.arange(0, 2), tl.zeros((2,), tl.int32))
+        tl.store(cursors_ptr + tl.arange(0, 2), tl.zeros((2,), tl.int32))
 
 
 @triton.jit
 def _add_errors(
-    window,
-    counter,
-    errors,
-    active,
-    error_sums,
-    active_sums,
+    window_ptr,
+    counter_ptr,
+    errors_ptr,
+    active_ptr,
+    error_sums_ptr,
+    active_sums_ptr,
     batch,
     N_LEVELS: tl.constexpr,
     LEVELS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     level = tl.arange(0, LEVELS)
-    n_rows = tl.load(window + 2)
-    step = tl.load(counter)
+    n_rows = tl.load(window_ptr + 2)
+    step = tl.load(counter_ptr)
     error_sum = tl.zeros((ROWS, LEVELS), tl.float64)
     active_sum = tl.zeros((ROWS, LEVELS), tl.int64)
     for first in range(0, batch, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = ((row < batch) & (step.to(tl.int64) * batch + row < n_rows))[:, None] & (level < N_LEVELS)[None, :]
         place = row[:, None] * N_LEVELS + level[None, :]
-        error_sum += tl.load(errors + place, mask=inside, other=0.0).to(tl.float64)
-        active_sum += tl.load(active + place, mask=inside, other=0).to(tl.int64)
+        error_sum += tl.load(errors_ptr + place, mask=inside, other=0.0).to(tl.float64)
+        active_sum += tl.load(active_ptr + place, mask=inside, other=0).to(tl.int64)
     known = level < N_LEVELS
-    tl.store(error_sums + level, tl.load(error_sums + level, mask=known) + tl.sum(error_sum, 0), mask=known)
-    tl.store(active_sums + level, tl.load(active_sums + level, mask=known) + tl.sum(active_sum, 0), mask=known)
-    tl.store(counter, step + 1)
+    tl.store(error_sums_ptr + level, tl.load(error_sums_ptr + level, mask=known) + tl.sum(error_sum, 0), mask=known)
+    tl.store(active_sums_ptr + level, tl.load(active_sums_ptr + level, mask=known) + tl.sum(active_sum, 0), mask=known)
+    tl.store(counter_ptr, step + 1)

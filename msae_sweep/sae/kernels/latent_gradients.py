@@ -71,13 +71,17 @@ def build_entries(
     hidden_dim, batch_words = holders.shape
     launch(
         _collect, (hidden_dim,),
-        holders, *entries, samples_since_fired, fired, len(codes), batch_words,
+        holders_ptr=holders, packed_ptr=entries.packed, start_ptr=entries.start, count_ptr=entries.counts,
+        more_parts_ptr=entries.more_parts, parts_ptr=entries.parts, part_numbers_ptr=entries.part_numbers,
+        cursors_ptr=entries.cursors, samples_since_fired_ptr=samples_since_fired, fired_ptr=fired, batch=len(codes),
+        batch_words=batch_words,
         WORDS=triton.next_power_of_2(batch_words), PART=part,
         num_warps=max(1, min(8, triton.next_power_of_2(batch_words) // 64)),
     )  # fmt: skip
     launch(
         _describe, (triton.cdiv(len(entries.packed), 1024),),
-        codes, ranks, level_of_rank, entries.packed, entries.cursors, ranks.shape[1], n_levels,
+        codes_ptr=codes, ranks_ptr=ranks, level_of_rank_ptr=level_of_rank, packed_ptr=entries.packed,
+        cursors_ptr=entries.cursors, ranks_stride=ranks.shape[1], n_levels=n_levels,
         K_PADDED=codes.shape[1], BLOCK=1024, num_warps=4,
     )  # fmt: skip
 
@@ -99,9 +103,13 @@ def backward(
     rows = max(1, 32 * warps * 4 * chunks * 2 // half)
     launch(
         _backward, (hidden_dim + len(entries.parts),),
-        *entries, *gradients, *G, W_dec, grad_pre, grad_pre.shape[1], hidden_dim,
-        CHUNK=half // 2 // chunks, N_CHUNKS=chunks, ROWS=rows, TILES=2, N_LEVELS=G.words.shape[1], PART=part,
-        WIDE=wide, NATIVE=W_dec.is_cuda, num_warps=warps, maxnreg=128,
+        packed_ptr=entries.packed, start_ptr=entries.start, count_ptr=entries.counts, parts_ptr=entries.parts,
+        part_numbers_ptr=entries.part_numbers, cursors_ptr=entries.cursors, grad_W_dec_ptr=gradients.W_dec,
+        grad_W_dec_parts_ptr=gradients.W_dec_parts, pre_sum_ptr=gradients.pre_sum,
+        pre_sum_parts_ptr=gradients.pre_sum_parts, G_ptr=G.words, G_scales_ptr=G.scales, W_dec_ptr=W_dec,
+        grad_pre_ptr=grad_pre, grad_pre_stride=grad_pre.shape[1], hidden_dim=hidden_dim,
+        CHUNK=half // 2 // chunks, N_CHUNKS=chunks, ROWS=rows, TILES=2, N_LEVELS=G.words.shape[1], PART=part, WIDE=wide,
+        NATIVE=W_dec.is_cuda, num_warps=warps, maxnreg=128,
     )  # fmt: skip
 
 
@@ -128,16 +136,16 @@ def entries_reference(codes: Int[Tensor, "batch k_padded"], hidden_dim: int) -> 
 
 @triton.jit
 def _collect(
-    holders,
-    packed,
-    start,
-    count,
-    more_parts,
-    parts,
-    part_numbers,
-    cursors,
-    samples_since_fired,
-    fired,
+    holders_ptr,
+    packed_ptr,
+    start_ptr,
+    count_ptr,
+    more_parts_ptr,
+    parts_ptr,
+    part_numbers_ptr,
+    cursors_ptr,
+    samples_since_fired_ptr,
+    fired_ptr,
     batch,
     batch_words,
     WORDS: tl.constexpr,
@@ -147,66 +155,66 @@ def _collect(
     latent = tl.program_id(0)
     far = latent.to(tl.int64)
     word = tl.arange(0, WORDS)
-    mask = tl.load(holders + far * batch_words + word, mask=word < batch_words, other=0)
-    since = tl.load(samples_since_fired + latent)
+    mask = tl.load(holders_ptr + far * batch_words + word, mask=word < batch_words, other=0)
+    since = tl.load(samples_since_fired_ptr + latent)
     n_bits = _count_bits(mask)
     total = tl.sum(n_bits)
-    tl.store(count + latent, total)
-    tl.store(samples_since_fired + latent, tl.where(total > 0, 0, since + batch))
+    tl.store(count_ptr + latent, total)
+    tl.store(samples_since_fired_ptr + latent, tl.where(total > 0, 0, since + batch))
     if total > 0:
-        tl.store(holders + far * batch_words + word, tl.zeros((WORDS,), tl.int32), mask=word < batch_words)
-        tl.store(fired + latent, 1)
-        first = tl.atomic_add(cursors, total, sem="relaxed")
-        tl.store(start + latent, first)
+        tl.store(holders_ptr + far * batch_words + word, tl.zeros((WORDS,), tl.int32), mask=word < batch_words)
+        tl.store(fired_ptr + latent, 1)
+        first = tl.atomic_add(cursors_ptr, total, sem="relaxed")
+        tl.store(start_ptr + latent, first)
         place = first + tl.cumsum(n_bits, 0) - n_bits
         for _ in range(tl.max(n_bits)):
             single = mask & -mask
             row = word * 32 + _bit_number(single)
-            tl.store(packed + place, (far << 32) | row.to(tl.int64), mask=mask != 0)
+            tl.store(packed_ptr + place, (far << 32) | row.to(tl.int64), mask=mask != 0)
             place += 1
             mask ^= single
         n_more = (total - 1) // PART
         if n_more > 0:
-            first_more = tl.atomic_add(cursors + 1, n_more, sem="relaxed")
-            tl.store(more_parts + latent, first_more)
+            first_more = tl.atomic_add(cursors_ptr + 1, n_more, sem="relaxed")
+            tl.store(more_parts_ptr + latent, first_more)
             for i in range(n_more):
-                tl.store(parts + first_more + i, latent)
-                tl.store(part_numbers + first_more + i, i + 1)
+                tl.store(parts_ptr + first_more + i, latent)
+                tl.store(part_numbers_ptr + first_more + i, i + 1)
 
 
 @triton.jit
 def _describe(
-    codes, ranks, level_of_rank, packed, cursors, ranks_stride, n_levels, K_PADDED: tl.constexpr, BLOCK: tl.constexpr
+    codes_ptr, ranks_ptr, level_of_rank_ptr, packed_ptr, cursors_ptr, ranks_stride, n_levels, K_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Replace (latent, row) pairs by entries; programs get equal numbers of pairs, however often each latent fires."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < tl.load(cursors)
-    pair = tl.load(packed + entry, mask=inside, other=0)
+    inside = entry < tl.load(cursors_ptr)
+    pair = tl.load(packed_ptr + entry, mask=inside, other=0)
     row = pair & 0xFFFFFFFF
-    rank = tl.load(ranks + (pair >> 32) * ranks_stride + row, mask=inside, other=0).to(tl.int32)
-    code = tl.load(codes + row * K_PADDED + rank, mask=inside, other=0)
-    level = tl.load(level_of_rank + rank, mask=inside, other=0)
+    rank = tl.load(ranks_ptr + (pair >> 32) * ranks_stride + row, mask=inside, other=0).to(tl.int32)
+    code = tl.load(codes_ptr + row * K_PADDED + rank, mask=inside, other=0)
+    level = tl.load(level_of_rank_ptr + rank, mask=inside, other=0)
     bits = code_value(code).to(tl.int32, bitcast=True).to(tl.int64)
-    tl.store(packed + entry, (bits << 32) | (row * n_levels + level), mask=inside)
+    tl.store(packed_ptr + entry, (bits << 32) | (row * n_levels + level), mask=inside)
 
 
 @triton.jit
 def _backward(
-    packed,
-    start,
-    count,
-    more_parts,
-    parts,
-    part_numbers,
-    cursors,
-    grad_W_dec,
-    grad_W_dec_parts,
-    pre_sum,
-    pre_sum_parts,
-    G,
-    G_scales,
-    W_dec,
-    grad_pre,
+    packed_ptr,
+    start_ptr,
+    count_ptr,
+    parts_ptr,
+    part_numbers_ptr,
+    cursors_ptr,
+    grad_W_dec_ptr,
+    grad_W_dec_parts_ptr,
+    pre_sum_ptr,
+    pre_sum_parts_ptr,
+    G_ptr,
+    G_scales_ptr,
+    W_dec_ptr,
+    grad_pre_ptr,
     grad_pre_stride,
     hidden_dim,
     CHUNK: tl.constexpr,
@@ -230,22 +238,25 @@ def _backward(
     lane = tl.arange(0, ROWS)
     is_first = item < hidden_dim
     more = item - hidden_dim
-    live = is_first | (more < tl.load(cursors + 1))
-    latent = tl.where(is_first, item, tl.load(parts + more, mask=live & (item >= hidden_dim), other=0))
-    number = tl.load(part_numbers + more, mask=live & (item >= hidden_dim), other=0)
+    live = is_first | (more < tl.load(cursors_ptr + 1))
+    latent = tl.where(is_first, item, tl.load(parts_ptr + more, mask=live & (item >= hidden_dim), other=0))
+    number = tl.load(part_numbers_ptr + more, mask=live & (item >= hidden_dim), other=0)
     if live:
-        first = tl.load(start + latent)
+        first = tl.load(start_ptr + latent)
         begin = first + number * PART
-        end = tl.minimum(first + tl.load(count + latent), begin + PART)
-        entries = _load_entries(packed, begin, end, lane, TILES)
-        words, scales = _gather(G, G_scales, entries, j, CHUNK, N_CHUNKS, TILES, WIDE)
-        nexts = _load_entries(packed, begin + TILES * ROWS, end, lane, TILES)
+        end = tl.minimum(first + tl.load(count_ptr + latent), begin + PART)
+        entries = _load_entries(packed_ptr, begin, end, lane, TILES)
+        words, scales = _gather(
+            G_ptr=G_ptr, G_scales_ptr=G_scales_ptr, entries=entries, j=j, CHUNK=CHUNK, N_CHUNKS=N_CHUNKS, TILES=TILES,
+            WIDE=WIDE,
+        )  # fmt: skip
+        nexts = _load_entries(packed_ptr, begin + TILES * ROWS, end, lane, TILES)
         w = ()
         w_sum = tl.zeros((1, CHUNK), tl.float32)
         sums = ()
         for c in tl.static_range(N_CHUNKS):
-            even = tl.load(W_dec + latent * HALF + 2 * (c * CHUNK + j))[None, :]
-            odd = tl.load(W_dec + latent * HALF + 2 * (c * CHUNK + j) + 1)[None, :]
+            even = tl.load(W_dec_ptr + latent * HALF + 2 * (c * CHUNK + j))[None, :]
+            odd = tl.load(W_dec_ptr + latent * HALF + 2 * (c * CHUNK + j) + 1)[None, :]
             w = w + (low_half(even), low_half(odd), high_half(even), high_half(odd))  # type: ignore[assignment]  # noqa: RUF005
             w_sum += (low_half(even) + low_half(odd)) + (high_half(even) + high_half(odd))
             zeros = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -253,10 +264,13 @@ def _backward(
         above = DEQUANTIZE_OFFSET * tl.sum(w_sum)
         pre_sums = tl.zeros((ROWS,), tl.float32)
         value_sums = tl.zeros((ROWS,), tl.float32)
-        grad_row = grad_pre + latent.to(tl.int64) * grad_pre_stride
+        grad_row = grad_pre_ptr + latent.to(tl.int64) * grad_pre_stride
         for i in range(begin, end, ROWS * TILES):
-            next_words, next_scales = _gather(G, G_scales, nexts, j, CHUNK, N_CHUNKS, TILES, WIDE)
-            after = _load_entries(packed, i + 2 * TILES * ROWS, end, lane, TILES)
+            next_words, next_scales = _gather(
+                G_ptr=G_ptr, G_scales_ptr=G_scales_ptr, entries=nexts, j=j, CHUNK=CHUNK, N_CHUNKS=N_CHUNKS, TILES=TILES,
+                WIDE=WIDE,
+            )  # fmt: skip
+            after = _load_entries(packed_ptr, i + 2 * TILES * ROWS, end, lane, TILES)
             for u in tl.static_range(TILES):
                 value = (entries[u] >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scales[u]
                 value_sums = tl.fma(value, tl.full((ROWS,), DEQUANTIZE_OFFSET, tl.float32), value_sums)
@@ -277,11 +291,11 @@ def _backward(
             scales = next_scales
             nexts = after
         if is_first:
-            target = grad_W_dec + latent.to(tl.int64) * (2 * HALF)
-            tl.store(pre_sum + latent, tl.sum(pre_sums))
+            target = grad_W_dec_ptr + latent.to(tl.int64) * (2 * HALF)
+            tl.store(pre_sum_ptr + latent, tl.sum(pre_sums))
         else:
-            target = grad_W_dec_parts + more.to(tl.int64) * (2 * HALF)
-            tl.store(pre_sum_parts + more, tl.sum(pre_sums))
+            target = grad_W_dec_parts_ptr + more.to(tl.int64) * (2 * HALF)
+            tl.store(pre_sum_parts_ptr + more, tl.sum(pre_sums))
         for c in tl.static_range(N_CHUNKS):
             for byte in tl.static_range(4):
                 place = byte // 2 * HALF + 2 * (c * CHUNK + j) + byte % 2
@@ -289,27 +303,28 @@ def _backward(
 
 
 @triton.jit
-def _load_entries(packed, first, end, lane, TILES: tl.constexpr):
+def _load_entries(packed_ptr, first, end, lane, TILES: tl.constexpr):
     """Load TILES entries per lane, and zeros past `end`: entries of row 0 with value 0, which add nothing."""
     entries = ()
     for u in tl.static_range(TILES):
         place = first + u * lane.shape[0] + lane
-        entries = entries + (tl.load(packed + place, mask=place < end, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+        entries = entries + (tl.load(packed_ptr + place, mask=place < end, other=0),)  # type: ignore[assignment]  # noqa: RUF005
     return entries
 
 
 @triton.jit
 def _gather(
-    G, G_scales, entries, j, CHUNK: tl.constexpr, N_CHUNKS: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr
+    G_ptr, G_scales_ptr, entries, j, CHUNK: tl.constexpr, N_CHUNKS: tl.constexpr, TILES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     words = ()
     scales = ()
     for u in tl.static_range(TILES):
         place = entries[u].to(tl.int32)
-        scales = scales + (tl.load(G_scales + place),)  # type: ignore[assignment]  # noqa: RUF005
+        scales = scales + (tl.load(G_scales_ptr + place),)  # type: ignore[assignment]  # noqa: RUF005
         if WIDE:
             place = place.to(tl.int64)
-        row = G + place[:, None] * (CHUNK * N_CHUNKS) + j[None, :]
+        row = G_ptr + place[:, None] * (CHUNK * N_CHUNKS) + j[None, :]
         for c in tl.static_range(N_CHUNKS):
             words = words + (tl.load(row + c * CHUNK),)  # type: ignore[assignment]  # noqa: RUF005
     return words, scales

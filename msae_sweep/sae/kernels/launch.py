@@ -18,14 +18,17 @@ from msae_sweep.patching import patched
 _collected: ContextVar[dict[Hashable, partial[Any]] | None] = ContextVar("collected", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel; inside `compile_in_parallel`, only record that it must be compiled."""
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launch a kernel with named arguments and options; inside `compile_in_parallel`, only record it for compilation.
+
+    A kernel is compiled once for all launches whose tensors have the same dtypes and whose other arguments are equal.
+    """
     collected = _collected.get()
     if collected is None:
-        kernel[grid](*args, **options)
+        kernel[grid](**arguments)
         return
-    kinds = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args)
-    collected.setdefault((kernel, kinds, *options.items()), partial(kernel.warmup, *args, grid=grid, **options))
+    kinds = {name: value.dtype if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    collected.setdefault((kernel, *kinds.items()), partial(kernel.warmup, grid=grid, **arguments))
 
 
 @contextmanager

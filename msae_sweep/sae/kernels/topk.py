@@ -35,26 +35,14 @@ def top_codes(
     n_words = hidden_dim // 2
     group_words = min(triton.next_power_of_2(2 * k), triton.next_power_of_2(n_words))
     launch(
-        _top_codes,
-        (batch,),
-        pre_acts.view(torch.int32),
-        pre_acts.view(torch.int16),
-        scratch,
-        codes,
-        ranks,
-        holders,
-        ranks.shape[1],
-        holders.shape[1],
-        int(collect),
-        HIDDEN_DIM=hidden_dim,
-        K=k,
-        K_PADDED=k_padded,
-        CANDIDATES=scratch.shape[1],
-        GROUP_WORDS=group_words,
-        N_PASSES=triton.cdiv(n_words, group_words),
-        COLUMNS=triton.next_power_of_2(hidden_dim // 32),
+        _top_codes, (batch,),
+        pre_words_ptr=pre_acts.view(torch.int32), pre_halves_ptr=pre_acts.view(torch.int16), scratch_ptr=scratch,
+        codes_ptr=codes, ranks_ptr=ranks, holders_ptr=holders, ranks_stride=ranks.shape[1],
+        holders_stride=holders.shape[1], collect=int(collect),
+        HIDDEN_DIM=hidden_dim, K=k, K_PADDED=k_padded, CANDIDATES=scratch.shape[1], GROUP_WORDS=group_words,
+        N_PASSES=triton.cdiv(n_words, group_words), COLUMNS=triton.next_power_of_2(hidden_dim // 32),
         num_warps=min(16, max(1, triton.next_power_of_2(hidden_dim) // 8192)),
-    )
+    )  # fmt: skip
 
 
 def top_codes_reference(pre_acts: BFloat16[Tensor, "rows hidden_dim"], k: int) -> Int[Tensor, "rows k"]:
@@ -98,12 +86,12 @@ def _bit_number(single):
 
 @triton.jit(do_not_specialize=["collect"])
 def _top_codes(
-    pre_words,
-    pre_halves,
-    scratch,
-    codes,
-    ranks,
-    holders,
+    pre_words_ptr,
+    pre_halves_ptr,
+    scratch_ptr,
+    codes_ptr,
+    ranks_ptr,
+    holders_ptr,
     ranks_stride,
     holders_stride,
     collect,
@@ -117,7 +105,7 @@ def _top_codes(
 ):
     row = tl.program_id(0)
     N_WORDS: tl.constexpr = HIDDEN_DIM // 2
-    base = pre_words + row.to(tl.int64) * N_WORDS
+    base = pre_words_ptr + row.to(tl.int64) * N_WORDS
     lane = tl.arange(0, GROUP_WORDS)
 
     # A word compares by its high half; shifted left, it compares by its low half. Negative values lose against 0.
@@ -180,7 +168,7 @@ def _top_codes(
         total = tl.minimum(tl.sum(n_bits), CANDIDATES)
 
     place = tl.cumsum(n_bits, 0) - n_bits
-    row_scratch = scratch + row.to(tl.int64) * CANDIDATES
+    row_scratch = scratch_ptr + row.to(tl.int64) * CANDIDATES
     for _ in range(tl.max(n_bits)):
         single = mask & -mask
         bit = _bit_number(single)
@@ -192,14 +180,14 @@ def _top_codes(
 
     slot = tl.arange(0, CANDIDATES)
     latent = tl.load(row_scratch + slot, mask=slot < total, other=0)
-    value = tl.load(pre_halves + row.to(tl.int64) * HIDDEN_DIM + latent, mask=slot < total, other=0).to(tl.int32)
+    value = tl.load(pre_halves_ptr + row.to(tl.int64) * HIDDEN_DIM + latent, mask=slot < total, other=0).to(tl.int32)
     best = tl.topk(_key(value, latent), K_PADDED) ^ -2147483648
     rank = tl.arange(0, K_PADDED)
     value = tl.where(rank < K, (best >> 17) & 0x7FFF, 0)
     latent = tl.where(value > 0, 0x1FFFF - (best & 0x1FFFF), 0)
-    tl.store(codes + row.to(tl.int64) * K_PADDED + rank, (value << 17) | latent)
+    tl.store(codes_ptr + row.to(tl.int64) * K_PADDED + rank, (value << 17) | latent)
     if collect > 0:
         far = latent.to(tl.int64)
-        tl.store(ranks + far * ranks_stride + row, rank.to(ranks.dtype.element_ty), mask=value > 0)
+        tl.store(ranks_ptr + far * ranks_stride + row, rank.to(ranks_ptr.dtype.element_ty), mask=value > 0)
         bit = (rank * 0 + 1) << (row & 31)
-        tl.atomic_or(holders + far * holders_stride + (row >> 5), bit, mask=value > 0, sem="relaxed")
+        tl.atomic_or(holders_ptr + far * holders_stride + (row >> 5), bit, mask=value > 0, sem="relaxed")
