@@ -258,7 +258,7 @@ def during(job: Job, condition: Callable[[], Any], seconds: float = 180) -> None
     while not condition():
         assert not job.ended, f"the job ended before it could be disturbed\n{job.output[-3000:]}"
         assert time.monotonic() < deadline, f"nothing to disturb\n{job.output[-3000:]}"
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def assert_succeeds(job: Job, seconds: float = 300) -> None:

@@ -501,6 +501,7 @@ def test_another_network_or_other_games_are_refused_by_name(begun, records, tmp_
         folder.begin(identity)
 
 
+@pytest.mark.slow
 def test_an_extraction_goes_on_in_the_precision_it_began_with(network, records, tmp_path, monkeypatch):
     # As on a GPU, for which `auto` is fp16; then on a CPU, for which it is fp32.
     other = settings(network, records, tmp_path / "out")

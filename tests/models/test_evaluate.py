@@ -25,6 +25,7 @@ from msae_sweep.models.evaluation_figure import evaluation_figure
 from msae_sweep.models.find import FoundModel
 from msae_sweep.sae import evaluation as of_model
 from msae_sweep.sae import model_file
+from msae_sweep.track.sender_process import SenderThread
 
 CPU = torch.device("cpu")
 N_ROWS = 1000
@@ -143,6 +144,7 @@ def test_of_a_sweeps_model_it_says_what_the_sweep_said(tmp_path, ray_session, mo
     (tmp_path / "space.yaml").write_text(SPACE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("msae_sweep.sweep.run._write_report", lambda folder, console: None)
+    monkeypatch.setattr("msae_sweep.track.tracker.SenderProcess", SenderThread)
     assert not command_line(monkeypatch, "run", "space.yaml", "--storage", "sweeps")
     summary = json.loads((tmp_path / "sweeps/small/summary.json").read_text())
     said = summary["blocks"]["block5"]["trials"][0]["metrics"]

@@ -7,13 +7,17 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from planted_sweep import ONE_WORKER, SPACE, database, results, sweep
+from planted_sweep import ONE_WORKER, SPACE, database, results, run_quietly, sweep
+
+from msae_sweep.sweep.resume import load_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -39,7 +43,7 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 240) -> No
     while not condition():
         assert process.poll() is None, "the sweep ended before it could be disturbed"
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(0.2)  # each look at all processes takes some 20 ms
 
 
 CHANGES = ["data.blocks=[5]", "training.epochs=24", "asha.grace_epochs=3", "training.early_stopping_patience=null",
@@ -55,14 +59,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return sweep(tmp_path_factory.mktemp("undisturbed"), *CHANGES).summary
 
 
-def test_a_driver_and_then_the_workers_are_killed_and_it_ends_as_the_undisturbed_sweep(undisturbed, tmp_path):
-    # One worker, whose start costs less than a second one gains; the slow tests have two.
-    ended = killed_after_a_trial(tmp_path, ONE_WORKER)
-    process = launch(tmp_path, "resume", "sweeps/small")
-    wait_until(lambda: workers_of(process.pid), process)
-    check_listening(process)
-    lose_workers(process, tmp_path)
-    check_end(process, tmp_path, ended, undisturbed)
+def test_a_driver_and_then_a_worker_are_killed_and_it_ends_as_the_undisturbed_sweep(undisturbed, tmp_path):
+    # One worker, whose start costs less than a second one gains, and the rest of the sweep in this process: the slow
+    # tests have two workers, and a process for every driver.
+    ended = killed_after_a_trial(tmp_path, ONE_WORKER, during=check_listening)
+    loss = threading.Thread(target=lose_a_worker, args=(tmp_path,))
+    loss.start()
+    config = load_config(tmp_path / "sweeps/small", database(tmp_path))
+    assert not run_quietly(config, tmp_path, resume=True).interrupted
+    loss.join()
+    assert re.search(r"^block5-00\d starts again from its last state: The actor", (tmp_path / "log").read_text(), re.M)
+    check_summary(tmp_path, ended, undisturbed)
 
 
 @pytest.mark.slow
@@ -90,10 +97,13 @@ def test_a_lost_worker_costs_no_trial(undisturbed, tmp_path):
     check_end(process, tmp_path, {}, undisturbed)
 
 
-def killed_after_a_trial(folder: Path, *changes: str) -> dict[Path, int]:
+def killed_after_a_trial(
+    folder: Path, *changes: str, during: Callable[[subprocess.Popen], None] = lambda process: None
+) -> dict[Path, int]:
     """Start a sweep and kill its driver when a trial has ended; when each model that is there then was written."""
     process = launch(folder, "run", "space.yaml", *options([*CHANGES, *changes]))
     wait_until(lambda: finished_trials(folder), process)
+    during(process)
     kill(process)
     ended = finished_trials(folder)
     assert 0 < len(ended) < 4
@@ -137,17 +147,34 @@ def listening(driver: int) -> set[tuple[str, int]]:
 
 def lose_workers(driver: subprocess.Popen, folder: Path) -> None:
     """Kill the trials' workers as soon as one of them has saved a state, and let the driver go on to the end."""
-    wait_until(lambda: workers_of(driver.pid), driver)
-    since = time.time()  # those of a driver that was killed have ended by now
-    states = (folder / "sweeps/small/trials").glob
-    wait_until(lambda: any(written_since(state, since) for state in states("*/state.pt")), driver)
-    workers = workers_of(driver.pid)
-    assert workers
-    for worker in workers:
-        worker.kill()
+    kill_workers(driver.pid, folder, lambda condition: wait_until(condition, driver))
     driver.wait(timeout=240)
     assert re.search(r"^block\d+-\d+ starts again from its last state: The actor", output(folder), re.MULTILINE)
     assert "Traceback" not in output(folder)
+
+
+def lose_a_worker(folder: Path) -> None:
+    """Kill the worker of a sweep that this process drives as soon as it has saved a state."""
+
+    def wait(condition: Callable[[], Any]) -> None:
+        end = time.monotonic() + 240
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    kill_workers(os.getpid(), folder, wait)
+
+
+def kill_workers(driver: int, folder: Path, wait: Callable[[Callable[[], Any]], None]) -> None:
+    """Kill a driver's trial workers when one of them has saved a state."""
+    wait(lambda: workers_of(driver))
+    since = time.time()  # workers of a driver that was killed have ended by now
+    states = (folder / "sweeps/small/trials").glob
+    wait(lambda: any(written_since(state, since) for state in states("*/state.pt")))
+    workers = workers_of(driver)
+    assert workers
+    for worker in workers:
+        worker.kill()
 
 
 def written_since(file: Path, since: float) -> bool:
@@ -160,6 +187,11 @@ def written_since(file: Path, since: float) -> bool:
 def check_end(driver: subprocess.Popen, folder: Path, ended: dict[Path, int], undisturbed: dict[str, Any]) -> None:
     """It ends well, as the undisturbed sweep did, and wrote no model again of those that were there."""
     assert driver.wait(timeout=240) == 0, output(folder)[-3000:]
+    check_summary(folder, ended, undisturbed)
+
+
+def check_summary(folder: Path, ended: dict[Path, int], undisturbed: dict[str, Any]) -> None:
+    """Check that a sweep's results are the undisturbed ones, and that no model in `ended` was written again."""
     summary = json.loads((folder / "sweeps" / "small" / "summary.json").read_text())
     assert results(summary) == results(undisturbed)
     for model, before in ended.items():

@@ -298,6 +298,7 @@ def test_a_fast_trial_waits_at_its_rung_for_a_slow_predecessor(tmp_path, monkeyp
     assert results(together.summary) == results(alone.summary)
 
 
+@pytest.mark.slow
 def test_a_block_swept_alone_has_the_same_trials(finished, tmp_path):
     alone = sweep(tmp_path, "data.blocks=[20]")
     assert results(alone.summary)["blocks"]["block20"] == results(finished.summary)["blocks"]["block20"]
@@ -514,7 +515,7 @@ def test_a_worker_that_cannot_save_ends_the_sweep_in_one_line_and_no_trial_count
     class OnAFullDisk(tuning.MSAETrial):
         def _save_model(self):
             error = OSError(28, "No space left on device")
-            raise self._folder.unwritable(self._folder.model_file(self._trial_id), error)
+            raise self._folder.write_error(self._folder.model_file(self._trial_id), error)
 
     changes = ["data.blocks=[5]", "search.trials_per_block=2", "training.epochs=2"]
     with monkeypatch.context() as disk:
@@ -602,6 +603,7 @@ def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_t
     assert trials[0] == trials[1]
 
 
+@pytest.mark.slow
 def test_a_diverged_and_an_oversized_trial_end_alone(tmp_path, monkeypatch):
     # The estimate that would refuse this is a lower bound; trials between it and what they need must end alone.
     monkeypatch.setattr("msae_sweep.sweep.memory._check_models", lambda *_: None)
@@ -659,6 +661,7 @@ def test_optuna_proposes_within_the_space_and_resumes(proposed):
     assert results(again.summary) == results(proposed.summary)
 
 
+@pytest.mark.slow
 def test_a_damaged_record_of_a_trial_that_optuna_proposed_is_proposed_again(proposed, tmp_path):
     record = copy_of(proposed, tmp_path) / "trials" / "block5-001" / "trial.json"
     record.write_text("{")

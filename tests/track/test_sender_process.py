@@ -57,6 +57,7 @@ def begin(folder: Path, uri: str) -> Tracker:
     return start(folder, uri, sending=SenderProcess)
 
 
+@pytest.mark.slow
 def test_what_is_told_reaches_mlflow(uri, tmp_path):
     tracker = begin(tmp_path / "sweep", uri)
     (process,) = senders(os.getpid())
@@ -90,14 +91,20 @@ def test_a_sender_that_is_killed_is_started_again_and_nothing_is_lost_or_doubled
     tracker = begin(folder, uri)
     tell_start(tracker)
     wait_until(lambda: tracker.status.sent == 1)
-    first = senders(os.getpid())
-    first[0].kill()
+    (first,) = senders(os.getpid())
+    assert os.getpgid(first.pid) != os.getpgid(0), "an interrupt from the terminal would reach it"
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray's job server sends them to the sender too
+        first.send_signal(number)
+    assert senders(os.getpid()) == [first]
+    first.kill()
     for trial_id in ("block5-000", "block5-001", "block20-000", "block20-001"):
         tell_trial(tracker, folder, trial_id)
     tell_end(tracker, folder)
     report = tracker.close(timeout_seconds=60)
     assert (report.pending, report.refused) == (0, 0), report
     assert_whole(Store(uri))
+    assert not senders(os.getpid())
+    assert not scratch(), "files of models that were sent"
 
 
 DRIVER = """
@@ -158,10 +165,10 @@ class Elsewhere:
     def __init__(self, folder: Path, gone: str = "") -> None:
         self.folder, self.gone, self.fetched = folder, gone, []
 
-    def n_events(self, written: int) -> int:
+    def n_sendable(self, written: int) -> int:
         return written
 
-    def on_events(self, call) -> None:
+    def on_upload(self, call) -> None:
         pass
 
     def fetch(self, path: Path) -> Path | None:
@@ -176,6 +183,7 @@ class Elsewhere:
         return copy
 
 
+@pytest.mark.slow
 def test_files_that_lie_elsewhere_are_fetched_by_the_driver(uri, tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()
