@@ -25,8 +25,8 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 HOMES = {
     "ray": (
-        "data/prepare/shards.py", "go/extract.py", "go/extraction_actor.py", "go/pipeline.py", "go/top_activation",
-        "sweep/",
+        "data/prepare/shards.py", "data/prepare/ray_tasks.py", "go/extract.py", "go/extraction_actor.py",
+        "go/pipeline.py", "go/top_activation", "sweep/",
     ),
     "mlflow": ("track/",),
     "triton": ("sae/kernels/",),

@@ -4,19 +4,17 @@ import atexit
 import os
 import shlex
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from msae_sweep import __version__, signals
-from msae_sweep.cli import models
+from msae_sweep.cli import go, models
+from msae_sweep.cli.console import open_console
 from msae_sweep.errors import MsaeSweepError, TrackingError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from msae_sweep.config import SweepConfig
     from msae_sweep.track.sender import TrackingStatus
 
@@ -167,123 +165,11 @@ def inspect(
     from msae_sweep.config import DataConfig
     from msae_sweep.data import inspection
 
-    _console().print(inspection.render(inspection.inspect(DataConfig(path=path))))
+    open_console().print(inspection.render(inspection.inspect(DataConfig(path=path))))
 
 
-@app.command()
-def extract(
-    weights: Annotated[Path, typer.Option(metavar="NET", help="Leela Zero text weights, plain or .gz.")],
-    games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Activation folder to make, or to go on with.")],
-    blocks: Annotated[str, typer.Option(help="Residual blocks to tap, numbered from 1.")] = "5,20,35",
-    positions_per_game: Annotated[
-        int | None, typer.Option(min=1, help="Random positions of a game; all without.")
-    ] = None,
-    skip_first: Annotated[int, typer.Option(min=0, help="Moves at the beginning whose positions are left out.")] = 0,
-    points: Annotated[str, typer.Option(help="Rows of a position: mean, all, or N random points of the 361.")] = "mean",
-    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Type of the rows.")] = "float16",
-    format: Annotated[str, typer.Option(help="npy, h5, parquet, or several: npy,h5.")] = "npy",
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU (compute capability 7.0), else fp32."),
-    ] = "auto",
-    first_row: Annotated[
-        Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
-    ] = "top",
-    seed: Annotated[int, typer.Option(help="Seed of positions and points.")] = 0,
-) -> None:
-    """Extract activations of a Leela Zero network on recorded games into a folder that `run` can read."""
-    from msae_sweep.errors import ConfigError
-    from msae_sweep.go import extract as extraction
-    from msae_sweep.go.progress_bar import progress_display
-    from msae_sweep.go.sampling import Sampling, parse_points
-    from msae_sweep.sweep.ray_cluster import connect
-
-    try:
-        numbers = tuple(int(block) for block in blocks.split(","))
-    except ValueError:
-        raise ConfigError(f"--blocks: {blocks} must be numbers with commas, e.g. 5,20,35") from None
-    settings = extraction.ExtractionSettings(
-        weights=weights,
-        games=games,
-        out=out,
-        blocks=numbers,
-        sampling=Sampling(positions_per_game, skip_first, parse_points(points), seed),
-        dtype=dtype,
-        formats=tuple(format.split(",")),
-        precision=precision,
-        first_row=first_row,
-    )
-    with progress_display(_console()) as report:
-        summary = extraction.extract(settings, report, connect)
-    _console().print(summary.text(settings), highlight=False, soft_wrap=True)
-
-
-@app.command()
-def boards(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="Model file, a sweep, champion:[NAME:]BLOCK, or what MLflow calls it."),
-    ],
-    weights: Annotated[Path, typer.Option(metavar="NET", help="The network whose activations the model knows.")],
-    games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
-    block: Annotated[
-        int | None, typer.Option(help="The residual block, numbered from 1, where MODEL does not tell it.")
-    ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("boards.html"),
-    latents: Annotated[
-        str, typer.Option(help="How many, those strongest where they fire; or which, with commas: 12,77 (one: 12,).")
-    ] = "40",
-    top: Annotated[int, typer.Option(min=1, max=100, help="Boards of a latent, each of another game.")] = 8,
-    k: Annotated[int | None, typer.Option(help="Latents active at a point; the model's largest level without.")] = None,
-    positions_per_game: Annotated[
-        int | None, typer.Option(min=1, help="Random positions of a game; all without.")
-    ] = None,
-    skip_first: Annotated[int, typer.Option(min=0, help="Moves at the beginning whose positions are left out.")] = 0,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU (compute capability 7.0), else fp32."),
-    ] = "auto",
-    first_row: Annotated[
-        Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
-    ] = "top",
-    seed: Annotated[int, typer.Option(help="Seed of the positions.")] = 0,
-    tracking_uri: Annotated[str | None, typer.Option(help="Where MLflow is; as for run.")] = None,
-) -> None:
-    """Write an HTML page of Go boards: the positions of real games at which a model's latents are most active."""
-    from msae_sweep.errors import ConfigError
-    from msae_sweep.go import top_activations as diagrams
-    from msae_sweep.go.network_check import network_differences
-    from msae_sweep.go.progress_bar import progress_display
-    from msae_sweep.go.sampling import Sampling
-    from msae_sweep.models.find import find
-    from msae_sweep.sweep.ray_cluster import connect
-
-    wanted = diagrams.parse_latents(latents)
-    found = find(model, block, tracking_uri)
-    block = found.block if block is None else block
-    if block is None:
-        raise ConfigError(f"--block: {model} does not tell its block; say which")
-    settings = diagrams.TopActivationSettings(
-        model=found.file,
-        name=found.where,
-        weights=weights,
-        games=games,
-        block=block,
-        out=out,
-        latents=wanted,
-        top=top,
-        k=found.file.model.k_levels[-1] if k is None else k,
-        sampling=Sampling(positions_per_game, skip_first, "all", seed),
-        precision=precision,
-        first_row=first_row,
-        notes=network_differences(found.where, weights, first_row),
-    )
-    for note in settings.notes:
-        _console().print(f"note: {note}", highlight=False, soft_wrap=True)
-    with progress_display(_console()) as report:
-        summary = diagrams.write_top_activations(settings, report, connect)
-    _console().print(summary.text(settings), highlight=False, soft_wrap=True)
+app.command()(go.extract)
+app.command()(go.boards)
 
 
 @app.command()
@@ -336,15 +222,16 @@ def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
 
     folder = SweepFolder.at(sweep)
     tracking = config_of(folder, tracking_uri).tracking
-    with folder.driven():
+    with folder.lock_and_sync():
         report = sync(folder.path, tracking.uri, tracking, fetch=folder.fetch, on_progress=_Waiting().heard)
     if report.pending:
         raise TrackingError(str(report))
     print(report)
 
 
-for _name, _command in (("export", models.export), ("eval", models.evaluate), ("import", models.import_)):
-    app.command(_name)(_command)
+app.command()(models.export)
+app.command("eval")(models.evaluate)
+app.command("import")(models.import_)
 
 
 class _Waiting:
@@ -359,26 +246,19 @@ class _Waiting:
         self._said = status.last_error
 
 
-def _console() -> "Console":
-    """Return a console. In a file or a job's log it is 160 columns wide, so that tables are not squeezed."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=160)
-
-
 def _sweep_or_show(config: "SweepConfig", *, resume: bool, dry_run: bool) -> None:
     if not dry_run:
         _sweep(config, resume=resume)
         return
     from msae_sweep.sweep.dry_run import print_plan
 
-    print_plan(config, resume=resume, console=_console())
+    print_plan(config, resume=resume, console=open_console())
 
 
 def _sweep(config: "SweepConfig", *, resume: bool) -> None:
     from msae_sweep.sweep.run import run as run_sweep
 
-    console = _console()
+    console = open_console()
     command = shlex.join(["msae-sweep", *sys.argv[1:]])
     result = run_sweep(config, resume=resume, command=command, console=console)
     console.print(f"results: {result.folder}", highlight=False, soft_wrap=True)
@@ -396,7 +276,3 @@ def _sweep(config: "SweepConfig", *, resume: bool) -> None:
         raise typer.Exit(signals.exit_code())
     if any(block["best"] is None for block in result.summary["blocks"].values()):
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from msae_sweep.cli.console import open_console
 from msae_sweep.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from msae_sweep.models.evaluate import EvaluationReport
 
 What = Annotated[
@@ -88,8 +87,19 @@ def evaluate(
         check_file("--figure", figure)
     if out is not None:
         check_file("--out", out)
-    report = _evaluate(what, data, block, against or [], rows, max_k, device, cluster, overrides or [], tracking_uri)
-    _console().print(evaluate.render(report), highlight=False)
+    report = _evaluate(
+        what=what,
+        data=data,
+        block=block,
+        against=against or [],
+        rows=rows,
+        max_k=max_k,
+        device=device,
+        cluster=cluster,
+        overrides=overrides or [],
+        tracking_uri=tracking_uri,
+    )
+    open_console().print(evaluate.render(report), highlight=False)
     try:
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +157,20 @@ def import_(
         tracking = config_of(folder, tracking_uri).tracking.model_copy(update=named)
         sweep_id = json.loads((folder.path / "identity.json").read_text(encoding="utf-8"))["sweep_id"]
     uri = resolve_uri(tracking_uri or tracking.uri)
-    report = _evaluate(str(file), data, block, [], rows, None, device, cluster, overrides or [], None, sweep)
-    _console().print(evaluate.render(report), highlight=False)
+    report = _evaluate(
+        what=str(file),
+        data=data,
+        block=block,
+        against=[],
+        rows=rows,
+        max_k=None,
+        device=device,
+        cluster=cluster,
+        overrides=overrides or [],
+        tracking_uri=None,
+        sweep=sweep,
+    )
+    open_console().print(evaluate.render(report), highlight=False)
     measured = f"{report.evaluation.n_rows} {report.plan.side} rows of {report.plan.info.where}"
     what = ModelImport(
         report.found.file,
@@ -206,7 +228,7 @@ def _evaluate(
         parts = sums_on_cluster
     else:
         parts = partial(evaluate.local_sums, device=evaluate.choose_evaluation_device(device))
-    with Progress(console=_console(), transient=True) as progress:
+    with Progress(console=open_console(), transient=True) as progress:
         task = progress.add_task("row ranges", total=plan.n_ranges)
         return evaluate.evaluate(
             found,
@@ -216,10 +238,3 @@ def _evaluate(
             against=others,
             on_progress=lambda done, _: progress.update(task, completed=done),
         )
-
-
-def _console() -> "Console":
-    """Return a console. If stdout is not a terminal, it is 160 columns wide, so that tables are not squeezed."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)

@@ -1,6 +1,7 @@
-"""Search-space files: their keys (`schema`), reading their YAML (`yaml_file`), and how keys vary (`distribution`)."""
+"""Search-space files: their keys (`schema`), how keys vary (`distribution`), and reading (`load`, `yaml_file`)."""
 
 from msae_sweep.config.distribution import Distribution
+from msae_sweep.config.load import load, parse
 from msae_sweep.config.schema import (
     DEAD_RATIO_ALLOWED,
     MODEL_NAME,
@@ -11,8 +12,6 @@ from msae_sweep.config.schema import (
     TrackingConfig,
     TrainingConfig,
     Weighting,
-    load,
-    parse,
     registered_name,
 )
 

@@ -1,7 +1,6 @@
 """Keys of a search-space file, validated and resolved once into frozen pydantic models.
 
-`load()` reads YAML, applies the `--set a.b=c` overrides and returns one frozen `SweepConfig`. This module imports
-neither torch nor ray nor mlflow, so a misspelt key is reported within a second.
+This module imports neither torch nor ray nor mlflow, so a misspelt key is reported within a second.
 """
 
 import hashlib
@@ -9,8 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -19,11 +17,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from msae_sweep.config.distribution import Distribution
 from msae_sweep.config.frozen_model import FrozenModel
 from msae_sweep.config.yaml_file import (
-    apply_override,
     first_error_line,
-    read_text,
-    read_yaml,
-    reject_overrides_of_varied_keys,
     section,
     suggest,
 )
@@ -377,36 +371,3 @@ class SweepConfig(FrozenModel):
 def registered_name(model_name: str, block: int) -> str:
     """Return the name of a block's registered model; `model_name` is that of `TrackingConfig`."""
     return f"{model_name}-block{block}"
-
-
-def load(path: str | Path, overrides: Iterable[str] = (), *, source: str | None = None) -> SweepConfig:
-    """Read a search-space file, apply the overrides and return the validated configuration.
-
-    Args:
-        path: path or URI of the file.
-        overrides: texts of the form `a.b=c`; the right-hand sides are YAML.
-        source: name of the file in error messages; the default is `path`.
-
-    Raises:
-        ConfigError: the file cannot be read, is not YAML, or has an unknown key or an illegal value. The message names
-            the first such error.
-    """
-    source = source or str(path)
-    return parse(read_text(path, source), overrides, source=source)
-
-
-def parse(text: str, overrides: Iterable[str] = (), *, source: str = "search space") -> SweepConfig:
-    """Return the validated configuration of a search-space text, as `load` does; error messages call it `source`."""
-    try:
-        raw = read_yaml(text)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: must be a mapping with the keys {', '.join(SweepConfig.model_fields)}")
-    overridden = dict(apply_override(raw, override) for override in overrides)
-    try:
-        config = SweepConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {first_error_line(error, SweepConfig)}") from None
-    reject_overrides_of_varied_keys(overridden, config.space)
-    return config

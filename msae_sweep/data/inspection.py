@@ -58,7 +58,7 @@ def render(reports: list[BlockReport]) -> Group:
         spectrum.add_column(heading, justify="right")
     for report in reports:
         info = report.info
-        shape.add_row(
+        cells = (
             str(info.block),
             f"{info.n_rows:,}",
             str(info.input_dim),
@@ -70,6 +70,7 @@ def render(reports: list[BlockReport]) -> Group:
             f"{report.n_nonfinite:,}",
             f"{report.zeros:.0%}",
         )
+        shape.add_row(*cells)
         shares = (f"{report.explained[n]:.1%}" if n in report.explained else "–" for n in COMPONENTS)
         spectrum.add_row(str(info.block), *shares)
     return Group(shape, spectrum)
@@ -117,14 +118,14 @@ def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:
     spectrum = np.linalg.eigvalsh(correlation)[::-1].cumsum() if varies.any() else np.zeros(0)
     std = np.ldexp(std, exponent)
     return BlockReport(
-        info,
-        len(groups) if info.has_groups else None,
-        (float(centre.min()), float(centre.max())),
-        (float(std.min()), float(std.max())),
-        int((~varies).sum()),
-        info.n_rows - n_finite,
-        n_zeros / (n * dim),
-        {
+        info=info,
+        n_groups=len(groups) if info.has_groups else None,
+        mean_range=(float(centre.min()), float(centre.max())),
+        std_range=(float(std.min()), float(std.max())),
+        n_constant=int((~varies).sum()),
+        n_nonfinite=info.n_rows - n_finite,
+        zeros=n_zeros / (n * dim),
+        explained={
             c: float(spectrum[min(c, len(spectrum)) - 1] / spectrum[-1])
             for c in COMPONENTS
             if c <= dim and len(spectrum)

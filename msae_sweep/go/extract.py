@@ -136,7 +136,14 @@ def _extract(
         seconds = time.monotonic() - started
         total = n_positions * rows
         return ExtractionSummary(
-            complete_before, len(games), dict(refused), examples, n_positions, total, seconds, StageSeconds(**spent)
+            complete_before=complete_before,
+            games=len(games),
+            refused=dict(refused),
+            examples=examples,
+            positions=n_positions,
+            rows=total,
+            seconds=seconds,
+            spent=StageSeconds(**spent),
         )
 
     settings = settings._replace(precision=precision())

@@ -216,13 +216,17 @@ def conv_add_relu(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor) -> Tensor:
 def cudnn_conv_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `conv_relu` in one cuDNN kernel, which sums in float32 and rounds once."""
     padding = weight.shape[-1] // 2
-    return torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (padding, padding), (1, 1), 1)
+    return torch.cudnn_convolution_relu(
+        x, weight, bias, stride=(1, 1), padding=(padding, padding), dilation=(1, 1), groups=1
+    )
 
 
 def cudnn_conv_add_relu(x: Tensor, weight: Tensor, bias: Tensor, z: Tensor) -> Tensor:
     """Compute `conv_add_relu` in one cuDNN kernel, which sums in float32 and rounds once."""
     padding = weight.shape[-1] // 2
-    return torch.cudnn_convolution_add_relu(x, weight, z, 1.0, bias, (1, 1), (padding, padding), (1, 1), 1)
+    return torch.cudnn_convolution_add_relu(
+        x, weight, z, alpha=1.0, bias=bias, stride=(1, 1), padding=(padding, padding), dilation=(1, 1), groups=1
+    )
 
 
 def choose_precision(device: torch.device, precision: Precision, filters: int, fused: bool = True) -> PrecisionChoice:

@@ -147,20 +147,26 @@ def _parse(batch: Any) -> dict[str, list[Any]]:
     """
     columns: dict[str, list[Any]] = {name: [] for name in ("name", "key", "kind", "reason", "setup", "moves", "black")}
 
-    def add(name: str, key: str, kind: str, reason: str, *arrays: np.ndarray) -> None:
-        parts = [array.tobytes() for array in arrays] or [b"", b"", b""]
-        for column, value in zip(columns.values(), (name, key, kind, reason, *parts), strict=True):
-            column.append(value)
+    def add(name: str, **values: str | bytes) -> None:
+        row = {"name": name, "key": "", "kind": "", "reason": "", "setup": b"", "moves": b"", "black": b"", **values}
+        for column in columns:
+            columns[column].append(row[column])
 
     for row in batch.to_pylist():
         if row["kind"]:
-            add(row["name"], "", row["kind"], row["reason"])
+            add(row["name"], kind=row["kind"], reason=row["reason"])
             continue
         for outcome in read_games(Record(row["name"], row["data"])):
             if isinstance(outcome, RefusedRecord):
-                add(outcome.name, "", outcome.kind, outcome.reason)
+                add(outcome.name, kind=outcome.kind, reason=outcome.reason)
             else:
-                add(outcome.name, outcome.key, "", "", outcome.setup, outcome.moves, outcome.black_to_move)
+                add(
+                    outcome.name,
+                    key=outcome.key,
+                    setup=outcome.setup.tobytes(),
+                    moves=outcome.moves.tobytes(),
+                    black=outcome.black_to_move.tobytes(),
+                )
     return columns
 
 

@@ -139,7 +139,15 @@ def write_top_activations(
     assert firing is not None
     latents = _chosen(settings, best, firing)
     by_id = {game.game_id: game for game in games}
-    drawn = _drawn(settings, latents, best, firing, n_positions, by_id, arguments)
+    drawn = _drawn(
+        settings=settings,
+        latents=latents,
+        best=best,
+        firing=firing,
+        n_positions=n_positions,
+        games=by_id,
+        arguments=arguments,
+    )
     intro = [
         f"{settings.name}: {settings.model.model.hidden_dim:,} latents, {settings.k} active at a point at the most.",
         f"The boards are the positions at which a latent is strongest, at most one of a game, among {n_positions:,} "

@@ -16,20 +16,17 @@ that enough trials reached.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from msae_sweep.report.least_squares import REFITS, SPARE_TRIALS, Design, LeastSquaresFit
 from msae_sweep.report.sweep_data import Group, Trial
 
-SPARE_TRIALS = 3
-"""Number of trials that a fit needs in addition to one per coefficient."""
 TRUSTED = 0.3
 """Smallest leave-one-out R² (share of the variance between trials) of a trusted fit."""
 MAX_P_VALUE = 0.02
 """Largest p-value of a trusted fit: the share of shuffled scores of which a fit explains as much."""
-REFITS = 1000
-"""Number of refits with random residual signs, and number of fits to shuffled scores."""
 
 
 class Effect(NamedTuple):
@@ -84,7 +81,7 @@ class Response(NamedTuple):
 
     @property
     def is_trusted(self) -> bool:
-        """True if the fit predicts unseen trials: `explained` and `chance` are within TRUSTED and CHANCE."""
+        """True if the fit predicts unseen trials: `explained` and `chance` are within TRUSTED and MAX_P_VALUE."""
         return self.explained >= TRUSTED and self.chance <= MAX_P_VALUE
 
     @property
@@ -142,8 +139,8 @@ def fit_response(group: Group) -> Response | NoFit:
         rate = f"{sample.trials[0].training.learning_rate:.2g}"
         why = f"the {n} trials that can be compared share one learning rate, {rate}"
         return NoFit(block, why, f"Block {block}: {why}, so nothing is fitted.")
-    design = _Design(sample.trials, keys)
-    fit = _Fit(design.rows(sample.trials), sample.scores)
+    design = Design(sample.trials, keys)
+    fit = LeastSquaresFit(design.rows(sample.trials), sample.scores)
     return _response(group, sample, design, fit)
 
 
@@ -185,126 +182,7 @@ def _sample(trials: Sequence[Trial], scores: Sequence[float], epoch: int | None)
     return Sample([t for t, kept in zip(trials, keep, strict=True) if kept], values[keep], epoch, int((~keep).sum()))
 
 
-class _Design:
-    """Design matrix of the regression: its columns, and the settings that each column belongs to."""
-
-    def __init__(self, trials: Sequence[Trial], keys: Sequence[str]) -> None:
-        self._scales = {key: _Scale([getattr(t.training, key) for t in trials]) for key in keys}
-        self.owners: list[set[str]] = []
-        self._columns: list[Any] = []
-        self._add(set(), lambda values: 1.0)
-        room = len(trials) - SPARE_TRIALS
-        self.has_curvature = False
-        for key in keys:
-            scale = self._scales[key]
-            if scale.options:
-                for option in scale.options[1:]:
-                    self._add({key}, lambda v, key=key, option=option: float(repr(v[key]) == option), room)
-            elif scale.spread:
-                self._add({key}, lambda values, key=key: values[key], room)
-            # Two learning rates do not determine a curvature: measured from their middle, both have the same square.
-            if key == "learning_rate" and len({trial.training.learning_rate for trial in trials}) > 2:
-                self.has_curvature = self._add({key}, lambda values: values["learning_rate"] ** 2, room)
-        self.has_interaction = "expansion_factor" in self._owned() and self._add(
-            {"learning_rate", "expansion_factor"},
-            lambda values: values["learning_rate"] * values["expansion_factor"],
-            room,
-        )
-
-    def _owned(self) -> set[str]:
-        return set().union(*self.owners)
-
-    def _add(self, owners: set[str], column: Any, room: float = float("inf")) -> bool:
-        """Add a column if there are fewer than `room` columns, and return whether it was added."""
-        if len(self._columns) >= room:
-            return False
-        self.owners.append(owners)
-        self._columns.append(column)
-        return True
-
-    def rows(self, trials: Sequence[Trial]) -> np.ndarray:
-        """Return the design matrix [trials, columns]."""
-        return np.array([self._row({key: getattr(t.training, key) for key in self._scales}) for t in trials])
-
-    def _row(self, settings: dict[str, Any]) -> list[float]:
-        values = {key: self._scales[key].place(value) for key, value in settings.items()}
-        return [column(values) for column in self._columns]
-
-    def row_at(self, trial: Trial, **changed: Any) -> np.ndarray:
-        """Return the row of the design matrix of a trial with some of its settings changed."""
-        return np.array(self._row({key: getattr(trial.training, key) for key in self._scales} | changed))
-
-    def settings(self) -> list[str]:
-        """Return the settings that have a column."""
-        return [key for key in self._scales if key in self._owned()]
-
-    def ends(self, key: str) -> tuple[Any, Any] | None:
-        """Return the lowest and highest value of a setting, or (uniform, reverse) for the weighting.
-
-        Return None for a setting whose options have no order.
-        """
-        scale = self._scales[key]
-        if not scale.options:
-            return scale.low, scale.high
-        return ("uniform", "reverse") if key == "weighting" else None
-
-
-class _Scale:
-    """Scale of a setting: numbers are measured from their middle, logarithmically if they span a factor of 2 or more.
-
-    Values that are not numbers are options without a position.
-    """
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        self.options: list[str] = []
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            self.low, self.high = min(values), max(values)
-            self._log = self.low > 0 and self.high / self.low >= 2
-            placed = [self._raw(value) for value in values]
-            self._middle, self.spread = (min(placed) + max(placed)) / 2, max(placed) - min(placed)
-        else:
-            self.options = sorted({repr(value) for value in values})
-
-    def _raw(self, value: float) -> float:
-        return float(np.log(value)) if self._log else float(value)
-
-    def place(self, value: Any) -> Any:
-        """Return the position of a number on the scale; return an option unchanged."""
-        return value if self.options else self._raw(value) - self._middle
-
-
-class _Fit:
-    """Least-squares fit with leave-one-out errors, refits and a permutation test."""
-
-    def __init__(self, rows: np.ndarray, scores: np.ndarray) -> None:
-        self.rows, self.values = rows, scores
-        inverse = np.linalg.pinv(rows)
-        self.coefficients = inverse @ scores
-        self.residuals = scores - rows @ self.coefficients
-        leave_one_out = 1 / (1 - np.clip(np.einsum("ij,ji->i", rows, inverse), 0, 0.999))
-        self.left_out = self.residuals * leave_one_out
-        rng = np.random.default_rng(0)
-        signs = rng.choice((-1.0, 1.0), size=(REFITS, len(scores)))
-        self.refits = (rows @ self.coefficients + signs * self.left_out) @ inverse.T  # [refits, columns]
-        self.total = float(((scores - scores.mean()) ** 2).sum())
-        shuffled = rng.permuted(np.tile(scores, (REFITS, 1)), axis=1)  # [refits, trials]
-        by_chance = (((shuffled - shuffled @ inverse.T @ rows.T) * leave_one_out) ** 2).sum(axis=1)
-        self.chance = float((by_chance <= (self.left_out**2).sum()).mean())
-
-    @property
-    def explained(self) -> float:
-        """Leave-one-out R²; 0 if all scores are equal."""
-        return 1 - float((self.left_out**2).sum()) / self.total if self.total else 0.0
-
-    def share_of(self, mine: np.ndarray) -> float:
-        """Return the share of the variance that is no longer explained without the columns `mine`."""
-        rest = self.rows[:, ~mine]
-        without = self.values - rest @ np.linalg.pinv(rest) @ self.values
-        lost = float((without**2).sum() - (self.residuals**2).sum())
-        return max(0.0, lost) / self.total if self.total else 0.0
-
-
-def _response(group: Group, sample: Sample, design: _Design, fit: _Fit) -> Response:
+def _response(group: Group, sample: Sample, design: Design, fit: LeastSquaresFit) -> Response:
     best = group.best
     rates = [trial.training.learning_rate for trial in sample.trials]
     tried = min(rates), max(rates)
@@ -365,7 +243,7 @@ def _optima(b: np.ndarray, c: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.where((c < 0) & (top > low - reach) & (top < high + reach), top, better)
 
 
-def _size_exponent(design: _Design, fit: _Fit) -> tuple[float, float, float] | None:
+def _size_exponent(design: Design, fit: LeastSquaresFit) -> tuple[float, float, float] | None:
     """Return −e / 2c, the power of the number of latents to which the best learning rate is proportional.
 
     The values are the 10%, 50% and 90% quantiles of the refits with c < 0. Return None if the design has no interaction

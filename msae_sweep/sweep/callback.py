@@ -71,13 +71,13 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         """Record the epochs that a trial reports, post them to the tracker and update the display."""
         record = self._record(trial)
         for note in result.get("notes", []):
-            self._display.say(note)
+            self._display.print_line(note)
         runs_on = result.get("runs_on", {})
         # Printed once per kind: the details after the colon, such as free bytes, differ from worker to worker.
         kind = {key: text.split(":")[0] for key, text in runs_on.items()}
         if runs_on and kind not in self._said:
             self._said.append(kind)
-            self._display.say(", ".join(f"{key}: {text}" for key, text in runs_on.items()))
+            self._display.print_line(", ".join(f"{key}: {text}" for key, text in runs_on.items()))
         self._runs_on[record.trial_id] = runs_on
         record.seconds = max(record.seconds, float(result.get("seconds", 0.0)))
         if new := record.add_points(result["points"]):
@@ -85,7 +85,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             points = [{**point, "time_ms": now} for point in new]
             self._record_writer.post(partial(self._tracker.metrics, trial_id=record.trial_id, points=points))
             self._save(record)
-        self._display.tick(record)
+        self._display.update(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record the end of a trial that ended by itself or was stopped by ASHA."""
@@ -103,7 +103,8 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         """Print why Tune starts a trial again: its worker or node was lost, or it failed."""
         if self._cannot_be_kept(trial):
             return
-        self._display.say(f"{self._record(trial).trial_id} starts again from its last state: {_what_failed(trial)}")
+        trial_id = self._record(trial).trial_id
+        self._display.print_line(f"{trial_id} starts again from its last state: {_what_failed(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record a failed trial that is not started again; Tune calls this only after `max_failures`."""
@@ -113,7 +114,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Print a status line if one is due; Tune calls this once per turn of its loop."""
-        self._display.tick()
+        self._display.update()
 
     def _record(self, trial: Trial) -> TrialRecord:
         return self._records[trial.config["trial"]["trial_id"]]
@@ -138,7 +139,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         record.status, record.reason = status, reason
         ended = replace(record, points=list(record.points))
         self._record_writer.post(partial(self._write_end, ended, self._runs_on.pop(record.trial_id, {})))
-        self._display.tick(record)
+        self._display.update(record)
 
     def _write_end(self, record: TrialRecord, tags: dict[str, str]) -> None:
         """Write the end of a trial; called in the record writer's thread.

@@ -62,7 +62,7 @@ class Display:
             self._records = {record.trial_id: record for record in records}
             self._estimate.take(self._records.values())
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line above the table."""
         self._console.print(line, highlight=False)
 
@@ -73,12 +73,12 @@ class Display:
         style = "red" if record.status in ("failed", "diverged") else None
         self._console.print(f"{record.trial_id} {_ending(record)}: {score}", highlight=False, style=style)
 
-    def tick(self, record: TrialRecord | None = None) -> None:
+    def update(self, record: TrialRecord | None = None) -> None:
         """Update the display with `record`; without a terminal, print a status line at most every `LINE_SECONDS`."""
         if record is not None:
             with self._lock:
                 self._records[record.trial_id] = record
-                self._estimate.hear(record)
+                self._estimate.update(record)
         if not self._console.is_terminal and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             self._console.print(self._status_line(), highlight=False)
@@ -139,7 +139,7 @@ class Display:
             r2 = [f"{k[3:]} {v:.3f}" for k, v in best.items() if k.startswith("r2_k")]
             # On a narrow terminal, each level would take a line of its own.
             levels = " ".join(r2 if self._console.width >= 120 else dict.fromkeys([r2[0], r2[-1]]))
-            table.add_row(
+            cells = (
                 str(block),
                 winner.trial_id,
                 f"{best['objective']:.4f}",
@@ -150,6 +150,7 @@ class Display:
                 str(winner.params.get("weighting", "")),
                 self._epochs(winner),
             )
+            table.add_row(*cells)
         if (more := len(blocks) - self._n_rows) > 0:
             table.caption = f"and {more} more blocks"
         return table

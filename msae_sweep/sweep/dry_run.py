@@ -54,7 +54,7 @@ def _blocks(config: SweepConfig, infos: Sequence[BlockInfo]) -> Table:
     for info in infos:
         by_game = info.has_groups if config.data.split_by == "auto" else config.data.split_by == "game_id"
         known = "reused" if info.block in reusable else "to be made"
-        table.add_row(
+        cells = (
             str(info.block),
             f"{info.n_rows:,}",
             str(info.input_dim),
@@ -63,6 +63,7 @@ def _blocks(config: SweepConfig, infos: Sequence[BlockInfo]) -> Table:
             known,
             size(shard_bytes(info)),
         )
+        table.add_row(*cells)
     return table
 
 

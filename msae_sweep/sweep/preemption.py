@@ -23,13 +23,13 @@ class PreemptionWatch:
     def __init__(self) -> None:
         self._node = ray.get_runtime_context().get_node_id()
         self._asked_at = -POLL_SECONDS
-        self._given = False
+        self._is_draining = False
 
     @property
-    def given(self) -> bool:
+    def is_draining(self) -> bool:
         """True if this node is draining; it then stays True, because draining is never undone."""
-        if not self._given and time.monotonic() - self._asked_at >= POLL_SECONDS:
+        if not self._is_draining and time.monotonic() - self._asked_at >= POLL_SECONDS:
             self._asked_at = time.monotonic()
             # This call is not public, but Ray's own Train and Serve use it.
-            self._given = self._node in cluster_state.get_draining_nodes()
-        return self._given
+            self._is_draining = self._node in cluster_state.get_draining_nodes()
+        return self._is_draining

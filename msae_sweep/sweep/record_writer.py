@@ -53,7 +53,7 @@ class RecordWriter:
             raise self._error
 
     @property
-    def posted(self) -> int:
+    def n_waiting(self) -> int:
         """Number of waiting writes, without the one that is being carried out."""
         return len(self._waiting)
 

@@ -102,7 +102,7 @@ def _connected(
     check_devices(config, infos, gpus)
     is_resumed = resume and folder.exists()
     folder.create()
-    with folder.driven(), folder.storage_errors(), contextlib.closing(Journal(folder.path)) as written:
+    with folder.lock_and_sync(), folder.storage_errors(), contextlib.closing(Journal(folder.path)) as written:
         # Checked again: another driver may have started the sweep before this one took the lock.
         _check_start(folder, config, resume=is_resumed)
         identity = _identity(folder, config, command, gpus)
@@ -111,7 +111,15 @@ def _connected(
             folder.path, config.tracking, sweep_id=identity["sweep_id"], shared=folder, written=written
         )
         try:
-            return _drive(config, folder, identity, tracker, infos, gpus, console)
+            return _drive(
+                config=config,
+                folder=folder,
+                identity=identity,
+                tracker=tracker,
+                infos=infos,
+                gpus=gpus,
+                console=console,
+            )
         except BaseException:
             # The journal is complete up to here: a resumed sweep continues it, and `track-sync` can send it.
             tracker.close(timeout_seconds=0)
@@ -197,7 +205,15 @@ def _drive(
         else:
             preparation.wait()
         started = time.monotonic()
-        tuning = Tuning(config, folder, preparation, gpus, console, tracker, identity["sweep_id"])
+        tuning = Tuning(
+            config=config,
+            folder=folder,
+            preparation=preparation,
+            gpus=gpus,
+            console=console,
+            tracker=tracker,
+            sweep_id=identity["sweep_id"],
+        )
         records = tuning.run(begin)
         prepared = preparation.wait()
     except BaseException as error:

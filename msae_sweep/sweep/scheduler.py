@@ -41,14 +41,14 @@ class Candidate:
     """True if the trial will reach no further rung."""
 
 
-def judge(entrants: dict[str, Candidate], trial_id: str, rung: int, reduction_factor: int) -> Verdict:
+def judge(candidates: dict[str, Candidate], trial_id: str, rung: int, reduction_factor: int) -> Verdict:
     """Return the verdict on a trial that reached `rung`: it passes with an objective in the top 1/reduction_factor.
 
     The cutoff is that quantile of its predecessors' objectives at the rung; without predecessors there, the trial
     passes. While a predecessor may still reach the rung, the verdict is `wait`.
     """
-    trial = entrants[trial_id]
-    before = [e for e in entrants.values() if e.order < trial.order]
+    trial = candidates[trial_id]
+    before = [e for e in candidates.values() if e.order < trial.order]
     if any(rung not in e.objectives and not e.ended for e in before):
         return "wait"
     needed = cutoff((e.objectives for e in before), rung, reduction_factor)
@@ -63,18 +63,18 @@ class _Group:
     """
 
     def __init__(self) -> None:
-        self.entrants: dict[str, Candidate] = {}
+        self.candidates: dict[str, Candidate] = {}
         self._ordered: list[Candidate] = []
         self._heard: dict[int, int] = {}
         """Number of trials by rung, counted in order up to the first that has not ended and not reached the rung."""
         self._verdicts: dict[tuple[str, int], Verdict] = {}
 
-    def add(self, trial_id: str, entrant: Candidate) -> None:
+    def add(self, trial_id: str, candidate: Candidate) -> None:
         """Add a trial, or replace it if it was added before."""
-        if (before := self.entrants.get(trial_id)) is not None:
+        if (before := self.candidates.get(trial_id)) is not None:
             self._ordered.remove(before)
-        self.entrants[trial_id] = entrant
-        bisect.insort(self._ordered, entrant, key=lambda e: e.order)
+        self.candidates[trial_id] = candidate
+        bisect.insort(self._ordered, candidate, key=lambda e: e.order)
         self.forget()
 
     def forget(self) -> None:
@@ -89,9 +89,9 @@ class _Group:
         while heard < len(self._ordered) and (self._ordered[heard].ended or rung in self._ordered[heard].objectives):
             heard += 1
         self._heard[rung] = heard
-        if heard < len(self._ordered) and self._ordered[heard].order < self.entrants[trial_id].order:
+        if heard < len(self._ordered) and self._ordered[heard].order < self.candidates[trial_id].order:
             return "wait"
-        verdict = self._verdicts[trial_id, rung] = judge(self.entrants, trial_id, rung, reduction_factor)
+        verdict = self._verdicts[trial_id, rung] = judge(self.candidates, trial_id, rung, reduction_factor)
         return verdict
 
 
@@ -106,7 +106,7 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
         self._asha = asha
         self._groups: dict[str, _Group] = defaultdict(_Group)
 
-    def enter(
+    def add_trial(
         self, group: str, trial_id: str, order: int, objectives: dict[int, float] | None = None, *, ended: bool = False
     ) -> None:
         """Add a trial. All its predecessors, also those of earlier runs, must be added before the trial is judged."""
@@ -116,8 +116,8 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
     def verdict(self, group: str, trial_id: str) -> tuple[Verdict, int]:
         """Return verdict and rung for the first rung that the trial reached but has not passed; (`pass`, 0) if none."""
         assert self._asha is not None, "nothing is judged without asha"
-        entrant = self._groups[group].entrants[trial_id]
-        for rung in sorted(rung for rung in entrant.objectives if rung <= entrant.reached):
+        candidate = self._groups[group].candidates[trial_id]
+        for rung in sorted(rung for rung in candidate.objectives if rung <= candidate.reached):
             verdict = self._groups[group].verdict(trial_id, rung, self._asha.reduction_factor)
             if verdict != "pass":
                 return verdict, rung
@@ -132,9 +132,9 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
         """
         spec = trial.config["trial"]
         group = self._groups[spec["group"]]
-        known = group.entrants.get(spec["trial_id"])
+        known = group.candidates.get(spec["trial_id"])
         if known is None:
-            self.enter(spec["group"], spec["trial_id"], spec["index"])
+            self.add_trial(spec["group"], spec["trial_id"], spec["index"])
         else:
             known.ended, known.reached = False, 0
             group.forget()
@@ -143,24 +143,24 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
         """Return Tune's decision on a trial that has just reported: stop, pause or continue."""
         if self._asha is None:
             return str(TrialScheduler.CONTINUE)
-        entrant = self._hear(trial, result)
+        candidate = self._take_result(trial, result)
         spec = trial.config["trial"]
         verdict, _ = self.verdict(spec["group"], spec["trial_id"])
         if verdict == "stop":
-            entrant.ended = True
+            candidate.ended = True
         return str({"pass": self.CONTINUE, "stop": self.STOP, "wait": self.PAUSE}[verdict])
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Mark a trial as ended, because it ended by itself or was stopped by this scheduler."""
-        self._hear(trial, result).ended = True
+        self._take_result(trial, result).ended = True
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Mark a failed trial as ended; if Tune queues the trial again, `on_trial_add` undoes this."""
-        self._entrant(trial).ended = True
+        self._candidate(trial).ended = True
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         """Mark a trial as ended that was stopped while it waited."""
-        self._entrant(trial).ended = True
+        self._candidate(trial).ended = True
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Return the first trial in order that can run, and carry out the verdicts on waiting trials.
@@ -189,19 +189,19 @@ class BlockAsha(TrialScheduler):  # type: ignore[misc]
 
     def debug_string(self) -> str:
         """Return a line for Tune's log."""
-        n_trials = sum(len(group.entrants) for group in self._groups.values())
+        n_trials = sum(len(group.candidates) for group in self._groups.values())
         return f"BlockAsha: {n_trials} trials in {len(self._groups)} groups"
 
-    def _hear(self, trial: Trial, result: dict[str, Any]) -> Candidate:
-        entrant = self._entrant(trial)
+    def _take_result(self, trial: Trial, result: dict[str, Any]) -> Candidate:
+        candidate = self._candidate(trial)
         for rung, objective in result.get("rungs", []):
-            entrant.objectives.setdefault(int(rung), objective)
-            entrant.reached = max(entrant.reached, int(rung))
-        return entrant
+            candidate.objectives.setdefault(int(rung), objective)
+            candidate.reached = max(candidate.reached, int(rung))
+        return candidate
 
-    def _entrant(self, trial: Trial) -> Candidate:
+    def _candidate(self, trial: Trial) -> Candidate:
         spec = trial.config["trial"]
-        return self._groups[spec["group"]].entrants[spec["trial_id"]]
+        return self._groups[spec["group"]].candidates[spec["trial_id"]]
 
 
 def _starting(tune_controller: Any) -> set[str]:

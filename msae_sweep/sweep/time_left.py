@@ -106,7 +106,7 @@ class TimeLeft:
         self._started, self._worked = None, 0.0
         self._rows.clear()
 
-    def hear(self, record: TrialRecord) -> None:
+    def update(self, record: TrialRecord) -> None:
         """Add the new epochs of a record to the measured speed."""
         seconds, rows = self._learn(record)
         if not seconds:

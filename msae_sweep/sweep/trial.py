@@ -18,6 +18,7 @@ first (`scheduler.py`).
 
 import contextlib
 import io
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -64,7 +65,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         config: dict[str, Any],
         *,
         prepared: Blocks,
-        rehearsals: Sequence[dict[str, Any]] = (),
+        warmup_settings: Sequence[dict[str, Any]] = (),
         folder: SweepFolder,
         cpus: float,
         gpus: float,
@@ -74,14 +75,14 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
 
         Args:
             prepared: the sweep's blocks.
-            rehearsals: training settings to warm up with while the block of the first trial is not ready.
+            warmup_settings: training settings to warm up with while the block of the first trial is not ready.
             folder: the sweep folder, into which models and states are written.
             cpus: CPUs per trial.
             gpus: GPUs per trial; may be a fraction.
             checkpoint_seconds: seconds between two saved states.
         """
         torch.set_num_threads(max(1, int(cpus)))
-        self._prepared, self._folder, self._notice = prepared, folder, PreemptionWatch()
+        self._prepared, self._folder, self._preemption = prepared, folder, PreemptionWatch()
         self._holds_gpu, self._checkpoint_seconds = gpus > 0, checkpoint_seconds
         # Trials that share a device or a machine also share its memory.
         self._device_share = min(1.0, gpus) if gpus else min(1.0, cpus / (os.cpu_count() or 1))
@@ -90,10 +91,10 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         self._steps = StepCache()
         self._runs_on: dict[str, str] = {}
         self.reset_config(config)
-        for settings in rehearsals:
+        for settings in warmup_settings:
             if self._block in prepared:
                 break
-            self._rehearse(TrainingConfig.model_validate(settings), input_dim=config["trial"]["input_dim"])
+            self._warm_up(TrainingConfig.model_validate(settings), input_dim=config["trial"]["input_dim"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in this process; for a trial of the same block, the data stays on the device."""
@@ -179,7 +180,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
                 return False, ""
         return True, self._state.stop_reason or "epochs"
 
-    def _rehearse(self, training: TrainingConfig, input_dim: int) -> None:
+    def _warm_up(self, training: TrainingConfig, input_dim: int) -> None:
         """Warm up on one batch of zeros, so that what these settings import, compile or capture is ready in time."""
         device = choose_device(training, holds_gpu=self._holds_gpu)
         once = training.model_copy(update={"epochs": 1})
@@ -262,7 +263,8 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         return self._budget
 
     def _seconds_between_states(self) -> float:
-        return min(self._checkpoint_seconds, DRAINING_SAVE_SECONDS) if self._notice.given else self._checkpoint_seconds
+        longest = DRAINING_SAVE_SECONDS if self._preemption.is_draining else math.inf
+        return min(self._checkpoint_seconds, longest)
 
     def _at_rung(self) -> bool:
         return self._state is not None and self._state.epoch in self._rungs

@@ -92,14 +92,20 @@ class Tuning:
         known = list(self.records.values())
         for record in known:
             # Earlier reports of an unfinished trial stay valid too, because other trials may have been judged by them.
-            scheduler.enter(
+            scheduler.add_trial(
                 self._group(record), record.trial_id, record.index, self._objectives(record), ended=record.finished
             )
         display = Display(self._console, config, self.n_trials, self._tracking_note)
         display.show(known)
         record_writer = RecordWriter(begin)
         callback = SweepCallback(
-            self.records, self._folder, scheduler, record_writer, self._tracker, display, self._params
+            records=self.records,
+            folder=self._folder,
+            scheduler=scheduler,
+            record_writer=record_writer,
+            tracker=self._tracker,
+            display=display,
+            tracked_params=self._params,
         )
         if config.search.algorithm == "optuna":
             from msae_sweep.sweep.optuna_search import BlockOptuna
@@ -176,7 +182,7 @@ class Tuning:
             tune.with_parameters(
                 MSAETrial,
                 prepared=self._preparation.blocks(),
-                rehearsals=self._rehearsals() if self._gpus else [],
+                warmup_settings=self._warmup_settings() if self._gpus else [],
                 folder=self._folder,
                 cpus=resources.cpu,
                 gpus=self._gpus,
@@ -251,7 +257,7 @@ class Tuning:
             **training.model_dump(mode="json"),
         }
 
-    def _rehearsals(self) -> list[dict[str, Any]]:
+    def _warmup_settings(self) -> list[dict[str, Any]]:
         """Return training settings to warm up with: those of one trial per shape of step, in the trials' order."""
         shapes: dict[str, dict[str, Any]] = {}
         for record in self.records.values():

@@ -46,10 +46,10 @@ class SweepFolder:
         """Take the folder at `path`; if `shared` is given, `path` is a local copy of the sweep at `shared`."""
         self.path = Path(path).absolute()
         self._shared = shared
-        self._mirror: store_sync.StoreSync | None = None
+        self._store_sync: store_sync.StoreSync | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mirror": None}
+        return {**self.__dict__, "_store_sync": None}
 
     def __str__(self) -> str:
         return str(self.path if self._shared is None else self._shared)
@@ -171,7 +171,7 @@ class SweepFolder:
             raise SweepError(f"storage: {self} cannot be written: {error.strerror or error}") from None
 
     @contextlib.contextmanager
-    def driven(self) -> Iterator[None]:
+    def lock_and_sync(self) -> Iterator[None]:
         """Hold the driver lock and upload everything written to this folder while the context is open.
 
         On exit all of it is in the object store. For a sweep on a disk, this does nothing.
@@ -186,35 +186,35 @@ class SweepFolder:
             # Another driver may have continued the sweep since this copy was fetched.
             store_sync.fetch(self._shared, self.path)
             self._check_format()
-            yield from self._mirrored(self._shared)
+            yield from self._synced_with(self._shared)
 
-    def _mirrored(self, shared: StoragePath) -> Iterator[None]:
-        self._mirror = store_sync.StoreSync(self.path, shared)
+    def _synced_with(self, shared: StoragePath) -> Iterator[None]:
+        self._store_sync = store_sync.StoreSync(self.path, shared)
         try:
             yield
             # These files say how far events were sent to MLflow. Without them a resumed sweep would only lose time.
-            self.written(self.path / "journal" / "cursor.json", self.path / "journal" / "refused.jsonl")
-            self._mirror.flush()
+            self.queue_upload(self.path / "journal" / "cursor.json", self.path / "journal" / "refused.jsonl")
+            self._store_sync.flush()
         finally:
-            self._mirror.close()
+            self._store_sync.close()
 
     def flush(self) -> None:
         """Wait until everything written so far is in the object store, if the sweep is in one."""
-        if self._mirror is not None:
-            self._mirror.flush()
+        if self._store_sync is not None:
+            self._store_sync.flush()
 
-    def n_events(self, written: int) -> int:
+    def n_sendable(self, written: int) -> int:
         """Return how many of the journal's `written` events may be sent to MLflow.
 
         For a sweep in an object store these are the events that have been uploaded, which survive the loss of this
         machine. On a disk they are all events.
         """
-        return written if self._mirror is None else min(written, self._mirror.n_events)
+        return written if self._store_sync is None else min(written, self._store_sync.n_events)
 
-    def on_events(self, call: Callable[[], None]) -> None:
-        """Register `call`, to be called whenever `n_events` has increased by an upload."""
-        if self._mirror is not None:
-            self._mirror.on_events = call
+    def on_upload(self, call: Callable[[], None]) -> None:
+        """Register `call`, to be called whenever `n_sendable` has increased by an upload."""
+        if self._store_sync is not None:
+            self._store_sync.on_upload = call
 
     def clear_trials(self) -> None:
         """Delete trial files of a sweep that ended before it was started, because another sweep may take its name."""
@@ -235,7 +235,7 @@ class SweepFolder:
             StorageError: the disk is full, or the folder is read-only.
             OSError: the object store fails, perhaps only for a while.
         """
-        if self._shared is not None and self._mirror is None:
+        if self._shared is not None and self._store_sync is None:
             self._place(path).write(content)
             return
         try:
@@ -243,14 +243,14 @@ class SweepFolder:
             part = path.with_name(f".{path.name}.{os.getpid()}.part")
             try:
                 part.write_bytes(content)
-                if durable and self._mirror is None:
+                if durable and self._store_sync is None:
                     _sync(part)
                 os.replace(part, path)
             finally:
                 part.unlink(missing_ok=True)
         except OSError as error:
-            raise self.unwritable(path, error) from error
-        self.written(path)
+            raise self.write_error(path, error) from error
+        self.queue_upload(path)
 
     @contextlib.contextmanager
     def storage_errors(self) -> Iterator[None]:
@@ -260,9 +260,9 @@ class SweepFolder:
         except OSError as error:
             if error.errno not in _OF_THE_DISK:
                 raise
-            raise self.unwritable(Path(error.filename or self.path), error) from error
+            raise self.write_error(Path(error.filename or self.path), error) from error
 
-    def unwritable(self, path: Path, error: OSError) -> StorageError:
+    def write_error(self, path: Path, error: OSError) -> StorageError:
         """Return the error to raise after a failed write of `path`. Its message gives the cause and the remedy."""
         reason = error.strerror or first_line(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -274,10 +274,10 @@ class SweepFolder:
             reason += "; make it writable"
         return StorageError(f"{path} cannot be written: {reason}, then go on with: msae-sweep resume {self}")
 
-    def written(self, *paths: Path) -> None:
+    def queue_upload(self, *paths: Path) -> None:
         """Queue files for upload to the object store, if any, that were removed or were not written by `write`."""
-        if self._mirror is not None:
-            self._mirror.changed(*paths)
+        if self._store_sync is not None:
+            self._store_sync.changed(*paths)
 
     def read(self, path: Path) -> bytes | None:
         """Return the content of a file that another process may have written; None if there is no file."""
@@ -304,7 +304,7 @@ class SweepFolder:
     def remove(self, path: Path) -> None:
         """Remove a file if it exists."""
         path.unlink(missing_ok=True)
-        self.written(path)
+        self.queue_upload(path)
 
     def make_durable(self, path: Path) -> None:
         """Wait until a file would survive a power cut (fsync). Any process may have written the file.
@@ -315,7 +315,7 @@ class SweepFolder:
         try:
             _sync(path)
         except OSError as error:
-            raise self.unwritable(path, error) from error
+            raise self.write_error(path, error) from error
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a text file atomically, as `write` does."""

@@ -96,7 +96,7 @@ class StoreSync:
         self._journal_end = self._events_size()
         self.n_events = self._count(0, self._journal_end)
         """Number of journal events that are in the store."""
-        self.on_events: Callable[[], None] = lambda: None
+        self.on_upload: Callable[[], None] = lambda: None
         """Callback for each increase of `n_events`."""
         self._thread = threading.Thread(target=self._run, name="store-sync", daemon=True)
         self._thread.start()
@@ -177,7 +177,7 @@ class StoreSync:
                 (self._shared / f"journal/events-{self._journal_end:012d}.jsonl").write(lines)
                 self._journal_end += len(lines)
                 self.n_events += lines.count(b"\n")
-                self.on_events()
+                self.on_upload()
         with ThreadPoolExecutor(MAX_PARALLEL_REQUESTS) as pool:
             list(pool.map(self._bring, contents.items()))
 

@@ -234,7 +234,7 @@ class _Driver:
         self.closing, self.wake = threading.Event(), threading.Event()
         self._answers: queue.SimpleQueue[dict[str, str | None]] = queue.SimpleQueue()
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         """Handle the driver's messages until the driver closes the pipe; then end this process."""
         for line in self._lines:
             message = json.loads(line)
@@ -247,7 +247,7 @@ class _Driver:
             self.wake.set()
         self._end_with_it()
 
-    def say(self, status: TrackingStatus) -> None:
+    def send_status(self, status: TrackingStatus) -> None:
         """Send the progress of the sending to the driver."""
         self._write(status._asdict())
 
@@ -293,10 +293,10 @@ def main() -> None:
         lambda: driver.n_events,
         driver.fetch,
     )
-    driver.say(sender.status)
-    threading.Thread(target=driver.hear, daemon=True).start()
-    sender.run(driver.closing, driver.wake, driver.say)
-    driver.say(sender.status)
+    driver.send_status(sender.status)
+    threading.Thread(target=driver.receive, daemon=True).start()
+    sender.run(driver.closing, driver.wake, driver.send_status)
+    driver.send_status(sender.status)
     # All messages are sent and all files are on disk. A normal exit would first tear down MLflow and torch, which takes
     # 2 s for which the sweep would wait.
     os._exit(0)

@@ -48,10 +48,10 @@ class SyncReport(NamedTuple):
 class SharedFolder(Protocol):
     """Interface of a sweep folder that may be a copy of one in an object store."""
 
-    def n_events(self, written: int) -> int:
+    def n_sendable(self, written: int) -> int:
         """Return how many of the journal's `written` events may be sent: those that are in the object store already."""
 
-    def on_events(self, call: Callable[[], None]) -> None:
+    def on_upload(self, call: Callable[[], None]) -> None:
         """Register `call` to be called when more events are in the object store."""
 
     def fetch(self, path: Path) -> Path | None:
@@ -104,8 +104,8 @@ class Tracker:
         else:
             # An event may be sent only when it is in the object store. Otherwise it could be lost after MLflow got it,
             # and the resumed sweep would send MLflow something else.
-            sent = begin(sweep_folder, uri, tracking, lambda: shared.n_events(written.seq), shared.fetch)
-            shared.on_events(sent.wake)
+            sent = begin(sweep_folder, uri, tracking, lambda: shared.n_sendable(written.seq), shared.fetch)
+            shared.on_upload(sent.wake)
         return cls(sweep_folder, sweep_id, written, sent, redact(uri))
 
     @property

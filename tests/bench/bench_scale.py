@@ -188,7 +188,7 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
         monitor: SweepCallback, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         reported = (result["worker"], trial.trial_id, result["heard_from"], result["slept"])
-        heard.append(Heard(time.time(), *reported, monitor._scribe.posted))
+        heard.append(Heard(time.time(), *reported, monitor._record_writer.n_waiting))
         on_trial_result(monitor, iteration, trials, trial, result, **info)
 
     SweepCallback.on_trial_result = listening  # type: ignore[method-assign]
@@ -233,7 +233,7 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
         f"driver's CPU         {1e3 * cpu / len(trials):8.1f} ms a trial, MLflow's client not in it; "
         f"memory + {(psutil.Process().memory_info().rss - before) / 2**10 / len(trials):.0f} KiB a trial",
         f"journal              {events / wall:8.1f} events a second, {max(behind, default=0):,} at most not sent yet; "
-        f"most writes waiting {max(one.posted for one in heard)}",
+        f"most writes waiting {max(one.n_waiting for one in heard)}",
         f"MLflow at the end    {json.dumps(str(outcome.tracking))}",
     ]
 

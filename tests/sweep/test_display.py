@@ -51,7 +51,7 @@ def drawn(shown: Display, console: Console) -> str:
 def run(shown: Display, record: TrialRecord, epochs: int, objective: float = 0.5) -> None:
     record.status = "running"
     record.add_points([point(e, objective) for e in range(record.epochs + 1, epochs + 1)])
-    shown.tick(record)
+    shown.update(record)
 
 
 def test_the_live_view_shows_which_trials_run_with_epoch_and_objective():
@@ -134,7 +134,7 @@ def test_trials_may_be_added_while_another_thread_draws():
         for thread in threads:
             thread.start()
         for i in range(3000):
-            shown.tick(TrialRecord(f"block1-{100 + i % 1500}x{i}", 1, 100 + i, {}, 0, "pending"))
+            shown.update(TrialRecord(f"block1-{100 + i % 1500}x{i}", 1, 100 + i, {}, 0, "pending"))
     finally:
         ended.set()
         for thread in threads:

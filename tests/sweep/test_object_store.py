@@ -163,14 +163,14 @@ def test_what_a_store_has_is_the_sweep_as_it_stood_at_some_moment(object_store, 
     shared = StoragePath(object_store.bucket) / "moments" / "sweep"
     folder = SweepFolder(tmp_path / "copy", shared)
     folder.create()
-    with folder.driven():
+    with folder.lock_and_sync():
         written = journal.Journal(folder.path)
         for i in range(30):
             written.append("metrics", trial_id="t", points=[i])
             folder.write_text(folder.path / "trials" / f"t{i % 3}" / "trial.json", json.dumps({"upto": i}))
             if i % 7 == 0:
                 folder.flush()
-                assert folder.n_events(written.seq) == i + 1
+                assert folder.n_sendable(written.seq) == i + 1
                 copy = tmp_path / f"copy{i}"
                 copy.mkdir()
                 fetch(shared, copy)
@@ -185,17 +185,17 @@ def test_a_driver_sees_what_the_one_before_it_wrote_after_it_looked(object_store
     shared = StoragePath(object_store.bucket) / "successor" / "sweep"
     late = SweepFolder.at(shared.uri)
     first = SweepFolder(tmp_path, shared)
-    with first.driven():
+    with first.lock_and_sync():
         first.write_text(tmp_path / "sweep.yaml", "name: sweep")
     assert not late.exists()
-    with late.driven():
+    with late.lock_and_sync():
         assert late.exists()
 
 
 def test_a_file_that_is_removed_goes_from_the_store_too(object_store, tmp_path):
     shared = StoragePath(object_store.bucket) / "removed" / "sweep"
     folder = SweepFolder(tmp_path, shared)
-    with folder.driven():
+    with folder.lock_and_sync():
         folder.write_text(tmp_path / "trials/a/state.pt", "x")
         folder.flush()
         assert (shared / "trials/a/state.pt").is_file()

@@ -20,7 +20,7 @@ def test_posting_does_not_wait_for_the_disk_until_too_much_waits():
     with RecordWriter(begun.set) as writing:
         begun.wait()
         writing.post(disk_is_back.wait)
-        while writing.posted:  # until the thread has taken it
+        while writing.n_waiting:  # until the thread has taken it
             pass
         for _ in range(record_writer.MOST_WAITING):
             writing.post(lambda: None)

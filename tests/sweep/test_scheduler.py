@@ -16,7 +16,7 @@ from msae_sweep.sweep_folder.trial_record import TrialRecord
 ASHA = AshaConfig(grace_epochs=1, reduction_factor=3)
 
 
-def entrants(*objectives: float | None) -> dict[str, Candidate]:
+def candidates(*objectives: float | None) -> dict[str, Candidate]:
     """Trials t0, t1, … with their objective at rung 1; None has not reached it yet."""
     return {f"t{i}": Candidate(i, {} if o is None else {1: o}) for i, o in enumerate(objectives)}
 
@@ -29,25 +29,25 @@ def test_rungs_are_grace_times_powers_of_the_factor_below_the_last_epoch():
 
 
 def test_the_first_trial_passes_every_rung():
-    assert judge(entrants(-5.0, None), "t0", 1, 3) == "pass"
+    assert judge(candidates(-5.0, None), "t0", 1, 3) == "pass"
 
 
 def test_a_trial_passes_in_the_top_third_of_its_predecessors_and_itself_below_it_stops():
-    assert judge(entrants(0.1, 0.2, 0.3, 0.4), "t3", 1, 3) == "pass"
-    assert judge(entrants(0.1, 0.2, 0.3, 0.15), "t3", 1, 3) == "stop"
+    assert judge(candidates(0.1, 0.2, 0.3, 0.4), "t3", 1, 3) == "pass"
+    assert judge(candidates(0.1, 0.2, 0.3, 0.15), "t3", 1, 3) == "stop"
 
 
 def test_an_equal_objective_passes():
-    assert judge(entrants(0.5, 0.5), "t1", 1, 3) == "pass"
+    assert judge(candidates(0.5, 0.5), "t1", 1, 3) == "pass"
 
 
 def test_a_verdict_waits_for_predecessors_on_their_way_and_for_no_successor():
-    assert judge(entrants(0.1, None, 0.5), "t2", 1, 3) == "wait"
-    assert judge(entrants(0.1, 0.5, None), "t1", 1, 3) == "pass"
+    assert judge(candidates(0.1, None, 0.5), "t2", 1, 3) == "wait"
+    assert judge(candidates(0.1, 0.5, None), "t1", 1, 3) == "pass"
 
 
 def test_a_predecessor_that_ended_below_the_rung_is_not_waited_for():
-    trials = entrants(0.1, None, 0.5)
+    trials = candidates(0.1, None, 0.5)
     trials["t1"].ended = True
     assert judge(trials, "t2", 1, 3) == "pass"
 
@@ -165,7 +165,7 @@ def test_a_restored_scheduler_judges_as_the_undisturbed_one():
             if name in done:
                 kind, epoch = done[name]
                 objectives = {r: controller.curves[name][r - 1] for r in controller.milestones[name] if r <= epoch}
-                scheduler.enter(name.split("-")[0], name, trial.config["trial"]["index"], objectives, ended=True)
+                scheduler.add_trial(name.split("-")[0], name, trial.config["trial"]["index"], objectives, ended=True)
                 trial.status, trial.outcome = "TERMINATED", (kind, epoch)
         assert controller.run() == whole
 
@@ -189,10 +189,10 @@ def test_what_a_trial_reported_first_counts():
 def test_a_resumed_trial_is_judged_where_it_stands_and_others_by_all_that_it_reported():
     scheduler = BlockAsha(ASHA)
     for i in range(3):
-        scheduler.enter("block5", f"t{i}", i, {1: 0.1, 3: 0.9}, ended=True)
+        scheduler.add_trial("block5", f"t{i}", i, {1: 0.1, 3: 0.9}, ended=True)
     resumed, later = tune_trial("t3", 3), tune_trial("t4", 4)
     # Before it was interrupted it had reached rung 3, where its verdict is to stop; its state is of an earlier epoch.
-    scheduler.enter("block5", "t3", 3, {1: 0.2, 3: 0.3})
+    scheduler.add_trial("block5", "t3", 3, {1: 0.2, 3: 0.3})
     for trial in (resumed, later):
         scheduler.on_trial_add(None, trial)
     assert scheduler.on_trial_result(None, resumed, {"rungs": [[1, 0.2]]}) == "CONTINUE"
@@ -204,10 +204,10 @@ def test_a_resumed_trial_is_judged_where_it_stands_and_others_by_all_that_it_rep
 def test_blocks_are_judged_apart():
     scheduler = BlockAsha(ASHA)
     for i in range(4):
-        scheduler.enter("block5", f"a{i}", i, {1: 0.9}, ended=True)
-    scheduler.enter("block35", "b0", 0, {1: 0.1})
+        scheduler.add_trial("block5", f"a{i}", i, {1: 0.9}, ended=True)
+    scheduler.add_trial("block35", "b0", 0, {1: 0.1})
     assert scheduler.verdict("block35", "b0") == ("pass", 0)
-    scheduler.enter("block5", "a4", 4, {1: 0.1})
+    scheduler.add_trial("block5", "a4", 4, {1: 0.1})
     assert scheduler.verdict("block5", "a4") == ("stop", 1)
 
 

@@ -62,7 +62,7 @@ class Simulation:
 
     def end(self, trial, status: str, reason: str) -> None:
         trial.status, trial.record.status, trial.record.reason = "TERMINATED", status, reason
-        self.estimate.hear(trial.record)
+        self.estimate.update(trial.record)
 
     def run(self, slots: int) -> None:
         # Each worker starts a little later than the one before.
@@ -106,7 +106,7 @@ class Simulation:
             self.scheduler.on_trial_complete(self, trial, result)
             self.end(trial, "stopped_early", f"{STOPPED_AT}{epoch}")
         else:
-            self.estimate.hear(record)
+            self.estimate.update(record)
             if decision == "PAUSE":
                 trial.status = "PAUSED"
         if (left := self.estimate.seconds(self.records)) is not None:
@@ -176,7 +176,7 @@ def test_rows_a_second_are_those_of_all_trials_together():
         for record in records[:2]:
             point = {"epoch": second, "objective": 0.5, "samples_seen": 1000.0 * second, "samples_per_second": 1100.0}
             record.add_points([point])
-            estimate.hear(record)
+            estimate.update(record)
     assert estimate.rows_per_second == pytest.approx(2000, rel=0.1)
 
 

@@ -259,15 +259,15 @@ def test_a_worker_rehearses_while_its_block_is_not_ready_and_trains_the_same(wor
     begun = []
 
     class Noting(MSAETrial):
-        def _rehearse(self, training, input_dim):
-            super()._rehearse(training, input_dim)
+        def _warm_up(self, training, input_dim):
+            super()._warm_up(training, input_dim)
             begun.append((training.expansion_factor, input_dim))
 
     impossible = {**other["trial"]["training"], "batch_size": 10**15}
-    rehearsals = [spec["trial"]["training"], impossible, other["trial"]["training"]]
-    worker = rehearsing.worker(spec, kind=Noting, rehearsals=rehearsals)
+    warmup_settings = [spec["trial"]["training"], impossible, other["trial"]["training"]]
+    worker = rehearsing.worker(spec, kind=Noting, warmup_settings=warmup_settings)
     assert [expansion for expansion, _ in begun] == [2, 4, 4]
-    assert metrics(to_the_end(worker)) == metrics(to_the_end(workers.worker(spec, rehearsals=rehearsals)))
+    assert metrics(to_the_end(worker)) == metrics(to_the_end(workers.worker(spec, warmup_settings=warmup_settings)))
     assert_same_model(workers.model_file(spec), rehearsing.model_file(spec))
 
 

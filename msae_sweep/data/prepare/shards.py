@@ -16,13 +16,11 @@ need the same amount of object store again, and spill, whereas a second read of 
 statistics do.
 """
 
-import contextlib
 import functools
 import logging
-import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,20 +31,16 @@ import ray.data
 from jaxtyping import Float32
 from ray.data.block import BlockAccessor
 
-from msae_sweep import errors
 from msae_sweep.config import DataConfig
 from msae_sweep.data.prepare.passes import PreparationJob, measure_range, read_shard, rows_per_range, standardise_range
+from msae_sweep.data.prepare.ray_tasks import over_ranges, plain_errors
 from msae_sweep.data.prepare.shard_folder import ShardFolder
 from msae_sweep.data.prepare.split import RunningMoments
 from msae_sweep.data.sources.base import BlockInfo, RowRange, Source, digest
 from msae_sweep.data.sources.catalog import open_source, select_blocks
-from msae_sweep.errors import DataError, MsaeSweepError
+from msae_sweep.errors import DataError
 from msae_sweep.format_version import PREPARED_SHARDS
 from msae_sweep.paths import StoragePath
-
-RANGES_PER_WORKER = 4
-"""Number of row ranges that make it worthwhile to start one more worker. A worker imports for seconds, while a range of
-32 MiB takes a tenth of a second, and trial workers that start at the same time wait for the same cores and disk."""
 
 STANDARDISED_AT_ONCE = 3
 """Maximum number of blocks in the second pass. When it is reached, the next block is measured only after the oldest of
@@ -182,7 +176,15 @@ def _begin(
         mean, std = folder.stats()
         on_progress(_say(made, how, time.monotonic() - started))
         return PreparedBlock(
-            info.block, info.input_dim, made["n_train"], made["n_val"], mean, std, made, refs, folder.origin()
+            block=info.block,
+            input_dim=info.input_dim,
+            n_train=made["n_train"],
+            n_val=made["n_val"],
+            mean=mean,
+            std=std,
+            manifest=made,
+            refs=refs,
+            origin=folder.origin(),
         )
 
     return finish
@@ -246,8 +248,8 @@ def _measure(
     digests: dict[int, str] = {}
     bad: list[tuple[RowRange, int, int, int]] = []
     said = started = time.monotonic()
-    with _plain_errors():
-        for row in _over(range(len(ranges)), functools.partial(measure_range, job=job)).iter_rows():
+    with plain_errors():
+        for row in over_ranges(range(len(ranges)), functools.partial(measure_range, job=job)).iter_rows():
             counts[int(row["i"])] = int(row["n_train"]), int(row["n_val"])
             digests[int(row["i"])] = row["digest"]
             moments = moments.merge(RunningMoments(int(row["n_train"]), row["mean"], row["m2"]))
@@ -281,7 +283,16 @@ def _measure(
     if time.monotonic() - started > PROGRESS_SECONDS:
         on_progress(f"block {info.block}: measured in {time.monotonic() - started:.0f} s; standardising")
     content = digest(*(digests[i] for i in range(len(ranges))))
-    return _Measured(job, counts, mean, std, moments.n, n_val, n_dropped, content)
+    return _Measured(
+        job=job,
+        counts=counts,
+        mean=mean,
+        std=std,
+        n_train=moments.n,
+        n_val=n_val,
+        n_dropped=n_dropped,
+        content=content,
+    )
 
 
 def _standardise(
@@ -291,8 +302,8 @@ def _standardise(
     job, counts, mean, std, n_train, n_val, n_dropped, content = measured
     # A range without usable rows gives no shard.
     kept = [i for i in range(len(job.ranges)) if sum(counts[i])]
-    with _plain_errors():
-        made = _over(
+    with plain_errors():
+        made = over_ranges(
             kept, functools.partial(standardise_range, job=job, folder=folder, mean=mean, std=std)
         ).materialize()
     constant = np.flatnonzero(std == 0)
@@ -321,20 +332,11 @@ def _standardise(
     return manifest, _refs(made, manifest)
 
 
-def _over(numbers: Iterable[int], function: Callable[..., dict[str, Any]]) -> ray.data.Dataset:
-    """Return a Ray Data pipeline that calls `function` for each number, in a separate task."""
-    items = [{"i": i} for i in numbers]
-    at_once = ray.data.TaskPoolStrategy(size=max(1, -(-len(items) // RANGES_PER_WORKER)))
-    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        function, batch_size=1, compute=at_once
-    )
-
-
 def _load(folder: ShardFolder, manifest: dict[str, Any]) -> tuple[dict[str, Any], list[ray.ObjectRef]]:
     """Load shards that were written before into the object stores; return their manifest and references."""
-    with _plain_errors():
+    with plain_errors():
         numbers = [i for i, _, _ in manifest["shards"]]
-        made = _over(numbers, functools.partial(read_shard, folder=folder)).materialize()
+        made = over_ranges(numbers, functools.partial(read_shard, folder=folder)).materialize()
     return manifest, _refs(made, manifest)
 
 
@@ -365,24 +367,3 @@ def _say(manifest: dict[str, Any], how: str, seconds: float) -> str:
 
 def _some(numbers: list[int]) -> str:
     return ", ".join(str(n) for n in numbers[:8]) + (", …" if len(numbers) > 8 else "")
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Re-raise an error that a task raised on purpose with its own class, without Ray's wrapper around it.
-
-    The error is restored from the text of Ray's error, because only some code paths of Ray Data keep the exception
-    object itself.
-    """
-    try:
-        yield
-    except Exception as error:
-        # A task's exception can be an instance of its own class and of RayTaskError at once; its text is then a
-        # traceback.
-        if isinstance(error, MsaeSweepError) and not isinstance(error, ray.exceptions.RayTaskError):
-            raise
-        ours = re.findall(r"^msae_sweep\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
-        if not ours:
-            raise
-        name, message = ours[-1]
-        raise getattr(errors, name)(message) from None
