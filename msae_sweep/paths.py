@@ -228,7 +228,7 @@ class StoragePath:
         except (OSError, ValueError) as error:
             raise SweepError(f"{self}: {_reason(error)}") from None
         if bucket.type.name == "NotFound":
-            raise SweepError(f"{self}: no bucket {self.inside.split('/')[0]} there, or it may not be seen")
+            raise SweepError(f"{self}: there is no bucket {self.inside.split('/')[0]}, or you have no access to it")
 
     def _put(self, content: bytes | memoryview) -> None:
         with self.filesystem.open_output_stream(self.inside) as stream:
@@ -282,7 +282,7 @@ def check_folder(option: str, path: Path) -> None:
     try:
         there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not there.is_dir():
-            raise ConfigError(f"{option}: {path} cannot be written: {there} is no folder")
+            raise ConfigError(f"{option}: {path} cannot be written: {there} is not a folder")
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

@@ -71,11 +71,14 @@ WRONG_SETTINGS = {
     "repeated k_levels": (["--set", "training.k_levels=[4, 4]"], r"must ascend without repeats; write \[4\]"),
     "low above high": (["--set", "space.learning_rate={uniform: [2, 1]}"], "low 2 must be below high 1"),
     "fewer rows than a batch": (["--set", "training.batch_size=5000"], "fewer than training.batch_size 5000"),
-    "unwritable storage": (["--storage", "space.yaml"], "storage: .* cannot be (made|written)"),
+    "unwritable storage": (["--storage", "space.yaml"], "storage: .* cannot be (created|written)"),
     "a password in a URI": (["--storage", "s3://me:hidden@bucket/sweeps"], "s3://bucket/sweeps.*: a URI must not hold"),
     "folder as tracking URI": (["--tracking-uri", "mlruns"], "write sqlite:///mlflow.db"),
-    "no such store": (["--tracking-uri", "foo://bar"], "tracking.uri: foo://bar: MLflow knows no scheme foo"),
-    "no such device": (["--set", "training.device=mps"], "training.device: mps is not there"),
+    "no such store": (
+        ["--tracking-uri", "foo://bar"],
+        "tracking.uri: foo://bar: MLflow does not support the scheme foo",
+    ),
+    "no such device": (["--set", "training.device=mps"], "training.device: mps is not available"),
     "no such file": (["--set", "data.path=/nowhere/at/all"], "/nowhere/at/all does not exist"),
 }
 
@@ -230,7 +233,7 @@ def test_python_m_runs_the_same_command_line():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--blocks", "5;20"], "--blocks: 5;20 must be numbers with commas"),
+        (["--blocks", "5;20"], "--blocks: 5;20 must be numbers separated by commas"),
         (["--points", "some"], "--points: some must be mean, all, or 1 to 361"),
         (["--format", "csv"], "--format: csv must be among npy, h5, parquet"),
         ([], "b: no such file or folder"),

@@ -106,7 +106,7 @@ def test_overrides_are_yaml_and_reach_every_section():
         ("space.k_levels={quniform: [4, 16, 4]}", "space.k_levels: "),
         ("space.normalize_decoder={uniform: [0, 1]}", "space.normalize_decoder: uniform proposes numbers"),
         ("space.seed={randint: [0, 99999999999999999999]}", "must lie between"),
-        ("space.learning_rate={uniform: [-1e308, 1e308]}", "wider than a float can say"),
+        ("space.learning_rate={uniform: [-1e308, 1e308]}", "wider than the range of a float"),
         ("space.learning_rate={quniform: [1, 2, 1e-300]}", "step 1e-300 is too small"),
         ("training.epochs=yes", "training.epochs: must be a number, not true or false"),
         ("training.seed=off", "training.seed: must be a number, not true or false"),
@@ -127,10 +127,10 @@ def test_overrides_are_yaml_and_reach_every_section():
         ("training.epochs=abc", "training.epochs: .*valid integer.*'abc'"),
         ("training.epochs=2", "asha.grace_epochs: 3 exceeds training.epochs 2"),
         ("data.val_split=1.5", "data.val_split: .*less than 1.*1.5"),
-        ("data.blocks=[5, 5]", "each once"),
+        ("data.blocks=[5, 5]", "none twice"),
         ("resources.gpu=1.5", "resources.gpu.*1.5"),
         ("name=a/b", "name: "),
-        ("search.algorithm=grid", "space.learning_rate: loguniform cannot be a grid"),
+        ("search.algorithm=grid", "space.learning_rate: grid search cannot use loguniform"),
         ("training.epochs", "must be key=value"),
         ("training.epochs.x=3", "not a section"),
         ("training.epochs=[", "not YAML"),
@@ -166,13 +166,13 @@ def test_k_above_hidden_dim_is_found_for_the_smallest_expansion_in_the_space():
     [
         ("name: [", "not YAML"),
         ("- a", "must be a mapping"),
-        ("name: a\nname: b\ndata: {path: x}", "'name' stands twice"),
+        ("name: a\nname: b\ndata: {path: x}", "'name' occurs twice"),
         ("name: a", "data: is missing"),
-        ("name: a\ndata: {[1, 2]: x}", "line 2: a list or mapping as a key"),
+        ("name: a\ndata: {[1, 2]: x}", "line 2: the key is a list or mapping"),
         ("name: a\ndata: {path: x, seed: !!int abc}", "not YAML: .*'abc'"),
         ("name: a\ndata: {path: x, seed: 2026-13-45}", "data.seed: .*'2026-13-45'"),
         ("name: a\ndata: " + 3000 * "[" + 3000 * "]", "more than 20 levels of nesting"),
-        ("name: a\ndata: &d {path: [*d]}", r"alias \*d lies within what it stands for"),
+        ("name: a\ndata: &d {path: [*d]}", r"alias \*d is used inside its own definition"),
         ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + BOMB, "more than 20,000 values"),
         ("#" * (1 << 18) + "\nname: a", "larger than 256 KiB"),
     ],
@@ -195,7 +195,7 @@ def test_a_set_of_a_key_that_the_space_varies_is_refused_with_what_to_write_inst
     with pytest.raises(ConfigError) as caught:
         parse_with("training.learning_rate=1e-3")
     says = str(caught.value)
-    assert "space varies learning_rate, so no trial would take 0.001" in says
+    assert "space varies learning_rate, so no trial would use 0.001" in says
     assert "--set 'space.learning_rate={choice: [0.001]}'" in says
     with pytest.raises(ConfigError, match="space varies weighting"):
         parse_with("training={weighting: reverse, epochs: 5}")
@@ -236,7 +236,7 @@ space: {learning_rate: &rate {choice: [1e-3, 2e-3]}, adam_eps: {<<: *rate}}
     assert config.space["adam_eps"] == config.space["learning_rate"]
     merged = parse("name: a\ndata: {path: x}\ntraining: {<<: {epochs: 4, aux_k: 8}, epochs: 6}").training
     assert (merged.epochs, merged.aux_k) == (6, 8)
-    with pytest.raises(ConfigError, match="line 3: key 'epochs' stands twice"):
+    with pytest.raises(ConfigError, match="line 3: key 'epochs' occurs twice"):
         parse("name: a\ndata: {path: x}\ntraining: {epochs: 4, <<: {aux_k: 8}, epochs: 6}")
 
 

@@ -42,28 +42,30 @@ Space = Annotated[
     str, typer.Argument(metavar="SPACE", help="Search-space file or its URI, e.g. search_spaces/quickstart.yaml.")
 ]
 Data = Annotated[
-    str | None, typer.Option("--data", metavar="PATH", help="Activations: replaces data.path of the file.")
+    str | None,
+    typer.Option("--data", metavar="PATH", help="Path or URI of the activations; overrides data.path of the file."),
 ]
 Storage = Annotated[
     str | None,
     typer.Option(
-        help="Where sweep folders and prepared shards lie: a folder that every node shares, or s3://bucket/folder."
+        help="Folder for sweeps and prepared shards, one that all nodes share or s3://bucket/folder; overrides storage "
+        "of the file."
     ),
 ]
-Name = Annotated[str | None, typer.Option(help="Name of the sweep: replaces the file's.")]
+Name = Annotated[str | None, typer.Option(help="Name of the sweep; overrides name of the file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Set any key of the file, e.g. --set training.epochs=5. Repeatable."
     ),
 ]
-TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI: replaces tracking.uri of the file.")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI; overrides tracking.uri of the file.")]
 SweepPath = Annotated[
-    str, typer.Argument(metavar="SWEEP", help="A sweep: sweeps/quickstart, or its URI in an object store.")
+    str, typer.Argument(metavar="SWEEP", help="Sweep folder, e.g. sweeps/quickstart, or its URI in an object store.")
 ]
 
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, and start and write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan without starting or writing anything.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -132,7 +134,9 @@ def run(
     tracking_uri: TrackingUri = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the sweep of this name where it stopped; begin it if there is none."),
+        typer.Option(
+            "--resume", help="Continue the sweep of this name where it stopped; start it if it does not exist."
+        ),
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -159,7 +163,9 @@ def resume(sweep: SweepPath, tracking_uri: TrackingUri = None, dry_run: DryRun =
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Activations: folder, .h5, Parquet, or `planted`.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Activations: a folder, an .h5 or Parquet file, or `planted`.")
+    ],
 ) -> None:
     """Show statistics of each block of activations in PATH, and how much its principal components explain."""
     from msae_sweep.config import DataConfig
@@ -174,10 +180,12 @@ app.command()(go.boards)
 
 @app.command()
 def report(
-    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="Sweeps; several are compared side by side.")],
+    sweeps: Annotated[
+        list[str], typer.Argument(metavar="SWEEP...", help="Sweep folders; several are compared side by side.")
+    ],
     out: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Where to write, or a URI; report/ in the first sweep's folder without."),
+        typer.Option(metavar="FOLDER", help="Folder or URI to write to; default: report/ in the first sweep's folder."),
     ] = None,
 ) -> None:
     """Write a report on sweeps: a self-contained HTML page, Markdown, CSV, figures, and a search space to run next."""
@@ -193,11 +201,13 @@ def report(
 
 @app.command()
 def ui(
-    sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="A sweep whose trials to compare.")] = None,
+    sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="Sweep whose trials are compared.")] = None,
     tracking_uri: TrackingUri = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; the default is this machine alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
-    browser: Annotated[bool, typer.Option(help="Open a browser where there is one.")] = True,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine can connect.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open a browser if there is one.")] = True,
 ) -> None:
     """Compare a sweep's trials in MLflow: on its tracking server, or on a server that runs here until Ctrl-C."""
     from msae_sweep.config import TrackingConfig
@@ -266,13 +276,13 @@ def _sweep(config: "SweepConfig", *, resume: bool) -> None:
         console.print(f"report: {result.report}", highlight=False, soft_wrap=True)
     if result.tracking.pending:
         console.print(
-            f"{result.tracking.pending} events not sent to MLflow ({result.tracking.reason}); "
-            f"later: msae-sweep track-sync {result.folder}",
+            f"{result.tracking.pending} events were not sent to MLflow ({result.tracking.reason}); "
+            f"send them later with: msae-sweep track-sync {result.folder}",
             highlight=False,
             soft_wrap=True,
         )
     if result.interrupted:
-        console.print(f"interrupted; go on with: msae-sweep resume {result.folder}", highlight=False, soft_wrap=True)
+        console.print(f"interrupted; continue with: msae-sweep resume {result.folder}", highlight=False, soft_wrap=True)
         raise typer.Exit(signals.exit_code())
     if any(block["best"] is None for block in result.summary["blocks"].values()):
         raise typer.Exit(1)

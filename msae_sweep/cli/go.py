@@ -9,25 +9,30 @@ from msae_sweep.cli.console import open_console
 
 
 def extract(
-    weights: Annotated[Path, typer.Option(metavar="NET", help="Leela Zero text weights, plain or .gz.")],
+    weights: Annotated[Path, typer.Option(metavar="NET", help="Leela Zero's text weights, plain or .gz.")],
     games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Activation folder to make, or to go on with.")],
-    blocks: Annotated[str, typer.Option(help="Residual blocks to tap, numbered from 1.")] = "5,20,35",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Activation folder to create or to resume.")],
+    blocks: Annotated[str, typer.Option(help="Residual blocks to extract, numbered from 1.")] = "5,20,35",
     positions_per_game: Annotated[
-        int | None, typer.Option(min=1, help="Random positions of a game; all without.")
+        int | None, typer.Option(min=1, help="Number of random positions per game; default: all.")
     ] = None,
-    skip_first: Annotated[int, typer.Option(min=0, help="Moves at the beginning whose positions are left out.")] = 0,
-    points: Annotated[str, typer.Option(help="Rows of a position: mean, all, or N random points of the 361.")] = "mean",
-    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Type of the rows.")] = "float16",
-    format: Annotated[str, typer.Option(help="npy, h5, parquet, or several: npy,h5.")] = "npy",
+    skip_first: Annotated[int, typer.Option(min=0, help="Number of first moves of a game that are skipped.")] = 0,
+    points: Annotated[
+        str, typer.Option(help="Rows per position: mean over the board, all 361 points, or a number of random points.")
+    ] = "mean",
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Data type of the rows.")] = "float16",
+    format: Annotated[str, typer.Option(help="File format: npy, h5, parquet, or several, e.g. npy,h5.")] = "npy",
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU (compute capability 7.0), else fp32."),
+        typer.Option(
+            help="Precision of the network; auto: fp16 on a GPU of compute capability 7.0 or higher, else fp32."
+        ),
     ] = "auto",
     first_row: Annotated[
-        Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
+        Literal["top", "bottom"],
+        typer.Option(help="Board row that is the network's row 0; bottom for networks that Leela Zero itself trained."),
     ] = "top",
-    seed: Annotated[int, typer.Option(help="Seed of positions and points.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling positions and points.")] = 0,
 ) -> None:
     """Extract activations of a Leela Zero network on recorded games into a folder that `run` can read."""
     from msae_sweep.errors import ConfigError
@@ -39,7 +44,7 @@ def extract(
     try:
         numbers = tuple(int(block) for block in blocks.split(","))
     except ValueError:
-        raise ConfigError(f"--blocks: {blocks} must be numbers with commas, e.g. 5,20,35") from None
+        raise ConfigError(f"--blocks: {blocks} must be numbers separated by commas, e.g. 5,20,35") from None
     settings = extraction.ExtractionSettings(
         weights=weights,
         games=games,
@@ -59,32 +64,45 @@ def extract(
 def boards(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Model file, a sweep, champion:[NAME:]BLOCK, or what MLflow calls it."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Model file, sweep folder, champion:[NAME:]BLOCK, models:/NAME@ALIAS, models:/NAME/VERSION or "
+            "runs:/RUN_ID.",
+        ),
     ],
-    weights: Annotated[Path, typer.Option(metavar="NET", help="The network whose activations the model knows.")],
+    weights: Annotated[
+        Path, typer.Option(metavar="NET", help="Weights of the network whose activations the model was trained on.")
+    ],
     games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
     block: Annotated[
-        int | None, typer.Option(help="The residual block, numbered from 1, where MODEL does not tell it.")
+        int | None, typer.Option(help="Residual block, numbered from 1; required if MODEL does not name it.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("boards.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="HTML page to write.")] = Path("boards.html"),
     latents: Annotated[
-        str, typer.Option(help="How many, those strongest where they fire; or which, with commas: 12,77 (one: 12,).")
+        str, typer.Option(help="Number of latents, strongest first; or their indices, e.g. 12,77 (a single one: 12,).")
     ] = "40",
-    top: Annotated[int, typer.Option(min=1, max=100, help="Boards of a latent, each of another game.")] = 8,
-    k: Annotated[int | None, typer.Option(help="Latents active at a point; the model's largest level without.")] = None,
-    positions_per_game: Annotated[
-        int | None, typer.Option(min=1, help="Random positions of a game; all without.")
+    top: Annotated[int, typer.Option(min=1, max=100, help="Boards per latent, each from a different game.")] = 8,
+    k: Annotated[
+        int | None, typer.Option(help="Number of active latents per point; default: the model's largest level.")
     ] = None,
-    skip_first: Annotated[int, typer.Option(min=0, help="Moves at the beginning whose positions are left out.")] = 0,
+    positions_per_game: Annotated[
+        int | None, typer.Option(min=1, help="Number of random positions per game; default: all.")
+    ] = None,
+    skip_first: Annotated[int, typer.Option(min=0, help="Number of first moves of a game that are skipped.")] = 0,
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="Arithmetic of the network; auto: fp16 on a GPU (compute capability 7.0), else fp32."),
+        typer.Option(
+            help="Precision of the network; auto: fp16 on a GPU of compute capability 7.0 or higher, else fp32."
+        ),
     ] = "auto",
     first_row: Annotated[
-        Literal["top", "bottom"], typer.Option(help="Row 0 of the network; bottom for those Leela Zero itself trained.")
+        Literal["top", "bottom"],
+        typer.Option(help="Board row that is the network's row 0; bottom for networks that Leela Zero itself trained."),
     ] = "top",
-    seed: Annotated[int, typer.Option(help="Seed of the positions.")] = 0,
-    tracking_uri: Annotated[str | None, typer.Option(help="Where MLflow is; as for run.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for sampling positions.")] = 0,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.")
+    ] = None,
 ) -> None:
     """Write an HTML page of Go boards: the positions of real games at which a model's latents are most active."""
     from msae_sweep.errors import ConfigError
@@ -99,7 +117,7 @@ def boards(
     found = find(model, block, tracking_uri)
     block = found.block if block is None else block
     if block is None:
-        raise ConfigError(f"--block: {model} does not tell its block; say which")
+        raise ConfigError(f"--block: the block of {model} is unknown; give its number")
     settings = diagrams.TopActivationSettings(
         model=found.file,
         name=found.where,

@@ -22,25 +22,32 @@ What = Annotated[
 ]
 Rows = Annotated[
     Literal["all", "training", "validation"] | None,
-    typer.Option(help="Which rows, split as a sweep would; all where --data is given."),
+    typer.Option(help="Rows to use, split as in a sweep; default: all with --data, else validation."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Cluster = Annotated[bool, typer.Option("--cluster", help="Spread the rows over a Ray cluster.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
+Cluster = Annotated[bool, typer.Option("--cluster", help="Distribute the rows over a Ray cluster.")]
 DataOverrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a key of data, e.g. --set data.val_split=0.2. Repeatable."),
 ]
-Block = Annotated[int | None, typer.Option("--block", help="Which of a sweep's models, or of the data's blocks.")]
-StoreUri = Annotated[str | None, typer.Option("--tracking-uri", help="Where MLflow is; else MLFLOW_TRACKING_URI.")]
+Block = Annotated[
+    int | None, typer.Option("--block", help="Block of the model or data; required if there are several blocks.")
+]
+StoreUri = Annotated[
+    str | None, typer.Option("--tracking-uri", help="MLflow tracking URI; default: MLFLOW_TRACKING_URI.")
+]
 
 
 def export(
     what: What,
-    format: Annotated[str, typer.Option(help="notebook, safetensors, saelens or sparsify.")],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="File (notebook, safetensors) or folder to write.")],
+    format: Annotated[str, typer.Option(help="File format: notebook, safetensors, saelens or sparsify.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="PATH", help="File (notebook, safetensors) or folder (saelens, sparsify) to write."),
+    ],
     block: Block = None,
     k: Annotated[
-        int | None, typer.Option(min=1, help="The one k of saelens and sparsify; the largest level without.")
+        int | None, typer.Option(min=1, help="The single k of a saelens or sparsify model; default: the largest level.")
     ] = None,
     tracking_uri: StoreUri = None,
 ) -> None:
@@ -57,20 +64,23 @@ def evaluate(
     what: What,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="PATH", help="Activations; without, a sweep's own, its validation rows."),
+        typer.Option("--data", metavar="PATH", help="Activations; default: the validation rows of the sweep MODEL."),
     ] = None,
     block: Block = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(metavar="WHAT", help="Another model to match latents with, e.g. of another seed. Repeatable."),
+        typer.Option(metavar="WHAT", help="Another model to match latents with, e.g. one of another seed. Repeatable."),
     ] = None,
     rows: Rows = None,
-    max_k: Annotated[int | None, typer.Option(min=1, help="Largest k; the model's largest level without.")] = None,
+    max_k: Annotated[
+        int | None, typer.Option(min=1, help="Largest k to evaluate; default: the model's largest level.")
+    ] = None,
     device: Device = "auto",
     cluster: Cluster = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Everything as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON file to write all results to.")] = None,
     figure: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="R²(k) and firing frequencies, .png or .svg.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Figure (.png or .svg) of R²(k) and firing frequencies to write."),
     ] = None,
     overrides: DataOverrides = None,
     tracking_uri: StoreUri = None,
@@ -113,18 +123,22 @@ def evaluate(
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Model file: the notebook's .pt, or .safetensors.")],
     data: Annotated[
-        str | None, typer.Option("--data", metavar="PATH", help="Activations; without, the sweep's validation rows.")
+        str | None, typer.Option("--data", metavar="PATH", help="Activations; default: the validation rows of --sweep.")
     ] = None,
     sweep: Annotated[
-        str | None, typer.Option(metavar="SWEEP", help="Sweep whose trials it is compared with in MLflow.")
+        str | None, typer.Option(metavar="SWEEP", help="Sweep with whose trials MLflow compares the model.")
     ] = None,
-    block: Annotated[int | None, typer.Option(help="Its block, where the file's name does not tell.")] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Block of the model; required if the file name does not contain it.")
+    ] = None,
     rows: Rows = None,
     model_name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Register it as NAME-blockB; as the sweep does, or msae, without."),
+        typer.Option(
+            metavar="NAME", help="Register the model as NAME-blockB; default: the sweep's name for it, or msae."
+        ),
     ] = None,
-    champion: Annotated[bool, typer.Option("--champion", help="Give it the alias, too.")] = False,
+    champion: Annotated[bool, typer.Option("--champion", help="Also give the model the alias champion.")] = False,
     device: Device = "auto",
     cluster: Cluster = False,
     overrides: DataOverrides = None,
@@ -140,12 +154,12 @@ def import_(
     from msae_sweep.track.uri import resolve_uri
 
     if file.is_dir():
-        raise ConfigError(f"{file}: a folder; give one model file")
+        raise ConfigError(f"{file}: is a folder; give a model file")
     block = find(file).block if block is None else block
     if block is None:
-        raise ConfigError(f"--block: the name of {file} tells no block; say which it is of")
+        raise ConfigError(f"--block: the name of {file} contains no block number; give the model's block")
     if data is None and sweep is None:
-        raise ConfigError("--data: give activations, or a --sweep whose validation rows to take")
+        raise ConfigError("--data: missing; give activations, or give --sweep to use its validation rows")
     named = {} if model_name is None else {"model_name": model_name}
     asked = {"name": "import", "data": {"path": data or "."}, "tracking": named}
     tracking, sweep_id = parse(json.dumps(asked), source="--model-name").tracking, None
@@ -223,7 +237,7 @@ def _evaluate(
         from msae_sweep.sweep.ray_evaluation import sums_on_cluster
 
         if device != "auto":
-            raise ConfigError(f"--device: {device} is for this machine; leave it out with --cluster")
+            raise ConfigError(f"--device: {device} applies to this machine only; leave it out with --cluster")
         connect()
         parts = sums_on_cluster
     else:

@@ -68,7 +68,9 @@ class Distribution(FrozenModel):
             if low < -LARGEST_WHOLE or high > LARGEST_WHOLE:
                 raise ValueError(f"randint: {short_repr(list(values))} must lie between -2^63 and 2^63")
         elif not math.isfinite(float(high) - float(low)):
-            raise ValueError(f"{kind}: [{low}, {high}] is wider than a float can say; bring low and high closer")
+            raise ValueError(
+                f"{kind}: [{low}, {high}] is wider than the range of a float; bring low and high closer together"
+            )
         if kind == "quniform":
             if values[2] <= 0 or (high - low) / values[2] < 1 - ROUNDING:
                 raise ValueError(f"quniform: step {values[2]} must be above 0 and at most high - low")

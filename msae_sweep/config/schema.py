@@ -92,7 +92,7 @@ class DataConfig(FrozenModel):
     @classmethod
     def _blocks_distinct(cls, blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if blocks is not None and (not blocks or len(set(blocks)) != len(blocks)):
-            raise ValueError(f"{list(blocks)} must name at least one block, each once")
+            raise ValueError(f"{list(blocks)} must name at least one block, and none twice")
         return blocks
 
 
@@ -314,7 +314,7 @@ class SweepConfig(FrozenModel):
         if self.search.algorithm == "grid":
             for key, distribution in self.space.items():
                 if distribution.kind not in ("grid", "choice"):
-                    raise ValueError(f"space.{key}: {distribution.kind} cannot be a grid; use grid or choice")
+                    raise ValueError(f"space.{key}: grid search cannot use {distribution.kind}; use grid or choice")
             size = math.prod(len(d.values) for d in self.space.values())
             if self.search.trials_per_block not in (None, size):
                 raise ValueError(

@@ -126,8 +126,8 @@ def reject_overrides_of_varied_keys(overridden: Mapping[str, Any], varied: Colle
         if key in varied:
             fixed = f"space.{key}={yaml.safe_dump({'choice': [value]}, default_flow_style=True).strip()}"
             raise ConfigError(
-                f"--set {dotted}: space varies {key}, so no trial would take {short_repr(value)}; write "
-                f"--set {shlex.quote(fixed)}, or --set space.{key}=null to vary it no more"
+                f"--set {dotted}: space varies {key}, so no trial would use {short_repr(value)}; write "
+                f"--set {shlex.quote(fixed)}, or --set space.{key}=null to stop varying it"
             )
 
 
@@ -158,7 +158,7 @@ def suggest(key: str, known: Iterable[str]) -> str:
 
     known = list(known)
     close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    return f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -182,7 +182,7 @@ def _check_size(text: str) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in open_anchors):
-                raise ConfigError(f"alias *{event.anchor} lies within what it stands for")
+                raise ConfigError(f"alias *{event.anchor} is used inside its own definition")
             n_values += sizes.get(str(event.anchor), 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             open_anchors.append((event.anchor, n_values))
@@ -197,7 +197,9 @@ def _check_size(text: str) -> None:
         if depth > MAX_DEPTH:
             raise ConfigError(f"more than {MAX_DEPTH} levels of nesting; a search space has five")
         if n_values > MAX_VALUES:
-            raise ConfigError(f"more than {MAX_VALUES:,} values, aliases counted in full; a search space has a hundred")
+            raise ConfigError(
+                f"more than {MAX_VALUES:,} values with all aliases expanded; a search space has about a hundred"
+            )
 
 
 def _check_keys(node: yaml.Node, seen: set[int]) -> None:
@@ -212,9 +214,9 @@ def _check_keys(node: yaml.Node, seen: set[int]) -> None:
         keys: set[str] = set()
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: a list or mapping as a key; write a word")
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: the key is a list or mapping; it must be a word")
             if key.value in keys:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: key {key.value!r} stands twice")
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: key {key.value!r} occurs twice")
             keys.add(key.value)
             _check_keys(value, seen)
 

@@ -50,7 +50,7 @@ def inspect(config: DataConfig) -> list[BlockReport]:
 def render(reports: list[BlockReport]) -> Group:
     """Return two tables with a row per block: the data's shape, and the variance that principal components explain."""
     shape, spectrum = Table(title="Activations", title_justify="left"), Table(title_justify="left")
-    spectrum.title = "Variance of standardised rows that principal components explain"
+    spectrum.title = "Share of the standardised rows' variance that the first principal components explain"
     columns = ("block", "rows", "dim", "dtype", "groups", "mean", "std", "constant", "non-finite", "zeros")
     for heading in columns:
         shape.add_column(heading, justify="right")

@@ -64,12 +64,14 @@ class ActivationFolder:
         except OSError as error:
             raise ConfigError(f"--out: {self.manifest} cannot be read: {error.strerror}") from None
         except (ValueError, TypeError, KeyError, AssertionError):
-            raise ConfigError(f"--out: {self.manifest} is not an extraction's; give another folder") from None
+            raise ConfigError(
+                f"--out: {self.manifest} is not the manifest of an extraction; give another folder"
+            ) from None
         else:
             check_format(manifest, EXTRACTION, self.manifest)
             return dict(manifest)
         if self.path.exists() and (not self.path.is_dir() or any(self._files_of_others())):
-            raise ConfigError(f"--out {self.path}: is not empty and holds no extraction; give another folder")
+            raise ConfigError(f"--out {self.path}: is not empty and contains no extraction; give another folder")
         return {}
 
     def check(self, identity: Mapping[str, Any]) -> None:
@@ -105,7 +107,7 @@ class ActivationFolder:
                     "folder"
                 ) from None
             except OSError as error:
-                raise ConfigError(f"--out {self.path}: cannot be made: {error.strerror}") from None
+                raise ConfigError(f"--out {self.path}: cannot be created: {error.strerror}") from None
             yield
 
     def begin(self, identity: Mapping[str, Any]) -> bool:
@@ -260,9 +262,9 @@ class ActivationFolder:
             if (before := found.get(key)) == value:
                 continue
             if key in _INPUTS:
-                what = f"was begun with other {_INPUTS[key]} ({key} {str(before)[:12]}…, here {str(value)[:12]}…)"
+                what = f"was started with other {_INPUTS[key]} ({key} {str(before)[:12]}…, now {str(value)[:12]}…)"
             else:
-                what = f"holds another extraction: its {key} is {before!r}, here {value!r}"
+                what = f"contains another extraction, with {key} {before!r} instead of {value!r}"
             raise ConfigError(f"--out {self.path}: {what}; give another folder")
 
     def _files_of_others(self) -> Iterator[Path]:

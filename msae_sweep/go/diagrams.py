@@ -76,7 +76,7 @@ def _board(latent: int, diagram: Diagram, largest: float) -> dict[str, Any]:
         "ply": diagram.ply,
         "to_move": colour,
         "game": PurePosixPath(diagram.game).name,
-        "label": f"Latent {latent} fires at {len(fires)} points, most at {strongest}; {colour} to play",
+        "label": f"Latent {latent} fires at {len(fires)} points, most strongly at {strongest}; {colour} to play",
     }
 
 

@@ -62,12 +62,12 @@ class ExtractionSummary(NamedTuple):
     def text(self, settings: ExtractionSettings) -> str:
         """Return a summary of a few lines for the user."""
         counts = GamesRead([], collections.Counter(self.refused), []).counted()
-        lines = [f"{self.games:,} games ({counts}), {self.positions:,} positions, {self.rows:,} rows a block"]
+        lines = [f"{self.games:,} games ({counts}), {self.positions:,} positions, {self.rows:,} rows per block"]
         lines += [f"  broken: {example}" for example in self.examples]
         blocks = ",".join(str(block) for block in settings.blocks)
         state = "was complete already"
         if not self.complete_before:
-            state = f"complete after {self.seconds:.1f} s, the network busy {self.spent.busy:.0%} of its time"
+            state = f"complete after {self.seconds:.1f} s; the network was busy {self.spent.busy:.0%} of the time"
         command = f"msae-sweep run search_spaces/leela_zero.yaml --data {settings.out} --set data.blocks=[{blocks}]"
         lines.append(f"{settings.out} {state}; next: {command}")
         return "\n".join(lines)
@@ -76,7 +76,7 @@ class ExtractionSummary(NamedTuple):
 def check_settings(settings: ExtractionSettings) -> None:
     """Raise ConfigError if the settings are invalid; read no file."""
     if not settings.blocks or len(set(settings.blocks)) != len(settings.blocks):
-        raise ConfigError(f"--blocks: {list(settings.blocks)} must name at least one block, each once")
+        raise ConfigError(f"--blocks: {list(settings.blocks)} must name at least one block, and none twice")
     unknown = [name for name in settings.formats if name not in FORMATS]
     if unknown or not settings.formats:
         raise ConfigError(f"--format: {','.join(unknown) or 'nothing'} must be among {', '.join(FORMATS)}")
@@ -163,11 +163,11 @@ def _extract(
         with _timed(spent, "finishing"):
             folder.finish({"games": len(games), "refused": dict(refused), "positions": n_positions})
     except KeyboardInterrupt as interrupt:
-        interrupt.add_note("what is done is kept, the same command goes on")
+        interrupt.add_note("finished rows are kept; run the same command to continue")
         raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise DataError(f"{settings.out}: {reason}; what is done is kept, the same command goes on") from None
+        raise DataError(f"{settings.out}: {reason}; finished rows are kept; run the same command to continue") from None
     return summary(False)
 
 
@@ -185,7 +185,7 @@ def _as_begun(settings: ExtractionSettings, folder: ActivationFolder) -> Extract
     precision: Any = found.get("precision")
     if precision not in get_args(Precision) or (precision == "auto" and not found["complete"]):
         raise ConfigError(
-            f"--out {settings.out}: was begun by a version that did not note in which precision; give another folder"
+            f"--out {settings.out}: was started by a version that did not record the precision; give another folder"
         )
     return settings._replace(precision=precision)
 

@@ -82,7 +82,9 @@ class ExtractionActor:
         writing = time.perf_counter()
         for block, (_, squares) in sums.items():
             if not squares.isfinite().all():
-                raise DataError(f"block {block}: an activation exceeds {self.settings.dtype}; write --dtype float32")
+                raise DataError(
+                    f"block {block}: an activation exceeds the range of {self.settings.dtype}; write --dtype float32"
+                )
         index = {name: np.repeat(getattr(chunk, name), points.shape[1]) for name in INDEX if name != "point"}
         index |= {"ply": index["ply"].astype(np.int32), "point": points.reshape(-1)}
         self.folder.write_chunk(chunk.number, _arrays(rows), _arrays(sums), index)

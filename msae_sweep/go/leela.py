@@ -247,14 +247,14 @@ def choose_precision(device: torch.device, precision: Precision, filters: int, f
     capability = torch.cuda.get_device_capability(device) if on_cuda else (0, 0)
     if on_cuda and precision == "bf16" and capability < (8, 0):
         shown = ".".join(map(str, capability))
-        raise ConfigError(f"precision: bf16 needs compute capability 8.0 and this GPU has {shown}; take fp16 or fp32")
+        raise ConfigError(f"precision: bf16 needs compute capability 8.0 and this GPU has {shown}; use fp16 or fp32")
     dtype = types[precision]
     if not fused:
-        hindrance: str | None = "the plain way was asked for"
+        hindrance: str | None = "plain operations were requested"
     elif not on_cuda:
-        hindrance = f"{precision} on {device.type}; fused convolutions are cuDNN's"
+        hindrance = f"{precision} on {device.type}; fused convolutions need cuDNN"
     elif precision == "fp32":
-        hindrance = "fp32 is for comparing: fused convolutions are in half precision"
+        hindrance = "fp32 is for comparisons: fused convolutions exist only in half precision"
     else:
         hindrance = fused_hindrance(device, dtype, filters)
     if hindrance is not None:

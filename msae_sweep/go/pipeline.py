@@ -95,8 +95,8 @@ def read_all_games(units: list[ReadUnit], where: Path) -> GamesRead:
                 examples.append(f"{outcome.name}: {outcome.reason}")
     found = GamesRead(games, refused, examples)
     if not games:
-        reasons = f"; the first: {examples[0]}" if examples else ""
-        raise DataError(f"{where}: no game that can be used ({found.counted()}){reasons}")
+        reasons = f"; the first broken one: {examples[0]}" if examples else ""
+        raise DataError(f"{where}: no usable game ({found.counted()}){reasons}")
     return found
 
 

@@ -70,7 +70,7 @@ def find_units(path: Path, records_per_unit: int = 4096) -> list[ReadUnit]:
         raise DataError(f"{path}: no such file or folder; must be .sgf files or archives of them")
     units = [unit for name, file in files for unit in _units_of(file, name, records_per_unit)]
     if not units:
-        raise DataError(f"{path}: no game records there; must be .sgf files, or .tar, .tar.gz, .tgz or .zip of them")
+        raise DataError(f"{path}: contains no game records; must be .sgf files, or .tar, .tar.gz, .tgz or .zip of them")
     return units
 
 

@@ -194,7 +194,7 @@ def _is_closed(tokens: list[tuple[str, bytes]]) -> bool:
 def _main_line(tokens: list[tuple[str, bytes]]) -> list[_Node]:
     """Return the nodes from the root to the first leaf, which ends at the first closing bracket."""
     if not _is_closed(tokens):
-        raise _BrokenError("the text breaks off inside the game")
+        raise _BrokenError("the text ends inside the game")
     nodes: list[_Node] = []
     node: _Node | None = None
     values: list[bytes] | None = None
@@ -234,11 +234,11 @@ def _game(name: str, nodes: list[_Node]) -> Game:
             setup = bytes(board.stones)
         for point, is_black, written in _moves_of(node):
             if not moves and handicap > 1 and not is_black and BLACK not in setup:
-                raise _BrokenError(f"a handicap of {handicap}, but none of its stones")
+                raise _BrokenError(f"a handicap of {handicap}, but no handicap stones")
             if point is None:
-                raise _BrokenError(f"move {len(moves) + 1}: {written} is no point of a 19 × 19 board")
+                raise _BrokenError(f"move {len(moves) + 1}: {written} is not a point of a 19 × 19 board")
             if not board.play(point, is_black):
-                raise _BrokenError(f"move {len(moves) + 1}: {written} lies on a stone")
+                raise _BrokenError(f"move {len(moves) + 1}: {written} is on an occupied point")
             moves.append(point)
             black.append(is_black)
     if not moves:
@@ -261,9 +261,9 @@ def _check_header(node: _Node) -> None:
         size = _text(node["SZ"])
         width, _, height = size.partition(":")
         if not width.isdecimal() or not (height or width).isdecimal():
-            raise _BrokenError(f"SZ[{size}] is no size of a board")
+            raise _BrokenError(f"SZ[{size}] is not a board size")
         if {int(width), int(height or width)} != {SIZE}:
-            raise _OtherSizeError(f"SZ[{size}]; only 19 × 19 is read")
+            raise _OtherSizeError(f"SZ[{size}]; only 19 × 19 boards are supported")
 
 
 def _set_up(board: Board, node: _Node) -> None:
@@ -276,11 +276,11 @@ def _set_up(board: Board, node: _Node) -> None:
         # sgfmill counts rows from the bottom.
         points = {(SIZE - 1 - row) * SIZE + column for row, column in coordinates}
         if placed & points:
-            raise _BrokenError("a setup that gives one point two contents")
+            raise _BrokenError("the setup gives one point two contents")
         placed |= points
         board.place(points, stone)
     if board.has_dead_groups():
-        raise _BrokenError("a setup that leaves stones without liberties")
+        raise _BrokenError("the setup leaves stones without liberties")
 
 
 def _moves_of(node: _Node) -> Iterator[tuple[int | None, bool, str]]:
@@ -288,7 +288,9 @@ def _moves_of(node: _Node) -> Iterator[tuple[int | None, bool, str]]:
     found = [(color, value) for color in ("B", "W") for value in node.get(color, ())]
     empty = [color for color in ("B", "W") if node.get(color) == []]
     if len(found) > 1 or empty:
-        raise _BrokenError(f"a node with {len(found)} moves and {len(empty)} without a value; one a node")
+        raise _BrokenError(
+            f"a node with {len(found)} moves and {len(empty)} without a value; must be one move per node"
+        )
     for color, value in found:
         yield _MOVES.get(value.strip()), color == "B", f"{color}[{_text([value])}]"
 

@@ -75,7 +75,7 @@ class TopActivationSummary(NamedTuple):
         return (
             f"{self.games:,} games ({self.refused}), {self.positions:,} positions, {self.seconds:.1f} s; "
             f"{self.alive:,} of {hidden_dim:,} latents fired\n"
-            f"{settings.out}: {self.drawn} latents; all of them: {settings.out.with_suffix('.json')}"
+            f"{settings.out}: {self.drawn} latents drawn; all latents are in {settings.out.with_suffix('.json')}"
         )
 
 
@@ -88,11 +88,13 @@ def parse_latents(text: str) -> tuple[int, ...] | int:
     parts = [part.strip() for part in text.split(",")]
     named = [part for part in parts if part]
     if not named or not all(part.isascii() and part.isdigit() for part in named):
-        raise ConfigError(f"--latents: {text!r} must be how many, e.g. 40, or which, e.g. 12,77")
+        raise ConfigError(f"--latents: {text!r} must be a number of latents, e.g. 40, or their indices, e.g. 12,77")
     numbers = tuple(int(part) for part in named)
     if len(parts) == 1:
         if numbers[0] == 0:
-            raise ConfigError("--latents: 0 draws nothing; give how many, e.g. 40, or which, e.g. 12,77 (one: 0,)")
+            raise ConfigError(
+                "--latents: 0 draws nothing; give a number of latents, e.g. 40, or indices, e.g. 12,77 (only 0: 0,)"
+            )
         return numbers[0]
     if repeated := [number for number in numbers if numbers.count(number) > 1]:
         raise ConfigError(f"--latents: names {repeated[0]} more than once")
@@ -149,16 +151,19 @@ def write_top_activations(
         arguments=arguments,
     )
     intro = [
-        f"{settings.name}: {settings.model.model.hidden_dim:,} latents, {settings.k} active at a point at the most.",
-        f"The boards are the positions at which a latent is strongest, at most one of a game, among {n_positions:,} "
-        f"positions of {len(games):,} games.",
+        f"{settings.name} has {settings.model.model.hidden_dim:,} latents; at most {settings.k} of them are active at "
+        "a point.",
+        f"The boards show the positions at which a latent is strongest, at most one position per game, out "
+        f"of {n_positions:,} positions of {len(games):,} games.",
     ]
     if isinstance(settings.latents, int):
         intro.append(
-            f"Shown are the {len(latents)} latents that are strongest where they fire (largest mean z²), of those that "
-            f"fire in at least {settings.top} games; the strongest first."
+            f"The page shows the {len(latents)} latents that are strongest where they fire (largest mean z²), "
+            f"strongest first. Only latents that fire in at least {settings.top} games are considered."
         )
-    page = diagrams.render_page(f"What block {settings.block}'s latents see", [*intro, *settings.notes], drawn)
+    page = diagrams.render_page(
+        f"Top activations of block {settings.block}'s latents", [*intro, *settings.notes], drawn
+    )
     record = json.dumps(_record(settings, best, firing, n_positions, by_id))
     try:
         StoragePath(settings.out).write(page.encode())
@@ -179,7 +184,7 @@ def _check(settings: TopActivationSettings, n_blocks: int, filters: int) -> None
             "give the network whose activations it was trained on"
         )
     if not 1 <= settings.k <= model.hidden_dim:
-        raise ConfigError(f"--k: {settings.k} must be 1 to {model.hidden_dim}, the model's latents")
+        raise ConfigError(f"--k: {settings.k} must be 1 to {model.hidden_dim}, the model's number of latents")
     if not isinstance(settings.latents, int):
         for latent in settings.latents:
             if not 0 <= latent < model.hidden_dim:

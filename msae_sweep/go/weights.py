@@ -143,7 +143,7 @@ def _input_convolution(lines: "_Lines") -> Convolution:
     weight = lines.numbers({})
     filters, rest = divmod(len(weight), 9 * PLANES)
     if rest or not filters:
-        raise lines.fault(f"{len(weight)} numbers, expected {9 * PLANES} a filter: a convolution of {PLANES} planes")
+        raise lines.fault(f"{len(weight)} numbers, expected {9 * PLANES} per filter: a convolution of {PLANES} planes")
     return _convolution(lines, weight, filters, 3, "the input convolution")
 
 
@@ -151,7 +151,7 @@ def _convolution(lines: "_Lines", weight: Numbers, n_out: int, size: int, what: 
     """Read the next three lines and return the convolution that they form with the weights just read."""
     bias, mean, variance = (lines.numbers({n_out: f"{name} of {what}"}) for name in ("biases", "means", "variances"))
     if (variance < 0).any():
-        raise lines.fault(f"{variance.min():g} among the variances of {what}; none can be negative")
+        raise lines.fault(f"{variance.min():g} among the variances of {what}; no variance can be negative")
     return Convolution(weight.reshape(n_out, -1, size, size), bias, mean, variance)
 
 
@@ -210,7 +210,9 @@ class _Lines:
             nearest = min(expected, key=lambda n: abs(n - len(numbers)))
             raise self.fault(f"{len(numbers)} numbers, expected {nearest}: {expected[nearest]}")
         if not np.isfinite(numbers).all():
-            raise self.fault(f"{numbers[~np.isfinite(numbers)][0]} among the numbers; weights are finite in float32")
+            raise self.fault(
+                f"{numbers[~np.isfinite(numbers)][0]} among the numbers; weights must be finite in float32"
+            )
         return numbers
 
     def layer(self, what: str, n_in: int, n_out: int) -> Float32[np.ndarray, "out in"]:
@@ -224,12 +226,12 @@ class _Lines:
         while line := self.file.readline(4096):
             self.number += 1
             if line.strip():
-                raise self.fault(f"more than {what}, which ends with line {n_lines}")
+                raise self.fault(f"text after the end of {what}, which ends with line {n_lines}")
 
     def _next(self, what: str) -> bytes:
         line = self.file.readline(self.limit)
         if not line:
-            raise DataError(f"{self.path}: ends after line {self.number}; expected {what}; was it copied whole?")
+            raise DataError(f"{self.path}: ends after line {self.number}; expected {what}; copy the file again")
         self.number += 1
         if len(line) == self.limit:
             raise self.fault(f"longer than {self.limit} characters; expected {what}")
@@ -264,7 +266,7 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
                         pass
                     raise
     except EOFError:
-        raise DataError(f"{path}: the compressed data break off; copy the file again") from None
+        raise DataError(f"{path}: the compressed data end too early; copy the file again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: the compressed data are damaged ({error}); copy the file again") from None
     except OSError as error:

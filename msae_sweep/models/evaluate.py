@@ -78,7 +78,7 @@ class EvaluationPlan(NamedTuple):
         bad = np.flatnonzero(wanted & ~finite)
         if len(bad) and not self.drop_nonfinite:
             where = self.job.ranges[i].name(int(bad[0]), int(bad[-1]))
-            raise DataError(f"{where}: NaN or Inf; mend them, or drop them with --set data.drop_nonfinite=true")
+            raise DataError(f"{where}: NaN or Inf; fix them, or drop them with --set data.drop_nonfinite=true")
         return RangeRows(standardise(x[wanted & finite], self.mean, self.std), len(bad))
 
 
@@ -152,7 +152,7 @@ def data_config_for(what: str, data: str | None, overrides: Sequence[str]) -> Da
     try:
         text = file.read().decode()
     except OSError:
-        raise ConfigError(f"--data: give activations; only a sweep tells its own, and {what} is none") from None
+        raise ConfigError(f"--data: missing; give activations, because {what} is not a sweep folder") from None
     return parse(text, overrides, source=str(file)).data
 
 
@@ -174,12 +174,14 @@ def make_plan(found: FoundModel, data: DataConfig, block: int | None, side: Side
     infos = source.infos()
     if block is None:
         if len(infos) > 1:
-            raise ConfigError(f"--block: {data.path} has blocks {', '.join(map(str, infos))}; say which")
+            raise ConfigError(f"--block: {data.path} has blocks {', '.join(map(str, infos))}; choose one")
         block = next(iter(infos))
     (info,) = select_blocks(infos, data.model_copy(update={"blocks": (block,)}))
     model = found.file.model
     if info.input_dim != model.input_dim:
-        raise DataError(f"{info.where}: rows of width {info.input_dim}, but {found.where} takes {model.input_dim}")
+        raise DataError(
+            f"{info.where}: rows of width {info.input_dim}, but {found.where} takes rows of width {model.input_dim}"
+        )
     split_by = ("game_id" if info.has_groups else "row") if data.split_by == "auto" else data.split_by
     if split_by == "game_id" and not info.has_groups:
         raise DataError(f"data.split_by: game_id, but {info.where} has no game_id; add one or write row")
@@ -205,7 +207,7 @@ def check_unchanged(sweep: str, plan: EvaluationPlan, say: Callable[[str], None]
         changed = describe_change(plan.job.source, plan.info, manifests[block], origins.get(block, {}), say)
         if changed:
             raise DataError(
-                f"{changed}: not the rows that {sweep} was about; bring them back, or give rows with --data"
+                f"{changed}: these are not the rows that {sweep} was run on; restore them, or give rows with --data"
             )
 
 
@@ -227,7 +229,7 @@ def choose_evaluation_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if available["cuda"] else "cpu")
     if not available.get(name, False):
-        raise DeviceError(f"--device: {name} is not there; write auto or cpu")
+        raise DeviceError(f"--device: {name} is not available; write auto or cpu")
     return torch.device(name)
 
 
@@ -270,7 +272,9 @@ def evaluate(
         raise ConfigError(f"--max-k: {max_k} exceeds hidden_dim {model.hidden_dim}")
     for other in against:
         if other.file.model.input_dim != model.input_dim:
-            raise DataError(f"{other.where}: input_dim {other.file.model.input_dim}; {found.where}: {model.input_dim}")
+            raise DataError(
+                f"{other.where}: input_dim {other.file.model.input_dim} must be {model.input_dim}, as in {found.where}"
+            )
     total, n_dropped = EvaluationSums(model, max_k), 0
     for done, (sums, dropped) in enumerate(parts(plan, model, max_k), start=1):
         total.merge(sums)
@@ -300,7 +304,7 @@ def render(report: EvaluationReport) -> Group:
     title = Text(f"{report.found.where} on {evaluation.n_rows:,} {rows}", style="italic", overflow="fold")
     table = Table()
     names = [f"matched cosine {i}" for i in range(1, len(report.stability) + 1)]
-    for heading in ("k", "R²", "active latents", "of them ever", *names):
+    for heading in ("k", "R²", "active latents", "ever active", *names):
         table.add_column(heading, justify="right")
     for level, k in enumerate(evaluation.levels):
         ever = (evaluation.level_firing[level] > 0).double().mean().item()
@@ -318,7 +322,7 @@ def render(report: EvaluationReport) -> Group:
     lines = [
         "R²(k): " + " · ".join(f"{k} {evaluation.r2[k - 1]:.3f}" for k in curve),
         f"dead latents: {n_dead:,} of {model.hidden_dim:,} ({evaluation.dead_ratio:.1%}) fired for none of these rows "
-        f"at k = {len(evaluation.r2)}; a sweep counts those that fired for no row of the last training epoch",
+        f"at k = {len(evaluation.r2)}; a sweep counts those that fired for no row of a whole training epoch",
         "firing frequency: "
         + " · ".join(
             f"{share:.0%} of latents below {value:.2%}" for share, value in zip(QUANTILES, quantiles, strict=True)

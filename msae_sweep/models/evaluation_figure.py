@@ -40,7 +40,7 @@ def evaluation_figure(evaluation: Evaluation, path: Path, title: str) -> None:
     ticks = sorted({*(2**i for i in range(len(evaluation.r2).bit_length())), *evaluation.levels})
     ticks = [k for k in ticks if k <= len(evaluation.r2)]
     curve.set_xticks(ticks, [str(k) for k in ticks])
-    curve.set(xlabel="k (active latents at the most)", ylabel="R²", title="R² at every k")
+    curve.set(xlabel="k (largest number of active latents)", ylabel="R²", title="R² at every k")
     curve.grid(alpha=0.3)
 
     frequencies = (evaluation.firing.double() / evaluation.n_rows).numpy()
@@ -52,7 +52,7 @@ def evaluation_figure(evaluation: Evaluation, path: Path, title: str) -> None:
     n_dead = len(frequencies) - len(alive)
     if n_dead:
         histogram.bar(
-            10 ** (lowest - 0.5), n_dead, width=10 ** (lowest - 0.3), color=ORANGE, label=f"{n_dead:,} that never do"
+            10 ** (lowest - 0.5), n_dead, width=10 ** (lowest - 0.3), color=ORANGE, label=f"{n_dead:,} that never fire"
         )
     histogram.set_xscale("log")
     histogram.set(

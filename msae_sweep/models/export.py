@@ -88,7 +88,7 @@ def export(found: FoundModel, format: str, out: str | Path, k: int | None = None
         raise ConfigError(f"--format: {format} must be one of {', '.join(get_args(Format))}")
     if format in ("notebook", "safetensors"):
         if k is not None:
-            raise ConfigError(f"--k: {format} keeps every k; leave it out")
+            raise ConfigError(f"--k: {format} keeps every k; leave out --k")
         suffix = ".pt" if format == "notebook" else ".safetensors"
         if out.is_dir():
             out = out / f"msae{'' if found.block is None else f'_block{found.block}'}{suffix}"
@@ -97,7 +97,7 @@ def export(found: FoundModel, format: str, out: str | Path, k: int | None = None
     elif k is not None and not 1 <= k <= file.model.hidden_dim:
         raise ConfigError(f"--k: {k} must be 1 to hidden_dim {file.model.hidden_dim}")
     if out.exists():
-        raise ConfigError(f"--out: {out} exists; give another place")
+        raise ConfigError(f"--out: {out} exists; give another path")
     check_folder("--out", out.parent)
     k = file.model.k_levels[-1] if k is None else k
     try:

@@ -59,7 +59,7 @@ def find(what: str | Path, block: int | None = None, tracking_uri: str | None = 
     else:
         found = _at(StoragePath(text), block)
     if block is not None and found.block not in (None, block):
-        raise ConfigError(f"{text}: a model of block {found.block}, not {block}")
+        raise ConfigError(f"{text}: is a model of block {found.block}, not of block {block}")
     return found
 
 
@@ -90,10 +90,10 @@ def _in_folder(folder: StoragePath, block: int | None) -> StoragePath:
     there = [*folder.files(), *(folder / "models").files()]
     files = {int(match[1]): file for file in there if (match := re.fullmatch(r"msae_block(\d+)\.pt", file.name))}
     if not files:
-        raise DataError(f"{folder}: no models there; give a sweep that has ended, or a model file")
+        raise DataError(f"{folder}: contains no models; give a sweep that has ended, or a model file")
     blocks = ", ".join(str(b) for b in sorted(files))
     if block is None and len(files) > 1:
-        raise ConfigError(f"{folder}: has models of blocks {blocks}; say which, e.g. --block {min(files)}")
+        raise ConfigError(f"{folder}: has models of blocks {blocks}; choose one, e.g. --block {min(files)}")
     if block is not None and block not in files:
         raise ConfigError(f"{folder}: no model of block {block}; found {blocks}")
     return files[min(files) if block is None else block]

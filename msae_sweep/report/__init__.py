@@ -85,7 +85,7 @@ def _write(
             if not elsewhere.is_remote:
                 elsewhere.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SweepError(f"--out: {out} cannot be made: {error.strerror}") from None
+            raise SweepError(f"--out: {out} cannot be created: {error.strerror}") from None
     report = build(sweeps, most_products, draw or draw_in_process)
     files = {f"figures/{d.name}.svg": d.svg_file for d in report.drawings}
     files |= {f"figures/{d.name}.png": d.png_file for d in report.drawings}
@@ -106,7 +106,7 @@ def _write(
         if not sweep.is_whole
     ]
     missing = [
-        f"block {block}: R² at trained levels only; {why}"
+        f"block {block}: R² at the trained levels only; {why}"
         for measured in report.curves.values()
         for block, why in measured.missing.items()
     ]

@@ -109,12 +109,12 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Recommendation], measured: 
     notes = [f"Block {', '.join(blocks)}: {why}" for why, blocks in uneven.items()]
     for label, of_sweep in measured.items():
         where = f"{label}, block" if many else "Block"
-        notes += [f"{where} {block}: trained levels only; {why}." for block, why in of_sweep.missing.items()]
+        notes += [f"{where} {block}: R² at the trained levels only; {why}." for block, why in of_sweep.missing.items()]
     lead = (
-        "One sorted code gives every smaller one, so an MSAE has an R² at every k: here the best of each block on its "
-        "validation rows. Markers are the levels that were trained."
+        "For every k, the k strongest latents of a row reconstruct it, so one MSAE has an R² at every k. The figures "
+        "show the best MSAE of each block on its validation rows. Markers are the trained levels."
     )
-    return _Plan("r2", "How much is explained with k latents", lead, jobs, note=" ".join(notes))
+    return _Plan("r2", "Variance explained with k latents", lead, jobs, note=" ".join(notes))
 
 
 def _uneven(sweeps: Sequence[Sweep], answer: Recommendation, alone: Sequence[Trial]) -> str:
@@ -126,8 +126,8 @@ def _uneven(sweeps: Sequence[Sweep], answer: Recommendation, alone: Sequence[Tri
         return ""
     ways = " or ".join(f"{n} trial{'s' if n > 1 else ''} of {epochs} epochs" for n, epochs in spent)
     return (
-        f"not an even comparison: each for one k alone is the best of {ways}, "
-        f"the MSAE the best of {of_msae[0]} of {of_msae[1]} epochs."
+        f"the comparison is uneven, because each SAE for one k alone is the best of {ways}, "
+        f"but the MSAE is the best of {of_msae[0]} trial{'s' if of_msae[0] > 1 else ''} of {of_msae[1]} epochs."
     )
 
 
@@ -138,31 +138,36 @@ def _scores(sweep: Sweep, *, many: bool) -> list[_Plan]:
     curves.
     """
     score = (
-        "Score means R² averaged over the trained levels, less any share of dead latents above 30%. The vertical axis "
-        "is 1 − score and logarithmic, so that the best trials, at the bottom, can be told apart."
+        "The score is R² averaged over the trained levels, minus any share of dead latents above 30%. The vertical "
+        "axis shows 1 − score on a logarithmic scale, so that the best trials, at the bottom, can be distinguished."
     )
-    weights = "Filled markers weight small k more (reverse), hollow ones all levels alike (uniform)."
+    weights = (
+        "Filled markers are trials that weight small k more (reverse); hollow ones weight all levels equally (uniform)."
+    )
     return _plans(
         sweep,
         many,
         ("learning-rate", "Learning rate", f"{score} {weights}", score_figures.learning_rate),
         (
-            *("size", "What more latents bring"),
-            "1 − mean R² against the number of latents: lower is better. Nothing smaller beats the trials on the line.",
+            *("size", "Effect of more latents"),
+            "1 − mean R² against the number of latents: lower is better. No smaller trial beats those on the line.",
             score_figures.against_size,
         ),
         (
             *("dead", "Dead latents"),
-            "A high R² can hide latents that never fire: the best trials stand at the bottom left.",
+            "A high R² can hide latents that never fire: the best trials are at the bottom left.",
             score_figures.against_dead,
         ),
     )
 
 
 def _weightings(sweep: Sweep, measured: Curves, *, many: bool) -> list[_Plan]:
-    lead = "Reverse puts more weight on small k in training: it should be better there, and may be worse at large k."
+    lead = (
+        "The reverse weighting puts more weight on small k in training: it should be better at small k, and may be "
+        "worse at large k."
+    )
     draw = partial(figures.weightings, curves=measured.by_trial)
-    return _plans(sweep, many, ("weighting", "Uniform beside reverse weighting", lead, draw))
+    return _plans(sweep, many, ("weighting", "Uniform and reverse weighting", lead, draw))
 
 
 def _course(sweep: Sweep, *, many: bool) -> list[_Plan]:
@@ -171,15 +176,15 @@ def _course(sweep: Sweep, *, many: bool) -> list[_Plan]:
         sweep,
         many,
         (
-            *("early-stopping", "What was stopped, and when"),
-            "Trials are judged at the dotted epochs, as far as these lie before their own last one, against those of "
-            "smaller number; a bar ends where its trial did, and the number says how much higher its score would have "
-            "had to be to go on.",
+            *("early-stopping", "Early stopping"),
+            "At each dotted epoch (rung) before its own last epoch, a trial is compared with the trials of smaller "
+            "number. A bar ends at the last epoch that its trial trained. The number beside a stopped trial is its "
+            "shortfall: how much higher its score would have had to be to continue.",
             figures.early_stopping,
         ),
     )
     if groups := [group for group in sweep.groups if _is_matryoshka(group)]:
-        lead = "As in the notebook, epoch by epoch; the marker is the epoch that the model is from."
+        lead = "Metrics of each epoch, as in the notebook. The marker is the epoch that the model is from."
         jobs: list[Job] = [partial(figures.training, groups, key) for key in figures.TRAINING]
         plans.append(_plan(sweep, many, "training", "Training of the best trials", lead, jobs))
     return plans
@@ -192,8 +197,8 @@ def _fits(sweep: Sweep, advice: Advice, *, many: bool) -> _Plan:
         if isinstance(response, Response)
     ]
     lead = (
-        "A simple curve through the trials, drawn as 1 − score (lower is better): where the best learning rate lies, "
-        "as far as they can tell."
+        "A simple curve fitted to the trials, drawn as 1 − score (lower is better). Its lowest point estimates the "
+        "best learning rate."
     )
     return _plan(sweep, many, "fit", "Best learning rate, fitted", lead, jobs)
 

@@ -55,7 +55,9 @@ def curves(sweep: Sweep, *, most_products: float = float("inf")) -> Curves:
                     shards, manifest = _shards(sweep, manifest)
                     spent += manifest["n_val"] * (trial.hidden_dim or 0) * 2 * manifest["input_dim"]
                     if spent > most_products:
-                        raise DataError("left out to end the sweep sooner; `msae-sweep report` measures it")
+                        raise DataError(
+                            "other k were left out to end the sweep sooner; `msae-sweep report` measures them"
+                        )
                     entry = known[trial.trial_id] = _measure(sweep, trial, shards, manifest)
                 except DataError as error:
                     missing[group.block] = str(error)
@@ -85,7 +87,7 @@ def _shards(sweep: Sweep, manifest: Mapping[str, Any] | None) -> tuple[ShardFold
         DataError: the shards no longer exist, or the sweep did not record which data it prepared.
     """
     if manifest is None:
-        raise DataError("the sweep has not written down which data it prepared")
+        raise DataError("the sweep has not recorded which data it prepared")
     name = f"block{manifest['block']}-{manifest['key']}"
     # Look beside the sweep first, because it may have been moved or mounted elsewhere, and then where it was made.
     for storage in dict.fromkeys((sweep.folder.storage, sweep.config.storage)):

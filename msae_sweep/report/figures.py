@@ -57,13 +57,13 @@ def r2_by_k(
     _, best, levels = lines[0]
     first, last = levels[0], levels[-1]
     r2 = dict(zip(best.ks, best.r2, strict=True))
-    reading = f"With {first} latents {r2[first]:.1%} of the variance is explained, with {last} {r2[last]:.1%}"
+    reading = f"{first} latents explain {r2[first]:.1%} of the variance, and {last} explain {r2[last]:.1%}"
     gaps = {k: value - r2[k] for k, value in baselines.items() if k in r2}
     if gaps:
         k = max(gaps, key=lambda k: abs(gaps[k]))
         more = "more" if gaps[k] > 0 else "less"
         reading += (
-            f"; an SAE trained for k = {k} alone explains {abs(gaps[k]):.3f} {more} there, the largest difference"
+            f"; an SAE trained for k = {k} alone explains {abs(gaps[k]):.3f} {more} at that k, the largest difference"
         )
     elif len(levels) > 1:
         gain = r2[last] - r2[levels[-2]]
@@ -134,7 +134,7 @@ def early_stopping(group: Group) -> Drawing | None:
     axes.set_xlim(0, 1.02 * max(trial.training.epochs for trial in shown))
     axes.grid(visible=False, axis="y")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(f"epochs (dotted: judged at {', '.join(map(str, stopping.rungs))})")
+    axes.set_xlabel(f"epochs (dotted: rungs at {', '.join(map(str, stopping.rungs))})")
     legend_below(figure, axes, 2)
     if stops:
         closest = min(stopping.stops, key=lambda stop: stop.shortfall)
@@ -142,8 +142,8 @@ def early_stopping(group: Group) -> Drawing | None:
         reading = (
             f"{len(stops)} of {len(group.trials)} trials {'was' if len(stops) == 1 else 'were'} stopped, which saved "
             f"{stopping.epochs_saved} of {total} "
-            f"epochs ({stopping.epochs_saved / total:.0%}); the closest, {closest.trial_id}, would have needed "
-            f"{_small(closest.shortfall)} more at epoch {closest.rung}"
+            f"epochs ({stopping.epochs_saved / total:.0%}); the smallest shortfall is that of {closest.trial_id}, "
+            f"{_small(closest.shortfall)} at epoch {closest.rung}"
         )
     else:
         reading = f"None of {len(group.trials)} trials was stopped"
@@ -183,7 +183,7 @@ def training(groups: Sequence[Group], key: str) -> Drawing:
             label=f"block {group.block}" + (f", {ended}" if (ended := _ended_early(group.best)) else ""),
         )
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="epoch (marker: the best)", ylabel=ylabel)
+    axes.set(xlabel="epoch (marker: best epoch)", ylabel=ylabel)
     if key == "dead_ratio":
         axes.axhline(100 * DEAD_RATIO_ALLOWED, color=GREY, linestyle=":")
         axes.set_ylim(-1, max(100 * DEAD_RATIO_ALLOWED + 3, axes.get_ylim()[1]))
@@ -207,7 +207,7 @@ def comparison_caveat(a: Trial, b: Trial, compared: str) -> str:
         return f" (but {early[0].trial_id} was stopped at epoch {early[0].record.epochs})"
     keys = [key for key in ("learning_rate", "expansion_factor", "weighting") if key != compared]
     differ = [key.replace("_", " ") for key in keys if getattr(a.training, key) != getattr(b.training, key)]
-    return f" (they differ in {' and '.join(differ)} too)" if differ else ""
+    return f" (they also differ in {' and '.join(differ)})" if differ else ""
 
 
 def _training_reading(key: str, groups: Sequence[Group]) -> str:
@@ -216,12 +216,12 @@ def _training_reading(key: str, groups: Sequence[Group]) -> str:
         most = max(point["dead_ratio"] for point in worst.best.record.points)
         if not most:
             return "No latent of a best trial was dead at the end of any epoch."
-        return f"At no epoch are more than {most:.1%} of the latents of a best trial dead (block {worst.block})."
+        return f"At most {most:.1%} of the latents of a best trial are dead at any epoch (block {worst.block})."
     if key == "r2_mean":
         return _late_gains(groups)
     best = {group.block: group.best for group in groups}
     parts = [f"{t.record.points[-1][key]:.3f} (block {b})" for b, t in best.items() if key in t.record.points[-1]]
-    return f"At the last epoch: {', '.join(parts)}; compare between blocks only trials of the same weighting."
+    return f"At the last epoch: {', '.join(parts)}; losses of blocks can be compared only if the weighting is the same."
 
 
 def _late_gains(groups: Sequence[Group]) -> str:
@@ -230,9 +230,9 @@ def _late_gains(groups: Sequence[Group]) -> str:
     known = [f"{gain} (block {block})" for block, gain in gains.items() if gain is not None]
     short = [f"block {group.block} has {_epochs(group.best)}" for group in groups if gains[group.block] is None]
     parts = [f"Mean R² changed by {', '.join(known)}"] if known else []
-    parts += [f"too few to tell a trend: {', '.join(short)}"] if short else []
+    parts += [f"too few epochs to show a trend: {', '.join(short)}"] if short else []
     text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}. What more epochs would add is not known: small gains an epoch can add up."
+    return f"{text[0].upper()}{text[1:]}. What more epochs would add is not known: small gains per epoch can add up."
 
 
 def _epochs(trial: Trial) -> str:

@@ -72,8 +72,8 @@ def _learning_rate(
     values = sweep.config.corners("learning_rate")
     if min(values) == max(values):
         reasons.append(
-            f"Learning rate: it stays fixed at {values[0]:.2g}, as the search space has it; whether another is better "
-            "cannot be told without varying it."
+            f"Learning rate: it stays fixed at {values[0]:.2g}, as in the search space; only a sweep that varies it "
+            "can show whether another one is better."
         )
         return
     ranges = [_range(group, response) for group, response in zip(groups, responses, strict=True)]
@@ -88,13 +88,13 @@ def _range(group: Group, response: Response | NoFit) -> tuple[float, float, str]
     low, high, best = min(rates), max(rates), group.best.training.learning_rate
     if isinstance(response, NoFit) or not response.is_trusted:
         why = response.why if isinstance(response, NoFit) else "the fit predicts nothing"
-        return low / WIDEN, high * WIDEN, f"{why}; the range is widened to both sides."
+        return low / WIDEN, high * WIDEN, f"{why}; the range is widened on both sides."
     if response.optimum is not None and low <= response.optimum <= high:
         start, stop = max(response.interval[0], low / BEYOND), min(response.interval[1], high * BEYOND)
         start, stop = min(start, best) / MARGIN, max(stop, best) * MARGIN
         narrower = math.log(stop / start) < 0.9 * math.log(high / low)
-        how = "the range is drawn in around it" if narrower else "it is not known well enough to draw the range in"
-        return start, stop, f"the best lies near {response.optimum:.2g}; {how}."
+        how = "the range is narrowed around it" if narrower else "it is not known well enough to narrow the range"
+        return start, stop, f"the best one is near {response.optimum:.2g}; {how}."
     middle = math.sqrt(low * high)
     top = response.scores([low, high])
     if top[1] > top[0]:
@@ -153,7 +153,9 @@ def _weighting(raw: dict[str, Any], responses: Sequence[Response | NoFit], reaso
             del raw["space"]["weighting"]
             raw["training"]["weighting"] = better
             least = min(abs(effect.change or 0) for effect in found)
-            reasons.append(f"Weighting: {better} is better in every block, by {least:.3f} or more; only it is kept.")
+            reasons.append(
+                f"Weighting: {better} is better in every block, by {least:.3f} or more; only {better} is kept."
+            )
             return
     reasons.append("Weighting: neither is clearly better in every block at the end of training; both stay.")
 
@@ -167,15 +169,17 @@ def _epochs(raw: dict[str, Any], groups: Sequence[Group], reasons: list[str]) ->
     if rising:
         raw["training"]["epochs"] = 2 * before
         reasons.append(
-            f"Epochs: the best trial was still rising, with mean R² {', '.join(rising)}; "
-            f"{2 * before} instead of {before}."
+            f"Epochs: the mean R² of the best trial was still rising, {', '.join(rising)}; the next sweep has "
+            f"{2 * before} epochs instead of {before}."
         )
         return
     gains = [f"{group.best.late_gain} (block {group.block})" for group in groups if group.best.late_gain]
     changed = (
-        f"mean R² of the best trial changed by {', '.join(gains)}" if gains else "there are too few to tell a trend"
+        f"mean R² of the best trial changed by {', '.join(gains)}"
+        if gains
+        else "there are too few epochs to show a trend"
     )
-    reasons.append(f"Epochs: {before} stay; {changed}. What many more would add has not been tried.")
+    reasons.append(f"Epochs: the number stays {before}; {changed}. What many more epochs would add has not been tried.")
 
 
 def _blocks(blocks: Sequence[int]) -> str:

@@ -143,11 +143,12 @@ def _state(sweep: Sweep) -> str:
     parts = [f"{counts[status]} {word}" for status, word in words.items() if counts.get(status)]
     text = f"{sweep.n_ended} of {sweep.n_planned} trials have ended ({', '.join(parts)})"
     if sweep.blocks_without:
-        text += f"; of block {', '.join(map(str, sweep.blocks_without))} none has ended with a model"
+        text += f"; no trial of block {', '.join(map(str, sweep.blocks_without))} has ended with a model"
     if sweep.is_whole:
         return f"{text}."
     return (
-        f"{text}. The sweep is unfinished, so what follows may change: it still runs, or was interrupted and can go on."
+        f"{text}. The sweep is unfinished, so this report may change: the sweep is still running, or it was "
+        "interrupted and can be resumed."
     )
 
 
@@ -167,7 +168,7 @@ def _comparison(report: Report) -> list[dict[str, Any]]:
 def duration(seconds: float | None) -> str:
     """Return a duration as text, e.g. `3 h 05 min`, `2 min 10 s` or `8.4 s`."""
     if seconds is None:
-        return "not written down"
+        return "not recorded"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -115,8 +115,8 @@ def _against(at: Mapping[int, float], alone: Sequence[Trial]) -> str:
     if not gaps:
         return ""
     ahead, (k, gap) = sum(gap > 0 for gap in gaps.values()), min(gaps.items(), key=lambda item: item[1])
-    text = f"Ahead of the SAE trained for one k alone at {ahead} of {len(gaps)} levels"
-    return f"{text}; {'least' if gap > 0 else 'behind'} at k={k}, by {abs(gap):.3f}."
+    text = f"It is better than the SAE trained for one k alone at {ahead} of {len(gaps)} levels"
+    return f"{text}; the {'smallest lead' if gap > 0 else 'largest deficit'} is {abs(gap):.3f}, at k={k}."
 
 
 def _reasons(group: Group, rivals: Sequence[tuple[Sweep, Group]], n: int) -> list[str]:
@@ -126,7 +126,9 @@ def _reasons(group: Group, rivals: Sequence[tuple[Sweep, Group]], n: int) -> lis
         sorted((t for _, g in rivals for t in g.ended if t is not trial), key=lambda t: -t.best["objective"]),
     )
     reasons = [
-        f"Its score, {score:.4f}, is the highest of {n} trials" if n > 1 else f"It is the only trial ({score:.4f})"
+        f"Its score, {score:.4f}, is the highest of {n} trials"
+        if n > 1
+        else f"It is the only trial (score {score:.4f})"
     ]
     if others:
         gap = score - others[0].best["objective"]
@@ -134,18 +136,16 @@ def _reasons(group: Group, rivals: Sequence[tuple[Sweep, Group]], n: int) -> lis
     reasons[0] += "."
     passed = [criterion for criterion in group.criteria if criterion.passed]
     if len(passed) == len(group.criteria):
-        reasons.append(f"All {len(passed)} success criteria pass.")
+        reasons.append(f"It passes all {len(passed)} success criteria.")
     else:
         failed = [c for c in group.criteria if not c.passed]
-        reasons.append(f"Fails: {'; '.join(f'{c.name}, but it is {c.value:.3f}' for c in failed)}.")
+        reasons.append(f"It fails: {'; '.join(f'{c.name} (the value is {c.value:.3f})' for c in failed)}.")
     size = trial.hidden_dim
     smaller = [t for t in others if t.hidden_dim and size and t.hidden_dim < size]
     if smaller and (gap := score - smaller[0].best["objective"]) <= CLOSE:
         reasons.append(
-            f"Where size matters: {smaller[0].trial_id} with {smaller[0].hidden_dim} latents, {gap:.4f} behind."
+            f"If size matters, consider {smaller[0].trial_id} with {smaller[0].hidden_dim} latents, {gap:.4f} behind."
         )
     if trial.still_rising:
-        reasons.append(
-            f"It was still rising: mean R² {trial.late_gain}. How far more epochs would raise it is not known."
-        )
+        reasons.append(f"Its mean R² was still rising: {trial.late_gain}. What more epochs would add is not known.")
     return reasons

@@ -268,8 +268,8 @@ def _sentence(response: Response, sample: Sample) -> str:
         start += f", without {sample.n_left_out} far below the rest"
     if not response.is_trusted:
         return (
-            f"{start}; but it predicts unseen trials no better than chance may (off by {response.error:.3f}), "
-            "so nothing is concluded from it."
+            f"{start}; its predictions for unseen trials (off by {response.error:.3f}) may be no better than chance, "
+            "so nothing is concluded from the fit."
         )
     early = "; scores so early favour high learning rates" if response.epoch else ""
     known = f"{start}; it predicts an unseen trial to within {response.error:.3f}"
@@ -290,6 +290,6 @@ def _scaling(response: Response) -> str:
         return ""
     low, middle, high = response.size_exponent
     return (
-        f" The best learning rate goes with the number of latents to the power {middle:.2f} "
+        f" The best learning rate is proportional to the number of latents to the power {middle:.2f} "
         f"(80% of refits: {low:.2f} to {high:.2f})."
     )

@@ -32,7 +32,7 @@ def learning_rate(group: Group) -> Drawing:
     if len(group.ended) > 3 and top[0] < top[-1]:
         reading += f"; the best three lie between {top[0]:.2e} and {top[-1]:.2e}"
     elif max(rates) / min(rates) < 1.001:
-        reading += ", as all of them"
+        reading += ", like all other trials"
     return to_drawing(figure, figure_name("learning_rate", group), f"Block {group.block}: learning rate", f"{reading}.")
 
 
@@ -51,7 +51,7 @@ def against_size(group: Group) -> Drawing:
     figure, axes = panel()
     _scatter(axes, group, size, "r2_mean")
     best = pareto_front(group.ended, size)
-    axes.plot([size(t) for t in best], _left(best, "r2_mean"), color="k", linewidth=1, label="best for size")
+    axes.plot([size(t) for t in best], _left(best, "r2_mean"), color="k", linewidth=1, label="best for its size")
     known = group.best.hidden_dim is not None
     plain_log(axes, [size(trial) for trial in group.ended], base=2)
     axes.set(xlabel="latents" if known else "expansion factor", ylabel=f"1 − mean R² {LOWER}")
@@ -60,14 +60,14 @@ def against_size(group: Group) -> Drawing:
     if len(best) > 1:
         a, b = best[-2:]
         gain = b.best["r2_mean"] - a.best["r2_mean"]
-        reading = f"The best with {size(b):g} is {gain:.3f} ahead of the best with {size(a):g}"
+        reading = f"The best trial of size {size(b):g} is {gain:.3f} ahead of the best of size {size(a):g}"
         reading += comparison_caveat(a, b, "expansion_factor")
         if size(b) < max(sizes):
-            reading += f"; none with {max(sizes):g} beats it"
+            reading += f"; no trial of size {max(sizes):g} beats it"
     elif len(sizes) > 1:
-        reading = f"Nothing larger beats the best with {size(best[0]):g}"
+        reading = f"No larger trial beats the best of size {size(best[0]):g}"
     else:
-        reading = f"Every trial has {size(best[0]):g}; other sizes were not tried"
+        reading = f"Every trial has size {size(best[0]):g}; other sizes were not tried"
     return to_drawing(figure, figure_name("size", group), f"Block {group.block}: size", f"{reading}.")
 
 
@@ -81,12 +81,12 @@ def against_dead(group: Group) -> Drawing:
         _left(best, "r2_mean"),
         color="k",
         linewidth=1,
-        label="best for so many dead",
+        label="best for its dead share",
     )
     axes.axvline(
-        100 * DEAD_RATIO_ALLOWED, color=GREY, linestyle=":", label=f"{DEAD_RATIO_ALLOWED:.0%}: the most allowed"
+        100 * DEAD_RATIO_ALLOWED, color=GREY, linestyle=":", label=f"{DEAD_RATIO_ALLOWED:.0%}: largest share allowed"
     )
-    axes.set(xlabel="dead latents: fired for no row of the last epoch (%)", ylabel=f"1 − mean R² {LOWER}")
+    axes.set(xlabel="dead latents: fired for no row of the best epoch (%)", ylabel=f"1 − mean R² {LOWER}")
     axes.set_xlim(-1, max(100 * DEAD_RATIO_ALLOWED + 3, axes.get_xlim()[1]))
     legend_below(figure, axes, 2)
     over = sum(trial.best["dead_ratio"] >= DEAD_RATIO_ALLOWED for trial in group.ended)
@@ -108,11 +108,13 @@ def fitted_learning_rate(response: Response) -> Drawing:
     grid = np.geomspace(min(rates), max(rates), 100)
     fit = 1 - response.scores(grid)
     drawn = fit > 0  # a fit has no upper bound; where it predicts a score above 1, nothing can be drawn
-    axes.plot(grid[drawn], fit[drawn], color=COLOURS[1], linestyle="--", label="fit, all else as in the best trial")
+    axes.plot(
+        grid[drawn], fit[drawn], color=COLOURS[1], linestyle="--", label="fit, other settings as in the best trial"
+    )
     log_y(axes, [*left, *fit[drawn]])
     low, high = max(response.interval[0], min(rates)), min(response.interval[1], max(rates))
     if response.optimum is not None and low < high:
-        axes.axvspan(low, high, color=COLOURS[4], alpha=0.25, label="80% of refits have their best here")
+        axes.axvspan(low, high, color=COLOURS[4], alpha=0.25, label="80% of refits have their optimum here")
     plain_log(axes, list(rates))
     ylabel = f"1 − score at epoch {response.epoch}" if response.epoch else f"1 − score {LOWER}"
     axes.set(xlabel="learning rate", ylabel=ylabel)

@@ -197,7 +197,7 @@ class Sweep:
 
         A value that was not recorded is None.
         """
-        known = self.identity.get("runs") or [{"command": self.identity.get("command") or "not written down"}]
+        known = self.identity.get("runs") or [{"command": self.identity.get("command") or "not recorded"}]
         return [dict.fromkeys(("command", "started", "host", "accelerators", "seconds")) | run for run in known]
 
     @property

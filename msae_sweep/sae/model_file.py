@@ -86,7 +86,7 @@ def load(path: str | Path, content: bytes | None = None) -> ModelFile:
         # torch raises a different exception type for each way in which a file can be foreign. The first line of its
         # message advises to switch the safety off, so the reason is taken from the rest where that gives one.
         unknown, told = re.search(r"GLOBAL (\S+)", str(error)), re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-        reason = f"it holds {unknown[1]}" if unknown else (told[1] if told else first_line(error))
+        reason = f"it contains {unknown[1]}" if unknown else (told[1] if told else first_line(error))
         raise DataError(f"{path}: not a model file that can be read safely: {reason}") from None
     try:
         config = raw["config"]
@@ -109,9 +109,9 @@ def verify_checksums(content: bytes) -> None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             damaged = archive.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"it is cut off or no file of torch's: {first_line(error)}") from None
+        raise ValueError(f"it is truncated or not a torch file: {first_line(error)}") from None
     if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} in it is wrong")
+        raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def to_safetensors(file: ModelFile) -> tuple[bytes, bytes]:
@@ -182,11 +182,11 @@ def _our_tensors(tensors: Any, own: Mapping[str, tuple[int, ...]]) -> dict[str, 
         elif shape == (input_dim,):
             found["pre_bias"].append(tensor)
         elif shape == (hidden_dim,) and ("bias" in word or word.startswith("b_")) and tensor.any():
-            raise ValueError(f"{name} is a bias on latents, which an MSAE has not")
+            raise ValueError(f"{name} is a bias on latents, which an MSAE does not have")
         # Any other tensor is a counter or cache of training, and is ignored.
     if set(found) != set(own) or any(len(candidates) != 1 for candidates in found.values()):
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"cannot tell encoder, decoder and pre_bias among {shapes}")
+        raise ValueError(f"cannot identify encoder, decoder and pre_bias among {shapes}")
     return {name: _float32(candidates[0]) for name, candidates in found.items()}
 
 

@@ -113,7 +113,7 @@ def choose_device(config: TrainingConfig, *, holds_gpu: bool) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[config.device]:
-        raise DeviceError(f"training.device: {config.device} is not there; write auto or cpu")
+        raise DeviceError(f"training.device: {config.device} is not available; write auto or cpu")
     return torch.device(config.device)
 
 

@@ -165,7 +165,7 @@ class Display:
         order = sorted(running, key=lambda record: (waits[record.trial_id], record.index, record.block))
         for record in order[: self._n_rows]:
             last = record.points[-1] if record.points else None
-            doing = "waits to be judged" if waits[record.trial_id] else "trains" if last else "starts"
+            doing = "waits at a rung" if waits[record.trial_id] else "trains" if last else "starts"
             objective = f"{last['objective']:.4f}" if last else "–"
             table.add_row(record.trial_id, self._epochs(record), objective, doing)
         if (more := len(order) - self._n_rows) > 0:

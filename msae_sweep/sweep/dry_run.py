@@ -53,7 +53,7 @@ def _blocks(config: SweepConfig, infos: Sequence[BlockInfo]) -> Table:
         table.add_column(heading, justify="right")
     for info in infos:
         by_game = info.has_groups if config.data.split_by == "auto" else config.data.split_by == "game_id"
-        known = "reused" if info.block in reusable else "to be made"
+        known = "reused" if info.block in reusable else "to be prepared"
         cells = (
             str(info.block),
             f"{info.n_rows:,}",
@@ -75,7 +75,7 @@ def _trials(config: SweepConfig, infos: Sequence[BlockInfo]) -> Table:
     widths = sorted({info.input_dim for info in infos})
     if config.search.algorithm == "optuna":
         table = Table(title="Trials of each block: proposed by optuna while the sweep runs", title_justify="left")
-        for heading in ("setting", "from"):
+        for heading in ("setting", "distribution"):
             table.add_column(heading)
         for key, distribution in config.space.items():
             table.add_row(key, escape(_text(distribution)))
@@ -118,17 +118,17 @@ def _is_finished(record: TrialRecord) -> bool:
 
 def _stopping(config: SweepConfig) -> str:
     epochs = sorted({int(e) for e in config.corners("epochs")})
-    most = f"at most {' to '.join(map(str, epochs))} epochs a trial"
+    most = f"at most {' to '.join(map(str, epochs))} epochs per trial"
     if config.asha is None:
         return f"early stopping: none by ASHA; {most}"
-    asha = f"ASHA from epoch {config.asha.grace_epochs}, 1 in {config.asha.reduction_factor} goes on"
+    asha = f"ASHA from epoch {config.asha.grace_epochs}, 1 in {config.asha.reduction_factor} continues"
     return f"early stopping: {asha}; {most}"
 
 
 def _devices(config: SweepConfig) -> str:
-    held = f"{config.resources.cpu:g} CPU and {config.resources.gpu} GPU a trial"
+    held = f"{config.resources.cpu:g} CPU and {config.resources.gpu} GPU per trial"
     if not starts_ray_here():
-        return f"devices: {held}, on the Ray cluster that is there when the sweep starts"
+        return f"devices: {held}, on the Ray cluster to which the sweep connects"
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = ", ".join(
         f"{torch.cuda.get_device_name(i)} ({size(torch.cuda.get_device_properties(i).total_memory)})"
@@ -142,7 +142,9 @@ def _destinations(config: SweepConfig, folder: SweepFolder) -> tuple[str, ...]:
     tracking = config.tracking
     name = registered_name(tracking.model_name, 0).removesuffix("0")
     models = (
-        f"each block's best registered as {name}{{B}}@champion" if tracking.register_models else "no model registered"
+        f"each block's best model is registered as {name}{{B}}@champion"
+        if tracking.register_models
+        else "no model is registered"
     )
     return (
         f"results: {folder}",
@@ -179,7 +181,7 @@ def _check_devices(config: SweepConfig) -> None:
     if asked.gpu != "auto" and asked.gpu > gpus:
         raise too_few_error("gpu", asked.gpu, gpus)
     if "cuda" in config.corners("device") and not (gpus if asked.gpu == "auto" else asked.gpu):
-        raise DeviceError("training.device: cuda, but no GPU for a trial; write resources.gpu: 1 where there is one")
+        raise DeviceError("training.device: cuda, but a trial gets no GPU; write resources.gpu: 1 if there is a GPU")
 
 
 def _value(value: object) -> str:

@@ -117,7 +117,8 @@ def _check_models(config: SweepConfig, infos: Sequence[BlockInfo], capacity: Cal
             raise ConfigError(
                 f"training.expansion_factor: {largest.hidden_dim:,} latents of width {info.input_dim} (block "
                 f"{info.block}) are {largest.n_parameters:,} parameters, which take {size(largest.state_bytes)} with "
-                f"Adam's moments and the best epoch's, but the largest device has {size(room)}; lower expansion_factor"
+                f"Adam's moments and the best epoch's parameters, but the largest device has {size(room)}; lower "
+                "expansion_factor"
             )
 
 

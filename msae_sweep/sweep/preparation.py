@@ -67,7 +67,7 @@ class Preparation:
     def abandon(self) -> None:
         """Give up blocks that are not ready yet: whoever waits for one, or for all, gets an error."""
         if not self._settled.is_set():
-            self._settle(Interrupted("interrupted before the data was ready; run it again"))
+            self._settle(Interrupted("interrupted before the data was ready; run the command again"))
 
     def close(self) -> None:
         """Give up blocks that are not ready, and end the actor that hands out blocks; prepared blocks stay."""

@@ -46,7 +46,7 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
     address = cluster_address()
     where = f"RAY_ADDRESS {address}: no Ray cluster there" if address else "Ray does not start on this machine"
     if tightened := _make_token_private():
-        say(f"{tightened}: others could read this token of Ray's; now only you can")
+        say(f"{tightened}: other users could read this Ray token; now only you can")
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     with contextlib.ExitStack() as stack:
         if address:
@@ -231,7 +231,7 @@ def _enter(found: str, address: str) -> None:
             stub.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=CLUSTER_SECONDS)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-                reason = "its token is another one; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's"
+                reason = "the cluster rejects your token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to its token"
                 raise SweepError(f"RAY_ADDRESS {_both(found, address)}: {reason}") from None
             raise _refused(found, address, first_line(Exception(error.details()))) from None
 

@@ -35,14 +35,14 @@ def gpus_per_trial(config: SweepConfig, say: Callable[[str], None]) -> float:
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
         if not gpus and config.training.device == "auto" and nodes_may_join():
             say(
-                "resources.gpu: auto, and the cluster has no GPU now: all trials train on CPUs, also when GPU nodes "
+                "resources.gpu: auto, and the cluster has no GPU now: all trials train on CPUs, even if GPU nodes "
                 "join later; write resources.gpu: 1 to wait for them"
             )
     else:
         gpus = resources.gpu
         _await_node("gpu", {"CPU": resources.cpu, "GPU": gpus}, say)
     if "cuda" in config.corners("device") and not gpus:
-        raise DeviceError("training.device: cuda, but no GPU for a trial; write resources.gpu: 1 where there is one")
+        raise DeviceError("training.device: cuda, but a trial gets no GPU; write resources.gpu: 1 if there is a GPU")
     return float(gpus)
 
 
@@ -53,7 +53,7 @@ def check_device(config: SweepConfig) -> None:
         DeviceError: a trial is to train on MPS, and this machine has none.
     """
     if "mps" in config.corners("device") and not torch.backends.mps.is_available():
-        raise DeviceError(f"training.device: mps is not there on {platform.system()}; write auto or cpu")
+        raise DeviceError(f"training.device: mps is not available on {platform.system()}; write auto or cpu")
 
 
 def trials_at_once(config: SweepConfig, gpus_per_trial: float) -> int | None:
@@ -67,14 +67,14 @@ def trials_at_once(config: SweepConfig, gpus_per_trial: float) -> int | None:
 def too_few_error(setting: str, asked: float, have: float) -> DeviceError:
     """Return the error to raise if no node has the CPUs or GPUs (`setting`) of one trial."""
     less = "0 or auto" if setting == "gpu" else "that or less"
-    return DeviceError(f"resources.{setting}: {asked:g} a trial, but the cluster has {have:g}; write {less}")
+    return DeviceError(f"resources.{setting}: {asked:g} per trial, but no node has more than {have:g}; write {less}")
 
 
 def _await_node(setting: str, need: dict[str, float], say: Callable[[str], None]) -> None:
     need = {name: amount for name, amount in need.items() if amount}
     if _is_there(need):
         return
-    asked, name = f"resources.{setting}: {need[setting.upper()]:g} a trial", setting.upper()
+    asked, name = f"resources.{setting}: {need[setting.upper()]:g} per trial", setting.upper()
     if not nodes_may_join():
         have = max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
         raise too_few_error(setting, need[name], have)

@@ -52,7 +52,7 @@ def _config_file(folder: SweepFolder) -> SweepConfig:
         # `to_yaml` writes every key, and this one last: a file that was cut off may still be valid YAML, but lacks it.
         if "storage" in config.model_fields_set:
             return config
-        fault = ConfigError(f"{source}: is cut off")
+        fault = ConfigError(f"{source}: is truncated")
     except ConfigError as error:
         fault = error
     started = last_start(folder)
@@ -62,7 +62,7 @@ def _config_file(folder: SweepFolder) -> SweepConfig:
         if config is None:
             raise fault from None
         return config
-    logging.getLogger(__name__).warning("%s; taken from the journal instead", fault)
+    logging.getLogger(__name__).warning("%s; the copy in the journal is used instead", fault)
     return whole
 
 
@@ -100,8 +100,8 @@ def check_same_data(
         changed = describe_change(source, info, manifest, origins.get(str(info.block), {}), say)
         if changed:
             raise SweepError(
-                f"{changed}: not the data that sweep {config.name} was started with; bring that back, or give "
-                "another --name"
+                f"{changed}: this is not the data that sweep {config.name} was started with; restore that data, or "
+                "give another --name"
             )
 
 

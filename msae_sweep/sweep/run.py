@@ -80,9 +80,9 @@ def run(config: SweepConfig, *, resume: bool = False, command: str = "", console
             return _connected(config, folder, infos, resume, command, console)
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(
-                f"go on with: msae-sweep resume {folder}"
+                f"continue with: msae-sweep resume {folder}"
                 if folder.exists()
-                else "the sweep has not begun; what is prepared is kept, and the same command goes on"
+                else "the sweep has not started; prepared data is kept; run the same command to continue"
             )
             raise
 
@@ -137,7 +137,7 @@ def _check_start(folder: SweepFolder, config: SweepConfig, *, resume: bool) -> N
         check_same_settings(folder, config)
     elif folder.exists():
         raise SweepError(
-            f"name: sweep {config.name} exists in {config.storage}; go on with --resume, or give another --name"
+            f"name: sweep {config.name} exists in {config.storage}; continue it with --resume, or give another --name"
         )
 
 
@@ -293,7 +293,7 @@ def _write_report(folder: SweepFolder, console: Console) -> str | None:
     except Exception as error:
         logging.getLogger(__name__).debug("the report failed", exc_info=True)
         console.print(
-            f"no report: {type(error).__name__}: {str(error)[:200]}; try msae-sweep report {folder}",
+            f"no report was written: {type(error).__name__}: {str(error)[:200]}; try msae-sweep report {folder}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -140,7 +140,7 @@ class Tuning:
         models = self._folder.models()
         for record in records.values():
             if record.has_model and record.trial_id not in models:
-                self._train_again(record, f"{self._folder.model_file(record.trial_id)} is missing or cut off")
+                self._train_again(record, f"{self._folder.model_file(record.trial_id)} is missing or truncated")
         return records
 
     def _train_again(self, record: TrialRecord, what: str) -> None:
@@ -160,7 +160,9 @@ class Tuning:
         event = journal.last(self._folder.path, "trial_started", trial_id=trial_id)
         if event is None:
             file = self._folder.record_file(trial_id)
-            raise SweepError(f"{file}: damaged, and the journal does not know the trial; restore the file from a copy")
+            raise SweepError(
+                f"{file}: damaged, and the journal has no entry for the trial; restore the file from a backup"
+            )
         params = {key: event["params"][key] for key in self._config.space}
         index = int(trial_id.rpartition("-")[2])
         return trial_record(self._config, int(event["block"]), index, params)

@@ -269,10 +269,10 @@ class SweepFolder:
             there = next(folder for folder in (path, *path.parents) if folder.exists())
             with contextlib.suppress(OSError):
                 reason += f", {shutil.disk_usage(there).free / 2**20:,.0f} MiB are free"
-            reason += "; make room"
+            reason += "; make space"
         elif error.errno in _OF_THE_DISK:
             reason += "; make it writable"
-        return StorageError(f"{path} cannot be written: {reason}, then go on with: msae-sweep resume {self}")
+        return StorageError(f"{path} cannot be written: {reason}, then continue with: msae-sweep resume {self}")
 
     def queue_upload(self, *paths: Path) -> None:
         """Queue files for upload to the object store, if any, that were removed or were not written by `write`."""

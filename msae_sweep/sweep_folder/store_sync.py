@@ -157,10 +157,12 @@ class StoreSync:
                 self._round(batch)
             except OSError as error:
                 if time.monotonic() - started > PATIENCE_SECONDS:
-                    return f"storage: {error}; what is on its way is lost, resume when the store is back"
+                    return (
+                        f"storage: {error}; files not yet uploaded are lost; resume when the store is available again"
+                    )
                 time.sleep(2)
             except Exception as error:  # if the thread died, `flush` would wait for ever
-                return f"storage: {type(error).__name__}: {first_line(error)}; what is on its way is lost, resume it"
+                return f"storage: {type(error).__name__}: {first_line(error)}; files not yet uploaded are lost; resume"
             else:
                 return None
 

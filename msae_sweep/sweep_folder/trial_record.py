@@ -81,7 +81,7 @@ class TrialRecord:
         known = {key: raw.pop(key) for key in [f.name for f in fields(cls) if f.name != "unknown"] if key in raw}
         record = cls(**known, unknown=raw)
         if record.status not in get_args(Status) or not isinstance(record.params, dict):
-            raise ValueError(f"status {record.status!r} or params {record.params!r} is none of a trial")
+            raise ValueError(f"status {record.status!r} or params {record.params!r} is not valid for a trial")
         if not isinstance(record.points, list) or not all(isinstance(point, dict) for point in record.points):
             raise ValueError("its points are not a list of metrics")
         return record

@@ -321,7 +321,7 @@ def fetch(model_uri: str, tracking_uri: str | None = None) -> FetchedModel:
         raise
     except Exception as error:
         # Each kind of store raises its own errors for a missing model and for a server that does not answer.
-        raise TrackingError(f"{model_uri}: not to be had from {redact(uri)}: {one_line(error)}") from None
+        raise TrackingError(f"{model_uri}: cannot be loaded from {redact(uri)}: {one_line(error)}") from None
 
 
 _MODEL_FILE = re.compile(r"msae_block(\d+)\.pt")

@@ -166,7 +166,7 @@ def serve(
                 address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
                 _wait(server, address, log)
                 _show(f"{address}{path}", open_browser, say)
-                say("Ctrl-C ends it")
+                say("Press Ctrl-C to stop the server")
                 if server.wait() != 0:
                     raise TrackingError(f"MLflow's server ended: {_last_line(log)}")
         except KeyboardInterrupt:
@@ -235,7 +235,7 @@ def _wait(server: subprocess.Popen[str], address: str, log: IO[str]) -> None:
             urllib.request.urlopen(f"{address}/health", timeout=5).close()
         except OSError:
             if time.monotonic() > deadline:
-                raise TrackingError(f"MLflow's server gives no answer at {address}: {_last_line(log)}") from None
+                raise TrackingError(f"MLflow's server does not answer at {address}: {_last_line(log)}") from None
             time.sleep(0.2)
         else:
             return
@@ -276,11 +276,11 @@ def _free_port(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"--port: {port} is taken; give another, or none for a free one") from None
-        raise ConfigError(f"--host: {host} is no address of this machine: {error.strerror}") from None
+            raise ConfigError(f"--port: {port} is in use; give another, or leave it out to use a free port") from None
+        raise ConfigError(f"--host: {host} is not an address of this machine: {error.strerror}") from None
 
 
 def _last_line(log: IO[str]) -> str:
     log.seek(0)
     lines = [line.strip() for line in log if line.strip()]
-    return redact(lines[-1])[:300] if lines else "it said nothing"
+    return redact(lines[-1])[:300] if lines else "it printed nothing"

@@ -80,7 +80,7 @@ def register_import(
     except MsaeSweepError:
         raise
     except (Exception, RejectedByMlflow) as error:
-        raise TrackingError(f"{redact(uri)}: not registered there: {one_line(error)}") from None
+        raise TrackingError(f"{redact(uri)}: the model was not registered: {one_line(error)}") from None
 
 
 def _run(client: Any, runs: Runs, what: ModelImport, parent: str | None) -> str:

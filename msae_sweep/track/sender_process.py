@@ -187,7 +187,7 @@ class SenderProcess:
             code = self._reaped()
             if self._closing.is_set() and (code == 0 or self._given_up or deaths == LAST_TRIES):
                 return
-            self._said = self._said._replace(last_error=f"the sender's process ended with {code}; it starts again")
+            self._said = self._said._replace(last_error=f"the sender process ended with {code}; it is restarted")
             self._closing.wait(min(2.0**deaths, LONGEST_PAUSE_SECONDS))
             deaths += 1
             self._process = self._start()

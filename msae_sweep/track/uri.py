@@ -38,7 +38,7 @@ def resolve_uri(configured: str | None, environ: Mapping[str, str] = os.environ)
     if scheme in ("http", "https"):
         _check_address(uri)
     elif not (scheme in _DATABRICKS or base in _DATABASES or scheme in _plugins()):
-        raise ConfigError(f"{_named(uri)}: MLflow knows no scheme {scheme}; {_WRITE}")
+        raise ConfigError(f"{_named(uri)}: MLflow does not support the scheme {scheme}; {_WRITE}")
     return uri
 
 
@@ -54,10 +54,10 @@ def _absolute(uri: str) -> str:
     if not uri.startswith(_SQLITE):
         if "+" in uri.partition(":")[0]:  # each driver has its own form of path
             return uri
-        raise ConfigError(f"{_named(uri)}: SQLite wants three slashes before a path; {_WRITE}")
+        raise ConfigError(f"{_named(uri)}: SQLite needs three slashes before a path; {_WRITE}")
     path, mark, query = uri.removeprefix(_SQLITE).partition("?")
     if path in ("", ":memory:"):
-        raise ConfigError(f"{_named(uri)} names no file, and what is in memory would be lost; {_WRITE}")
+        raise ConfigError(f"{_named(uri)} names no file, and a database in memory would be lost; {_WRITE}")
     return f"{_SQLITE}{Path(path).absolute()}{mark}{query}"
 
 
@@ -68,7 +68,7 @@ def _check_address(uri: str) -> None:
     except ValueError:  # e.g. a bracket that is not closed, or a port that is not a number up to 65535
         is_address = False
     if not is_address:
-        raise ConfigError(f"{_named(uri)} has no host, or no port that can be; write e.g. http://mlflow:5000")
+        raise ConfigError(f"{_named(uri)} has no host, or no valid port; write e.g. http://mlflow:5000")
 
 
 def _plugins() -> set[str]:

@@ -312,7 +312,7 @@ def test_a_stopped_job_ends_in_order_and_leaves_a_sweep_that_goes_on(cluster, su
     job.stop()
     assert job.wait() == 0  # Ray's own, as for one that succeeded
     assert cluster.status(job.id) == "STOPPED"
-    assert "interrupted; go on with: msae-sweep resume" in job.output
+    assert "interrupted; continue with: msae-sweep resume" in job.output
     assert "Traceback" not in job.output
     ended = sweep.ended()
     assert 0 < len(ended) < N_TRIALS
@@ -440,7 +440,7 @@ def test_a_node_that_is_told_to_go_saves_its_trial_before(cluster, submit, sweep
 def test_a_sweep_that_asks_for_a_gpu_waits_for_a_node_with_one(cluster, submit, sweep, reference):
     mend(cluster, workers=0)
     job = submit(sweep.command("resources.gpu=1"))
-    during(job, lambda: "resources.gpu: 1 a trial, but no node has that yet; waiting" in job.output)
+    during(job, lambda: "resources.gpu: 1 per trial, but no node has that yet; waiting" in job.output)
     cluster.start_worker()
     assert_succeeds(job)
     assert_same(sweep, reference)
@@ -493,7 +493,7 @@ def test_tracking_that_is_dead_at_the_end_costs_the_sweep_nothing_and_is_told_la
     victim.kill()
     assert_succeeds(job)
     assert "not sent to MLflow" in job.output
-    assert f"later: msae-sweep track-sync {sweep.folder}" in job.output
+    assert f"send them later with: msae-sweep track-sync {sweep.folder}" in job.output
     assert results(sweep.summary) == results(reference.summary)
     victim.start()
     command = ["python", "-m", "msae_sweep", "track-sync", str(sweep.folder), "--tracking-uri", sweep.uri]

@@ -49,7 +49,7 @@ def test_rows_that_stay_are_no_change_even_if_their_files_were_written_again(tmp
     said = []
     assert describe_change(*opened(path), manifest, origin, said.append) is None
     assert len(said) == 1
-    assert "written again; comparing their rows" in said[0]
+    assert "rewritten since they were prepared; checking whether their rows are the same" in said[0]
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
@@ -65,18 +65,18 @@ def test_other_rows_of_the_same_size_are_found_by_their_content(tmp_path, write)
     changed = describe_change(*opened(path), manifest, origin)
     assert changed is not None
     # Compressed files differ in size.
-    assert "written again" in changed or "bytes and had" in changed
+    assert "was rewritten" in changed or "bytes but had" in changed
 
 
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
-        ([ROWS[:40], ROWS[40:80]], "rows is 80 and was 90"),
-        ([ROWS[:40, :3], ROWS[40:, :3]], "input_dim is 3 and was 4"),
-        ([ROWS[:40].astype(np.float64), ROWS[40:].astype(np.float64)], "dtype is float64 and was float32"),
-        ([ROWS[:41], ROWS[41:]], "chunk_0.npy has 784 bytes and had 768"),
+        ([ROWS[:40], ROWS[40:80]], "rows is now 80 but was 90"),
+        ([ROWS[:40, :3], ROWS[40:, :3]], "input_dim is now 3 but was 4"),
+        ([ROWS[:40].astype(np.float64), ROWS[40:].astype(np.float64)], "dtype is now float64 but was float32"),
+        ([ROWS[:41], ROWS[41:]], "chunk_0.npy now has 784 bytes but had 768"),
         ([ROWS[:40], ROWS[40:60], ROWS[60:]], "chunk_2.npy is new"),
-        ([ROWS[:40], ROWS[40:][::-1]], "chunk_1.npy was written again"),
+        ([ROWS[:40], ROWS[40:][::-1]], "chunk_1.npy was rewritten"),
     ],
 )
 def test_the_line_names_what_changed(tmp_path, arrays, says):
@@ -101,7 +101,7 @@ def test_a_file_that_is_gone_and_games_that_move_to_other_rows_are_changes(tmp_p
     os.utime(path / "game_id.npy", ns=(1, 1))
     manifest["split"] = SPLIT | {"by": "game_id"}
     origin["content"] = "of the rows before"
-    assert "game_id.npy was written again" in str(describe_change(*opened(path), manifest, origin))
+    assert "game_id.npy was rewritten" in str(describe_change(*opened(path), manifest, origin))
     (path / "game_id.npy").unlink()
     assert "game_id.npy is gone" in str(describe_change(*opened(path), manifest, origin))
 
@@ -111,7 +111,7 @@ def test_of_data_that_an_earlier_version_prepared_only_the_fingerprint_is_known(
     manifest, _ = written_down(path)
     assert describe_change(*opened(path), manifest, {}) is None
     os.utime(path / "block5" / "chunk_0.npy", ns=(1, 1))
-    assert "other names, sizes or times" in str(describe_change(*opened(path), manifest, {}))
+    assert "other names, sizes or modification times than before" in str(describe_change(*opened(path), manifest, {}))
 
 
 def test_a_range_digest_changes_with_a_row_and_with_its_side():

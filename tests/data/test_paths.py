@@ -121,7 +121,7 @@ def test_whether_a_file_can_be_written_is_found_out_without_a_trace(tmp_path, mo
         check_file("--out", tmp_path / name)
     with pytest.raises(ConfigError, match=f"--out: {tmp_path} is a folder; give a file"):
         check_file("--out", tmp_path)
-    with pytest.raises(ConfigError, match=r"old.json cannot be written: .*old.json is no folder"):
+    with pytest.raises(ConfigError, match=r"old.json cannot be written: .*old.json is not a folder"):
         check_file("--out", tmp_path / "old.json" / "new.json")
 
     def full(**_: object) -> None:

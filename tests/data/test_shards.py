@@ -335,7 +335,7 @@ def test_a_split_that_leaves_a_side_empty_is_refused(ray_session, tmp_path, rows
 
 def test_unwritable_storage_is_one_line(ray_session, tmp_path, rows):
     (tmp_path / "storage").write_text("a file, not a folder")
-    with pytest.raises(SweepError, match=r"storage: .* cannot be made"):
+    with pytest.raises(SweepError, match=r"storage: .* cannot be created"):
         prepare(write_npy(tmp_path / "data", rows), tmp_path / "storage")
 
 

@@ -279,11 +279,11 @@ def test_given_statistics_must_be_there(tmp_path, rows):
 @pytest.mark.parametrize(
     ("stats", "says"),
     [
-        ({"mean": np.zeros(6)}, "must hold arrays mean and std"),
+        ({"mean": np.zeros(6)}, "must contain the arrays mean and std"),
         ({"mean": np.zeros(3), "std": np.ones(3)}, r"both must be \(6,\)"),
         ({"mean": np.zeros(6), "std": np.full(6, np.nan)}, "NaN, Inf or a negative std"),
         ({"mean": np.zeros(6), "std": np.full(6, -1.0)}, "NaN, Inf or a negative std"),
-        (None, "must hold arrays mean and std"),
+        (None, "must contain the arrays mean and std"),
     ],
 )
 def test_given_statistics_must_fit(tmp_path, rows, stats, says):
@@ -338,7 +338,7 @@ def test_pickled_games_are_never_loaded(tmp_path, rows):
 def test_an_h5_file_without_blocks_lists_what_it_has(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["mean"] = np.zeros(3)
-    with pytest.raises(DataError, match=r"no dataset whose name tells a block .*found mean"):
+    with pytest.raises(DataError, match=r"no dataset with a block number in its name .*found mean"):
         check_blocks(DataConfig(path=str(tmp_path / "a.h5")), batch_size=10)
 
 

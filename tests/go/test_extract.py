@@ -181,7 +181,7 @@ def test_stopped_half_way_it_goes_on_without_repeating_or_losing_a_row(
 
     with pytest.raises(KeyboardInterrupt) as interrupt:
         extract(half, stop)
-    assert interrupt.value.__notes__ == ["what is done is kept, the same command goes on"]
+    assert interrupt.value.__notes__ == ["finished rows are kept; run the same command to continue"]
     kept = {file: file.stat().st_mtime_ns for file in half.out.glob("parts/index_*.npz")}
     assert kept
     # Another version of the same format may go on; the first ones did not write the format down.
@@ -282,16 +282,16 @@ def test_broken_input_is_one_line(network, records, tmp_path):
     with pytest.raises(DataError, match="no game records"):
         extract(settings(network, tmp_path / "empty", tmp_path / "out"))
     (tmp_path / "empty" / "a.sgf").write_text("hello")
-    with pytest.raises(DataError, match=r"no game that can be used \(1 broken\); the first: a\.sgf"):
+    with pytest.raises(DataError, match=r"no usable game \(1 broken\); the first broken one: a\.sgf"):
         extract(settings(network, tmp_path / "empty", tmp_path / "out"))
 
 
 def test_another_extraction_or_other_files_in_the_folder_are_refused(extracted, network, records, tmp_path):
     chosen, _ = extracted
-    with pytest.raises(ConfigError, match="holds another extraction: its seed is 0, here 1"):
+    with pytest.raises(ConfigError, match="contains another extraction, with seed 0 instead of 1"):
         extract(chosen._replace(sampling=chosen.sampling._replace(seed=1)))
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="is not empty and holds no extraction"):
+    with pytest.raises(ConfigError, match="is not empty and contains no extraction"):
         extract(settings(network, records, tmp_path))
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -316,7 +316,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(network, records, tmp_pa
     chosen = settings(network, records, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(ActivationFolder, "finish", full)
-        with pytest.raises(DataError, match="No space left on device; what is done is kept"):
+        with pytest.raises(DataError, match="No space left on device; finished rows are kept"):
             extract(chosen)
     assert extract(chosen).rows == 105
 
@@ -371,8 +371,8 @@ def test_a_disk_that_fills_up_is_one_line_and_with_room_the_same_command_goes_on
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     said = [line for line in ran.stderr.splitlines() if "core_worker" not in line]
-    line = f"msae-sweep: {disk}/activations: No space left on device; what is done is kept, the same command goes on"
-    assert said == [line]
+    line = "No space left on device; finished rows are kept; run the same command to continue"
+    assert said == [f"msae-sweep: {disk}/activations: {line}"]
     assert [text for text in ran.stdout.splitlines() if "ended" in text] == ["ended with 2", "ended with 0"]
     assert "whole: ['index_000000.npz', " in ran.stdout
     assert "half: []" in ran.stdout
@@ -415,7 +415,7 @@ def test_where_ray_has_gpus_the_same_rows_are_written(extracted, network, record
 
 def test_an_output_that_is_a_file_is_refused(network, records, tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(ConfigError, match="holds no extraction; give another folder"):
+    with pytest.raises(ConfigError, match="contains no extraction; give another folder"):
         extract(settings(network, records, tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -487,17 +487,17 @@ def test_an_extraction_on_another_machine_is_left_alone_as_long_as_it_lives(begu
 
 def test_a_folder_that_cannot_be_made_is_found_before_ray_starts(network, records, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match=r"--out: .*file/out cannot be written: .*file is no folder"):
+    with pytest.raises(ConfigError, match=r"--out: .*file/out cannot be written: .*file is not a folder"):
         extract(settings(network, records, tmp_path / "file" / "out"), connect=no_ray)
 
 
 def test_another_network_or_other_games_are_refused_by_name(begun, records, tmp_path):
     chosen, folder = begun
     write_weights(random_weights(3, 8, seed=1), tmp_path / "other.txt")
-    with pytest.raises(ConfigError, match=r"was begun with other --weights \(weights_sha256 [0-9a-f]{12}…, here"):
+    with pytest.raises(ConfigError, match=r"was started with other --weights \(weights_sha256 [0-9a-f]{12}…, now"):
         extract(chosen._replace(weights=tmp_path / "other.txt"), connect=no_ray)
     identity = {**extraction._identity(chosen), "games_sha256": "0" * 64}
-    with pytest.raises(ConfigError, match="was begun with other --games"):
+    with pytest.raises(ConfigError, match="was started with other --games"):
         folder.begin(identity)
 
 
@@ -510,7 +510,7 @@ def test_an_extraction_goes_on_in_the_precision_it_began_with(network, records, 
         extract(other, _raises)
     monkeypatch.undo()
     assert json.loads((other.out / "manifest.json").read_text())["precision"] == "fp16"
-    with pytest.raises(ConfigError, match="its precision is 'fp16', here 'fp32'"):
+    with pytest.raises(ConfigError, match="with precision 'fp16' instead of 'fp32'"):
         extract(other._replace(precision="fp32"), connect=no_ray)
     extract(other)
     rows = contents(other.out, 3)["rows"]
@@ -547,7 +547,7 @@ def test_what_auto_stands_for_is_asked_where_the_network_will_run(network, recor
 def test_without_a_note_of_its_precision_an_extraction_is_not_gone_on_with(begun):
     chosen, folder = begun
     folder._write_manifest({**folder.found(), "precision": "auto"})
-    with pytest.raises(ConfigError, match="did not note in which precision"):
+    with pytest.raises(ConfigError, match="did not record the precision"):
         extract(chosen._replace(precision="auto"), connect=no_ray)
     folder._write_manifest({**folder.found(), "complete": True})
     assert extraction._as_begun(chosen._replace(precision="auto"), folder).precision == "auto"
@@ -557,7 +557,7 @@ def test_without_a_note_of_its_precision_an_extraction_is_not_gone_on_with(begun
 def test_a_manifest_of_something_else_is_one_line(begun, text):
     chosen, folder = begun
     folder.manifest.write_text(text)
-    with pytest.raises(ConfigError, match=r"manifest\.json is not an extraction's"):
+    with pytest.raises(ConfigError, match=r"manifest\.json is not the manifest of an extraction"):
         extract(chosen, connect=no_ray)
 
 

@@ -135,7 +135,7 @@ def test_gathered_points_and_means_are_those_of_the_board(layout):
 def test_a_cpu_takes_plain_operations_in_float32_and_says_why():
     choice = random_network(1, 8, seed=0).choice
     assert (choice.name, choice.dtype) == ("plain", torch.float32)
-    assert choice.reason == "fp32 on cpu; fused convolutions are cuDNN's"
+    assert choice.reason == "fp32 on cpu; fused convolutions need cuDNN"
 
 
 def test_what_cudnn_refuses_is_a_reason_and_no_traceback():

@@ -127,25 +127,25 @@ def test_a_suicide_is_replayed_and_its_points_are_free():
         ("", "empty"),
         (" \n", "empty"),
         ("no game", "no SGF game in it"),
-        ("(;;B[aa];W[bb]", "the text breaks off inside the game"),
-        ("(;;B[aa];W[b", "the text breaks off inside the game"),
-        ("(;;B[aa]!;W[bb])", "the text breaks off inside the game"),
-        ("(;;B[aa];W[aa])", "move 2: W[aa] lies on a stone"),
-        ("(;AB[dd];W[dd])", "move 1: W[dd] lies on a stone"),
-        ("(;;B[aa];W[zz])", "move 2: W[zz] is no point of a 19 × 19 board"),
-        ("(;;B[K10])", "move 1: B[K10] is no point of a 19 × 19 board"),
-        ("(;;B[aa]W[bb])", "a node with 2 moves and 0 without a value; one a node"),
-        ("(;;B[aa][bb])", "a node with 2 moves and 0 without a value; one a node"),
-        ("(;;B;W[aa])", "a node with 0 moves and 1 without a value; one a node"),
+        ("(;;B[aa];W[bb]", "the text ends inside the game"),
+        ("(;;B[aa];W[b", "the text ends inside the game"),
+        ("(;;B[aa]!;W[bb])", "the text ends inside the game"),
+        ("(;;B[aa];W[aa])", "move 2: W[aa] is on an occupied point"),
+        ("(;AB[dd];W[dd])", "move 1: W[dd] is on an occupied point"),
+        ("(;;B[aa];W[zz])", "move 2: W[zz] is not a point of a 19 × 19 board"),
+        ("(;;B[K10])", "move 1: B[K10] is not a point of a 19 × 19 board"),
+        ("(;;B[aa]W[bb])", "a node with 2 moves and 0 without a value; must be one move per node"),
+        ("(;;B[aa][bb])", "a node with 2 moves and 0 without a value; must be one move per node"),
+        ("(;;B;W[aa])", "a node with 0 moves and 1 without a value; must be one move per node"),
         ("(;[aa];B[aa])", "a value without a property after node 1"),
         ("(;(B[aa]))", "a property outside a node after node 1"),
         ("(;SZ[19]C[only a comment])", "no moves"),
         ("(;AB[aa][bb])", "no moves"),
         ("(;AB[zz];W[aa])", "AB[zz] … are not points of a 19 × 19 board"),
-        ("(;AB[aa]AW[aa];W[bb])", "a setup that gives one point two contents"),
-        ("(;AB[ba][ab]AW[aa];W[bb])", "a setup that leaves stones without liberties"),
-        ("(;HA[4];W[aa])", "a handicap of 4, but none of its stones"),
-        ("(;SZ[x];B[aa])", "SZ[x] is no size of a board"),
+        ("(;AB[aa]AW[aa];W[bb])", "the setup gives one point two contents"),
+        ("(;AB[ba][ab]AW[aa];W[bb])", "the setup leaves stones without liberties"),
+        ("(;HA[4];W[aa])", "a handicap of 4, but no handicap stones"),
+        ("(;SZ[x];B[aa])", "SZ[x] is not a board size"),
         ("(;GM[2];B[aa])", "not a game of Go: GM[2]"),
     ],
 )
@@ -155,7 +155,9 @@ def test_a_broken_record_is_named_with_its_reason(text, reason):
 
 @pytest.mark.parametrize("size", ["13", "9", "19:18", "21"])
 def test_other_sizes_are_not_broken_but_a_kind_of_their_own(size):
-    assert refused(f"(;SZ[{size}];B[aa];W[aa])") == RefusedRecord("a.sgf", "size", f"SZ[{size}]; only 19 × 19 is read")
+    assert refused(f"(;SZ[{size}];B[aa];W[aa])") == RefusedRecord(
+        "a.sgf", "size", f"SZ[{size}]; only 19 × 19 boards are supported"
+    )
 
 
 def test_a_handicap_may_be_played_as_moves():

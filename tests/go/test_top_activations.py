@@ -174,7 +174,10 @@ def test_a_network_of_another_width_than_the_models_is_refused(settings, tmp_pat
 def test_a_page_that_cannot_be_written_is_found_before_ray_starts(settings, tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / "file").write_text("")
-    for out, line in ((tmp_path / "page.html", f"{name} is a folder"), (tmp_path / "file" / "page.html", "no folder")):
+    for out, line in (
+        (tmp_path / "page.html", f"{name} is a folder"),
+        (tmp_path / "file" / "page.html", "is not a folder"),
+    ):
         with pytest.raises(ConfigError, match=line):
             top_activations.write_top_activations(
                 settings._replace(out=out), connect=lambda: pytest.fail("Ray was started")
@@ -188,14 +191,23 @@ def test_latents_are_a_number_of_them_or_their_numbers(text, wanted):
 
 
 WRONG_OPTIONS = {
-    "no numbers": ("--latents=some", "--latents: 'some' must be how many, e.g. 40, or which, e.g. 12,77"),
-    "a number below 0": ("--latents=-3", "--latents: '-3' must be how many, e.g. 40, or which, e.g. 12,77"),
-    "nothing": ("--latents=", "--latents: '' must be how many, e.g. 40, or which, e.g. 12,77"),
-    "a comma": ("--latents=,", "--latents: ',' must be how many, e.g. 40, or which, e.g. 12,77"),
-    "none": ("--latents=0", "--latents: 0 draws nothing; give how many, e.g. 40, or which, e.g. 12,77 (one: 0,)"),
+    "no numbers": (
+        "--latents=some",
+        "--latents: 'some' must be a number of latents, e.g. 40, or their indices, e.g. 12,77",
+    ),
+    "a number below 0": (
+        "--latents=-3",
+        "--latents: '-3' must be a number of latents, e.g. 40, or their indices, e.g. 12,77",
+    ),
+    "nothing": ("--latents=", "--latents: '' must be a number of latents, e.g. 40, or their indices, e.g. 12,77"),
+    "a comma": ("--latents=,", "--latents: ',' must be a number of latents, e.g. 40, or their indices, e.g. 12,77"),
+    "none": (
+        "--latents=0",
+        "--latents: 0 draws nothing; give a number of latents, e.g. 40, or indices, e.g. 12,77 (only 0: 0,)",
+    ),
     "one twice": ("--latents=5,5", "--latents: names 5 more than once"),
     "one beyond the model's": ("--latents=24,", "--latents: 24 is not in this model, which has 0 to 23"),
-    "no k": ("--k=0", "--k: 0 must be 1 to 24, the model's latents"),
+    "no k": ("--k=0", "--k: 0 must be 1 to 24, the model's number of latents"),
 }
 
 

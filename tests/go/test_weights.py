@@ -76,7 +76,7 @@ FAULTS = [
     (lambda lines: [b"\x89PNG\r", *lines], "line 1: begins '\ufffdPNG'"),
     (
         _line(2, lambda words: words[1:]),
-        "line 2: 647 numbers, expected 162 a filter: a convolution of 18 planes",
+        "line 2: 647 numbers, expected 162 per filter: a convolution of 18 planes",
     ),
     (_line(3, lambda words: [*words, b"0"]), "line 3: 5 numbers, expected 4: biases of the input convolution"),
     (_line(5, lambda words: [b"-1", *words[1:]]), "line 5: -1 among the variances of the input convolution"),
@@ -101,7 +101,7 @@ FAULTS = [
     (lambda lines: lines[:20], "ends after line 20; expected variances of residual block 2's second convolution"),
     (lambda lines: lines[:21], "ends after line 21; expected a 3x3 convolution of 4 to 4 filters or the policy head's"),
     (lambda lines: lines[:34], "ends after line 34; expected the value head's last bias"),
-    (lambda lines: [*lines, b"1 2"], "line 36: more than a network of 2 blocks, which ends with line 35"),
+    (lambda lines: [*lines, b"1 2"], "line 36: text after the end of a network of 2 blocks, which ends with line 35"),
     (
         lambda lines: lines[:13] + lines[25:],
         "line 14: 261364 numbers, expected 144: a 3x3 convolution of 4 to 4 filters",
@@ -136,10 +136,10 @@ def test_damaged_and_missing_files_are_one_line(tmp_path):
     (tmp_path / "bent checksum.gz").write_bytes(packed[:-8] + bytes(4) + packed[-4:])
     (tmp_path / "two bytes").write_bytes(packed[:2])
     for name, message in (
-        ("cut.gz", "break off; copy the file again"),
+        ("cut.gz", "end too early; copy the file again"),
         ("bent.gz", "are damaged"),  # though it unpacks to text with a faulty line before the checksum is seen
         ("bent checksum.gz", "are damaged"),
-        ("two bytes", "break off; copy the file again"),
+        ("two bytes", "end too early; copy the file again"),
         ("nothing.gz", "No such file or directory; expected a file of Leela Zero's text weights"),
         (".", "Is a directory"),
     ):

@@ -40,23 +40,27 @@ def test_the_only_model_of_a_folder_needs_no_block(tmp_path):
 
 WRONG = {
     "no such file": (lambda f: f / "nowhere.pt", {}, "nowhere.pt: no such model file"),
-    "a folder without models": (lambda f: f / "empty", {}, "empty: no models there; give a sweep that has ended"),
-    "a block too few": (lambda f: f / "sweep", {}, "has models of blocks 5, 20; say which"),
+    "a folder without models": (lambda f: f / "empty", {}, "empty: contains no models; give a sweep that has ended"),
+    "a block too few": (lambda f: f / "sweep", {}, "has models of blocks 5, 20; choose one"),
     "a missing block": (lambda f: f / "sweep", {"block": 7}, "no model of block 7; found 5, 20"),
-    "another block": (lambda f: f / "sweep/models/msae_block5.pt", {"block": 7}, "a model of block 5, not 7"),
+    "another block": (
+        lambda f: f / "sweep/models/msae_block5.pt",
+        {"block": 7},
+        "is a model of block 5, not of block 7",
+    ),
     "something else": (lambda f: f / "text.pt", {}, "text.pt: not a model file that can be read safely"),
     "safetensors without json": (lambda f: f / "alone.safetensors", {}, "not a safetensors model with its .json"),
     "no number": (lambda f: "champion:best", {}, "must be champion:BLOCK"),
     "another name": (
         lambda f: "champion:quickstart:5",
         {"tracking_uri": "http://127.0.0.1:9"},
-        "models:/quickstart-block5@champion: not to be had",
+        "models:/quickstart-block5@champion: cannot be loaded",
     ),
     "no MLflow": (lambda f: "models:/msae-block5@champion", {}, "mlflow.db: no such MLflow database"),
     "no server": (
         lambda f: "champion:5",
         {"tracking_uri": "http://127.0.0.1:9"},
-        "models:/msae-block5@champion: not to be had from http://127.0.0.1:9: no answer",
+        "models:/msae-block5@champion: cannot be loaded from http://127.0.0.1:9: no answer",
     ),
 }
 

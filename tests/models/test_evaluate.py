@@ -200,7 +200,10 @@ def test_the_title_breaks_between_words_and_dead_latents_say_of_which_rows(tmp_p
     lines = console.file.getvalue().splitlines()
     assert [line.strip() for line in lines[:2]] == [f"{where} on 1,000", "rows"]
     text = " ".join(console.file.getvalue().split())
-    assert "fired for none of these rows at k = 8; a sweep counts those that fired for no row of the last train" in text
+    assert (
+        "fired for none of these rows at k = 8; a sweep counts those that fired for no row of a whole training epoch"
+        in text
+    )
 
 
 def test_the_table_shows_levels_curve_and_dictionary(tmp_path, found, x):
@@ -236,22 +239,22 @@ def command_line(monkeypatch, *arguments: object) -> int | None:
 
 
 WRONG = {
-    "no data": (["m.pt"], "--data: give activations; only a sweep tells its own, and m.pt is none"),
+    "no data": (["m.pt"], "--data: missing; give activations, because m.pt is not a sweep folder"),
     "no such data": (["m.pt", "--data", "nowhere"], "nowhere does not exist"),
     "no such model": (["none.pt", "--data", "data"], "none.pt: no such model file"),
     "no such block": (["m.pt", "--data", "data", "--block", "7"], "no block 7 in data; found 5, 20"),
-    "a block to say": (["m.pt", "--data", "data"], "--block: data has blocks 5, 20; say which"),
+    "a block to say": (["m.pt", "--data", "data"], "--block: data has blocks 5, 20; choose one"),
     "a sweep's missing block": (["sweep", "--data", "data", "--block", "7"], "no model of block 7; found 5, 20"),
-    "another width": (["wide.pt", "--data", "data", "--block", "5"], "wide.pt takes 14"),
+    "another width": (["wide.pt", "--data", "data", "--block", "5"], "wide.pt takes rows of width 14"),
     "against another width": (
         ["m.pt", "--data", "data", "--block", "5", "--against", "wide.pt"],
-        "wide.pt: input_dim 14; ",
+        "wide.pt: input_dim 14 must be ",
     ),
     "max_k above hidden_dim": (["m.pt", "--data", "data", "--block", "5", "--max-k", "49"], "49 exceeds hidden_dim 48"),
-    "no such device": (["m.pt", "--data", "data", "--block", "5", "--device", "tpu"], "--device: tpu is not there"),
+    "no such device": (["m.pt", "--data", "data", "--block", "5", "--device", "tpu"], "--device: tpu is not available"),
     "a device of a cluster": (
         ["m.pt", "--data", "data", "--block", "5", "--device", "cpu", "--cluster"],
-        "--device: cpu is for this machine",
+        "--device: cpu applies to this machine only",
     ),
     "a figure of no format": (["m.pt", "--data", "data", "--figure", "f.bmp"], "f.bmp must end in .png, .svg, .pdf"),
     "a key of a sweep": (["m.pt", "--data", "data", "--set", "training.epochs=3"], "only data.… can be set here"),

@@ -180,7 +180,7 @@ WRONG = {
     "k of a format with all": ("notebook", "m.pt", 4, "--k: notebook keeps every k"),
     "k above hidden_dim": ("saelens", "out", 49, "--k: 49 must be 1 to hidden_dim 48"),
     "another suffix": ("safetensors", "m.pt", None, "must end in .safetensors, or be a folder that exists"),
-    "something there": ("sparsify", "there", None, "there exists; give another place"),
+    "something there": ("sparsify", "there", None, "there exists; give another path"),
     "below a file": ("sparsify", "file/out", None, "cannot be written"),
     "in a folder without files": ("notebook", "/proc/m.pt", None, "--out: /proc cannot be written"),
 }
@@ -214,7 +214,7 @@ def test_the_command_writes_it_and_says_how_it_is_read(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("what", "says"),
-    [("nowhere", "nowhere: no such model file"), ("champion:5", "no such MLflow database"), ("sweep", "say which")],
+    [("nowhere", "nowhere: no such model file"), ("champion:5", "no such MLflow database"), ("sweep", "choose one")],
 )
 def test_no_such_model_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, what, says):
     sweep(tmp_path / "sweep")

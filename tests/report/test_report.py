@@ -219,7 +219,7 @@ def test_baselines_are_the_best_sae_of_every_single_k_on_the_same_data(sweep, tm
     assert {answer.sweep.name for answer in recommendations([second, first])} == {"made-up"}
     text = page_of(report.write([sweep.path, other.path])).read_text(encoding="utf-8")
     assert "trained for one k alone" in text
-    assert "best of 2 trials of 4 epochs, the MSAE the best of 8 of 4 epochs" in text
+    assert "best of 2 trials of 4 epochs, but the MSAE is the best of 8 trials of 4 epochs" in text
     # On other data their R² says nothing.
     data = other.read_json("data.json")
     data["5"]["key"] = "another"
@@ -262,7 +262,7 @@ def test_a_block_without_a_model_is_named(sweep):
             record.status = "diverged"
             sweep.save_record(record)
     text = page_of(report.write([sweep.path])).read_text(encoding="utf-8")
-    assert "of block 20 none has ended with a model" in text
+    assert "no trial of block 20 has ended with a model" in text
     # Its trials are listed all the same.
     assert text.index("<h3>No model</h3>") < text.index("block20-003") < text.index('<h2 id="time">')
 
@@ -329,7 +329,7 @@ def test_no_claim_is_made_on_epochs_that_nobody_trained(tmp_path):
         assert "would change little" not in text
         assert "+0.0016 in the last 2 of 20 epochs (block 5)" in text
         assert "What more epochs would add is not known" in text
-        assert "What many more would add has not been tried" in text
+        assert "What many more epochs would add has not been tried" in text
 
 
 def test_a_trial_of_one_epoch_says_so_beside_those_that_trained_on(tmp_path):
@@ -396,7 +396,7 @@ def refused(monkeypatch, capsys, *arguments: str) -> str:
 def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys, sweep, tmp_path):
     assert "no sweep.yaml there" in refused(monkeypatch, capsys, str(tmp_path / "nowhere"))
     (tmp_path / "file").write_text("")
-    assert "cannot be made: File exists" in refused(
+    assert "cannot be created: File exists" in refused(
         monkeypatch, capsys, str(sweep.path), "--out", str(tmp_path / "file")
     )
     for record in sweep.load_records().values():

@@ -154,9 +154,9 @@ def test_a_notebooks_own_names_and_orientations_are_understood(tmp_path):
     ("changed", "says"),
     [
         ({"encoder.bias": torch.ones(24)}, "encoder.bias is a bias on latents"),
-        ({"decoder.bias": torch.ones(8)}, "cannot tell encoder, decoder and pre_bias among"),
-        ({"encoder.weight": torch.ones(24, 9)}, "cannot tell encoder, decoder and pre_bias among"),
-        ({"other": torch.ones(24, 8)}, "cannot tell encoder, decoder and pre_bias among"),
+        ({"decoder.bias": torch.ones(8)}, "cannot identify encoder, decoder and pre_bias among"),
+        ({"encoder.weight": torch.ones(24, 9)}, "cannot identify encoder, decoder and pre_bias among"),
+        ({"other": torch.ones(24, 8)}, "cannot identify encoder, decoder and pre_bias among"),
     ],
 )
 def test_tensors_that_could_mean_two_things_are_refused(tmp_path, changed, says):
@@ -184,7 +184,7 @@ def test_threads_read_model_files_side_by_side(tmp_path):
 
 def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     torch.save({"model_state_dict": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(DataError, match=r"safely: it holds .*print"):
+    with pytest.raises(DataError, match=r"safely: it contains .*print"):
         model_file.load(tmp_path / "evil.pt")
     assert "ran" not in capsys.readouterr().out
 

@@ -215,7 +215,7 @@ def test_history_is_in_the_notebooks_form():
 def test_a_device_that_is_not_there_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(DeviceError, match="cuda is not there"):
+    with pytest.raises(DeviceError, match="cuda is not available"):
         choose_device(config(device="cuda"), holds_gpu=False)
     assert choose_device(config(), holds_gpu=False).type in ("cpu", "mps")
 

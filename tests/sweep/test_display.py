@@ -65,7 +65,7 @@ def test_the_live_view_shows_which_trials_run_with_epoch_and_objective():
     assert "0.6123" in rows[records[0].trial_id]
     assert "trains" in rows[records[0].trial_id]
     assert "starts" in rows[records[2].trial_id]
-    assert "waits to be judged" in rows[records[4].trial_id]
+    assert "waits at a rung" in rows[records[4].trial_id]
 
 
 @pytest.mark.parametrize("width", [100, 120, 160])

@@ -47,7 +47,7 @@ def test_it_shows_blocks_trials_models_and_destinations_and_leaves_nothing(tmp_p
         assert record.params["weighting"] in row
         assert f" {hidden_dim} " in row
         assert f"{2 * 16 * hidden_dim + 16:,}" in row
-    assert text.count("to be made") == 2
+    assert text.count("to be prepared") == 2
     assert "3,000" in text
     assert f"results: {tmp_path}/sweeps/small" in text
     assert f"sqlite:///{tmp_path}/mlflow.db, experiment msae-sweep" in text
@@ -76,15 +76,19 @@ def test_of_a_sweep_that_exists_it_counts_what_is_left(tmp_path):
     before = sorted(path for path in tmp_path.rglob("*"))
     assert "resume: 2 trials are finished, 2 would be resumed, 4 would begin" in shown(tmp_path, resume=True)
     assert sorted(path for path in tmp_path.rglob("*")) == before
-    with pytest.raises(SweepError, match="go on with --resume"):
+    with pytest.raises(SweepError, match="continue it with --resume"):
         shown(tmp_path)
 
 
 REFUSED: dict[str, tuple[list[str], type[MsaeSweepError], str]] = {
     "a block that is not there": (["data.path=/nowhere"], DataError, "/nowhere does not exist"),
     "a k above hidden_dim": (["training.k_levels=[64]"], ConfigError, "exceeds hidden_dim 32"),
-    "too many CPUs": (["resources.cpu=9999"], DeviceError, r"resources\.cpu: 9999 a trial, but the cluster has"),
-    "too many GPUs": (["resources.gpu=99"], DeviceError, r"resources\.gpu: 99 a trial, but the cluster has"),
+    "too many CPUs": (
+        ["resources.cpu=9999"],
+        DeviceError,
+        r"resources\.cpu: 9999 per trial, but no node has more than",
+    ),
+    "too many GPUs": (["resources.gpu=99"], DeviceError, r"resources\.gpu: 99 per trial, but no node has more than"),
     "a model for no device": (
         ["space.expansion_factor={choice: [2, 1e8]}"],
         ConfigError,

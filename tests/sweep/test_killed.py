@@ -123,7 +123,7 @@ def told_to_end(driver: subprocess.Popen, folder: Path) -> None:
     assert driver.wait(timeout=120) == 143
     said = output(folder)
     assert "Best trial of each block" in said
-    assert said.endswith(f"interrupted; go on with: msae-sweep resume {folder}/sweeps/small\n")
+    assert said.endswith(f"interrupted; continue with: msae-sweep resume {folder}/sweeps/small\n")
     assert "Traceback" not in said
     assert "SIGTERM" not in said
 

@@ -225,7 +225,7 @@ def test_a_store_that_fails_for_a_while_loses_nothing_and_one_that_stays_away_en
     failing[0] = True
     monkeypatch.setattr("msae_sweep.sweep_folder.store_sync.PATIENCE_SECONDS", -1.0)
     mirror.changed(tmp_path / "file")
-    with pytest.raises(Exception, match="the store is away; what is on its way is lost, resume when"):
+    with pytest.raises(Exception, match="the store is away; files not yet uploaded are lost; resume when"):
         mirror.flush()
     mirror.close()
 

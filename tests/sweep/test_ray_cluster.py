@@ -135,7 +135,7 @@ def test_a_cluster_of_another_token_is_refused(monkeypatch):
         said = refusal(monkeypatch, address)
     finally:
         server.stop(None)
-    assert said.startswith(f"RAY_ADDRESS {address}: its token is another one; set RAY_AUTH_MODE=token")
+    assert said.startswith(f"RAY_ADDRESS {address}: the cluster rejects your token; set RAY_AUTH_MODE=token")
 
 
 def test_auto_where_no_cluster_runs_is_refused(monkeypatch):
@@ -173,7 +173,7 @@ def test_a_token_that_others_can_read_is_made_private_and_that_is_said_once(init
     said: list[str] = []
     ray_cluster.connect(said.append)
     assert token.stat().st_mode & 0o777 == 0o600
-    assert said == [f"{token}: others could read this token of Ray's; now only you can"]
+    assert said == [f"{token}: other users could read this Ray token; now only you can"]
     init.session.rename(tmp_path / "first session")
     ray_cluster.connect(said.append)
     assert len(said) == 1

@@ -50,14 +50,16 @@ def test_a_cluster_without_the_gpu_asked_for_is_waited_for_and_asked(in_a_cluste
     assert resources.gpus_per_trial(config("resources.gpu=1"), said.append) == 1
     assert demands == [[{"CPU": 1, "GPU": 1}], "removed"]
     assert said == [
-        "resources.gpu: 1 a trial, but no node has that yet; waiting up to 30 minutes for one with 1 CPU and 1 GPU"
+        "resources.gpu: 1 per trial, but no node has that yet; waiting up to 30 minutes for one with 1 CPU and 1 GPU"
     ]
 
 
 def test_a_trial_has_to_fit_on_one_node(in_a_cluster, with_nodes, monkeypatch):
     monkeypatch.setattr(resources, "JOIN_SECONDS", 0.1)
     with_nodes([{"CPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}])
-    with pytest.raises(DeviceError, match=r"resources\.gpu: 1 a trial, but no node with 2 CPU and 1 GPU joined within"):
+    with pytest.raises(
+        DeviceError, match=r"resources\.gpu: 1 per trial, but no node with 2 CPU and 1 GPU joined within"
+    ):
         resources.gpus_per_trial(config("resources.gpu=1", "resources.cpu=2"), lambda line: None)
 
 
@@ -84,7 +86,7 @@ def test_on_one_machine_nothing_is_waited_for(with_nodes, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with_nodes([{"CPU": 4.0}])
     said: list[str] = []
-    with pytest.raises(DeviceError, match=r"resources\.gpu: 1 a trial, but the cluster has 0; write 0 or auto"):
+    with pytest.raises(DeviceError, match=r"resources\.gpu: 1 per trial, but no node has more than 0; write 0 or auto"):
         resources.gpus_per_trial(config("resources.gpu=1"), said.append)
     assert resources.gpus_per_trial(config(), said.append) == 0
     assert not said
@@ -93,7 +95,7 @@ def test_on_one_machine_nothing_is_waited_for(with_nodes, monkeypatch):
 @pytest.mark.parametrize("change", ["training.device=mps", "space.device={choice: [cpu, mps]}"])
 def test_a_device_that_no_trial_can_have_is_refused_before_the_cluster_is_asked(change, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match=r"training\.device: mps is not there on .*; write auto or cpu"):
+    with pytest.raises(DeviceError, match=r"training\.device: mps is not available on .*; write auto or cpu"):
         resources.check_device(config(change))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     resources.check_device(config(change))
@@ -102,5 +104,5 @@ def test_a_device_that_no_trial_can_have_is_refused_before_the_cluster_is_asked(
 def test_a_sweep_that_varies_the_device_needs_a_gpu_for_cuda_too(with_nodes, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with_nodes([{"CPU": 4.0}])
-    with pytest.raises(DeviceError, match=r"training\.device: cuda, but no GPU"):
+    with pytest.raises(DeviceError, match=r"training\.device: cuda, but a trial gets no GPU"):
         resources.gpus_per_trial(config("space.device={choice: [cpu, cuda]}"), lambda line: None)

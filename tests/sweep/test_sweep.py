@@ -30,7 +30,7 @@ from msae_sweep.sweep_folder.trial_record import FINAL_STATUSES
 from msae_sweep.track.journal import Journal
 from msae_sweep.track.uri import redact
 
-NOT_BEGUN = "the sweep has not begun; what is prepared is kept, and the same command goes on"
+NOT_BEGUN = "the sweep has not started; prepared data is kept; run the same command to continue"
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
@@ -124,7 +124,7 @@ def test_a_report_that_fails_costs_the_sweep_nothing(finished, tmp_path, monkeyp
     assert results(result.summary) == results(finished.summary)
     assert not result.tracking.pending
     said = (tmp_path / "log").read_text()
-    assert "no report: RuntimeError: no fonts; try msae-sweep report" in said
+    assert "no report was written: RuntimeError: no fonts; try msae-sweep report" in said
     assert said.index("Success criteria") < said.index("no report"), "results come before what takes longer"
 
 
@@ -306,7 +306,7 @@ def test_a_block_swept_alone_has_the_same_trials(finished, tmp_path):
 
 def test_a_name_that_exists_needs_resume_and_a_finished_sweep_stays_as_it_is(finished):
     folder = finished.folder.path.parents[1]
-    with pytest.raises(SweepError, match=r"small exists in .*; go on with --resume"):
+    with pytest.raises(SweepError, match=r"small exists in .*; continue it with --resume"):
         sweep(folder)
     times = {f: f.stat().st_mtime_ns for f in (finished.folder.path / "trials").rglob("model.pt")}
     again = sweep(folder, resume=True)
@@ -362,7 +362,7 @@ def test_a_sweep_whose_tracking_uri_had_a_password_is_resumed_when_it_is_given_a
 def test_a_gpu_that_is_not_there_is_refused_before_any_trial(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(DeviceError, match=r"resources\.gpu: 1 a trial, but the cluster has 0; write 0 or auto"):
+    with pytest.raises(DeviceError, match=r"resources\.gpu: 1 per trial, but no node has more than 0; write 0 or auto"):
         sweep(tmp_path, "resources.gpu=1")
     with pytest.raises(DeviceError, match=r"resources\.cpu: 99"):
         sweep(tmp_path, "resources.cpu=99")
@@ -389,7 +389,7 @@ def test_a_sweep_that_another_driver_began_meanwhile_is_left_alone(tmp_path, mon
         return 0.0
 
     monkeypatch.setattr("msae_sweep.sweep.run.gpus_per_trial", gpus)
-    with pytest.raises(SweepError, match=r"sweep small exists .*; go on with --resume"):
+    with pytest.raises(SweepError, match=r"sweep small exists .*; continue it with --resume"):
         sweep(tmp_path)
     assert not (other.parent / "identity.json").exists()
 
@@ -495,7 +495,8 @@ def test_a_sweep_folder_that_fills_up_ends_the_sweep_and_it_can_be_resumed(finis
         return write(self, content)
 
     line = (
-        r"^\S+ cannot be written: No space left on device, [\d,]+ MiB are free; make room, then go on with: msae-sweep"
+        r"^\S+ cannot be written: No space left on device, [\d,]+ MiB are free; make space, "
+        r"then continue with: msae-sweep"
     )
     with monkeypatch.context() as disk:
         disk.setattr(Path, "write_bytes", until_full)
@@ -557,8 +558,8 @@ def test_what_is_damaged_and_can_be_made_again_is_and_the_sweep_ends_as_before(f
     assert json.loads((folder / "data.json").read_text()) == before["data.json"]
     said = (tmp_path / "log").read_text()
     for trial_id, what in (
-        (gone, "missing or cut off"),
-        (cut_off, "missing or cut off"),
+        (gone, "missing or truncated"),
+        (cut_off, "missing or truncated"),
         (last, "trial.json is damaged"),
         (spoilt, "model.pt is damaged"),
     ):
@@ -584,8 +585,8 @@ def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_t
 
     np.save(chunks / "chunk_0000.npy", x[::-1])
     line = (
-        rf"^{chunks}: chunk_0000.npy was written again \(.*\) and holds other rows: not the data that sweep small was "
-        "started with; bring that back, or give another --name$"
+        rf"^{chunks}: chunk_0000.npy was rewritten \(.*\) and contains other rows: this is not the data that sweep "
+        "small was started with; restore that data, or give another --name$"
     )
     with pytest.raises(SweepError, match=line):
         sweep(tmp_path, *changes, resume=True)
@@ -594,11 +595,13 @@ def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_t
         [sys.executable, "-m", "msae_sweep", "eval", str(first.folder.path)], capture_output=True, text=True
     )
     assert evaluated.returncode == 2
-    assert "and holds other rows: not the rows that" in evaluated.stderr
+    assert "and contains other rows: these are not the rows that" in evaluated.stderr
 
     np.save(chunks / "chunk_0000.npy", x)
     again = sweep(tmp_path, *changes, resume=True)
-    assert "files were written again; comparing their rows" in (tmp_path / "log").read_text()
+    assert (
+        "files were rewritten since they were prepared; checking whether their rows" in (tmp_path / "log").read_text()
+    )
     trials = [results(sw.summary)["blocks"]["block5"]["trials"] for sw in (again, first)]
     assert trials[0] == trials[1]
 

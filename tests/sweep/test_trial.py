@@ -197,7 +197,7 @@ def test_a_damaged_state_counts_as_lost_and_the_trial_ends_as_it_would_have(
 @pytest.mark.parametrize(
     ("number", "says"),
     [
-        (errno.ENOSPC, r"No space left on device, [\d,]+ MiB are free; make room"),
+        (errno.ENOSPC, r"No space left on device, [\d,]+ MiB are free; make space"),
         (errno.EROFS, "Read-only file system; make it writable"),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_state_that_cannot_be_saved_is_an_error_that_names_disk_and_way_out(wo
         worker.step()
     file, folder = workers.state_file(workers.specs()[0]), workers.folder
     assert re.fullmatch(
-        rf"{file.parent}/(state|model).pt cannot be written: {says}, then go on with: msae-sweep resume {folder}",
+        rf"{file.parent}/(state|model).pt cannot be written: {says}, then continue with: msae-sweep resume {folder}",
         str(raised.value),
     )
 

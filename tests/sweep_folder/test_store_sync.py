@@ -50,7 +50,7 @@ def test_a_fault_of_any_kind_ends_the_sweep_and_keeps_nobody_waiting(tmp_path, m
     (tmp_path / "copy" / "file").write_text("x")
     monkeypatch.setattr(StoragePath, "write", broken)
     mirror.changed(tmp_path / "copy" / "file")
-    with pytest.raises(StorageError, match=r"^storage: ValueError: not an address; what is on its way is lost"):
+    with pytest.raises(StorageError, match=r"^storage: ValueError: not an address; files not yet uploaded are lost"):
         mirror.flush()
     mirror.close()
 

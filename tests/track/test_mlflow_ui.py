@@ -120,7 +120,7 @@ def test_a_server_that_is_down_is_one_line(tmp_path):
 
 
 def test_an_address_that_is_not_here_and_a_port_that_is_taken_are_said(uri):
-    with pytest.raises(ConfigError, match=r"--host: 192\.0\.2\.1 is no address"):
+    with pytest.raises(ConfigError, match=r"--host: 192\.0\.2\.1 is not an address"):
         mlflow_ui.serve(None, tracking(uri), host="192.0.2.1")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises((TrackingError, ConfigError), match="port"):
         mlflow_ui.serve(None, tracking(uri), port=taken.getsockname()[1])

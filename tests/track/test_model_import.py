@@ -96,7 +96,7 @@ def test_it_is_nested_in_the_sweep_that_it_is_compared_with_and_does_not_count_a
 
 
 def test_a_silent_server_is_one_line(what):
-    with pytest.raises(TrackingError, match="not registered there: no answer") as caught:
+    with pytest.raises(TrackingError, match="the model was not registered: no answer") as caught:
         register_import(what, tracking_uri="http://u:secret@127.0.0.1:9", experiment=EXPERIMENT)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
@@ -164,12 +164,12 @@ def test_beside_a_sweep_it_is_measured_on_the_sweeps_validation_rows(uri, tmp_pa
 
 WRONG = {
     "no such file": (["none.pt", "--data", "activations"], "none.pt: no such model file"),
-    "a folder": (["activations", "--data", "activations"], "activations: a folder; give one model file"),
-    "no block": (["model.pt", "--data", "activations"], "--block: the name of model.pt tells no block"),
-    "no data": (["msae_block5.pt"], "--data: give activations, or a --sweep"),
+    "a folder": (["activations", "--data", "activations"], "activations: is a folder; give a model file"),
+    "no block": (["model.pt", "--data", "activations"], "--block: the name of model.pt contains no block number"),
+    "no data": (["msae_block5.pt"], "--data: missing; give activations, or give --sweep"),
     "no sweep": (["msae_block5.pt", "--sweep", "activations"], "activations: no sweep.yaml there"),
     "a missing block": (["model.pt", "--block", "7", "--data", "activations"], "no block 7 in activations; found 5"),
-    "another width": (["wide.pt", "--block", "5", "--data", "activations"], "wide.pt takes 9"),
+    "another width": (["wide.pt", "--block", "5", "--data", "activations"], "wide.pt takes rows of width 9"),
     "a file store": (["msae_block5.pt", "--data", "activations", "--tracking-uri", "mlruns"], "write sqlite:///"),
 }
 

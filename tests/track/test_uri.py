@@ -40,14 +40,14 @@ def test_what_mlflow_understands_passes_unchanged(uri):
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("foo://bar", "foo://bar: MLflow knows no scheme foo; write sqlite:///mlflow.db"),
-        ("localhost:5000", "no scheme localhost; .* the http:// address"),
-        ("postgres://h/db", "no scheme postgres"),
+        ("foo://bar", "foo://bar: MLflow does not support the scheme foo; write sqlite:///mlflow.db"),
+        ("localhost:5000", "does not support the scheme localhost; .* the http:// address"),
+        ("postgres://h/db", "does not support the scheme postgres"),
         ("foo://me:secret@bar", r"foo://\*\*\*@bar: "),
         ("http://", "http:// has no host"),
         ("http:///path", "has no host"),
         ("http://:5000", "has no host"),
-        ("https://h:99999", "no port that can be"),
+        ("https://h:99999", "no valid port"),
         ("http://[::1", "has no host"),
         ("http://me:secret@", r"http://\*\*\*@ has no host"),
         ("sqlite://mlflow.db", "three slashes"),

@@ -32,21 +32,21 @@ def describe_change(
     then = {"rows": before["rows"], "input_dim": manifest["input_dim"], "dtype": before["dtype"]}
     for name, value in now.items():
         if value != then[name]:
-            return f"{info.where}: {name} is {value} and was {then[name]}"
+            return f"{info.where}: {name} is now {value} but was {then[name]}"
     if not origin:
-        return f"{info.where}: its files have other names, sizes or times"
+        return f"{info.where}: its files have other names, sizes or modification times than before"
     files_now, files_then = source.files(info.block), origin["files"]
     for name in sorted(files_now.keys() ^ files_then.keys()):
         return f"{info.where}: {name} is {'gone' if name in files_then else 'new'}"
     for name in sorted(files_now):
         if files_now[name][0] != files_then[name][0]:
-            return f"{info.where}: {name} has {files_now[name][0]} bytes and had {files_then[name][0]}"
-    say(f"{info.where}: files were written again; comparing their rows with those that were prepared")
+            return f"{info.where}: {name} now has {files_now[name][0]} bytes but had {files_then[name][0]}"
+    say(f"{info.where}: files were rewritten since they were prepared; checking whether their rows are the same")
     if _content(source, info, manifest["split"]) == origin["content"]:
         return None
     changed = [name for name, file in files_now.items() if list(file) != list(files_then[name])]
     when = f" ({_time(files_now[changed[0]][1])}, before {_time(files_then[changed[0]][1])})" if changed else ""
-    return f"{info.where}: {', '.join(changed[:3]) or 'a file'} was written again{when} and holds other rows"
+    return f"{info.where}: {', '.join(changed[:3]) or 'a file'} was rewritten{when} and contains other rows"
 
 
 def _content(source: Source, info: BlockInfo, split: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ class ShardFolder:
         try:
             self.path.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SweepError(f"storage: {self.path} cannot be made: {error.strerror}") from None
+            raise SweepError(f"storage: {self.path} cannot be created: {error.strerror}") from None
 
     def manifest(self) -> dict[str, Any] | None:
         """Return the manifest of a finished preparation, or None if the block must be prepared (again).

@@ -264,7 +264,7 @@ def _measure(
         row_range, _, first, last = min(bad)
         more = f" ({n_dropped} rows in all)" if n_dropped > 1 else ""
         raise DataError(
-            f"{row_range.name(first, last)}: NaN or Inf{more}; mend them, or drop them with data.drop_nonfinite: true"
+            f"{row_range.name(first, last)}: NaN or Inf{more}; fix them, or drop them with data.drop_nonfinite: true"
         )
     if not moments.n or not n_val:
         side, kind = ("validation" if moments.n else "training"), "game" if split_by == "game_id" else "row"

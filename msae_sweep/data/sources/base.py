@@ -115,7 +115,7 @@ def check_array(where: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     if len(shape) != 2:
         raise DataError(f"{where}: {len(shape)}-D array of shape {shape}; must be 2-D [rows, input_dim]")
     if 0 in shape:
-        raise DataError(f"{where}: empty array of shape {shape}; must hold rows")
+        raise DataError(f"{where}: empty array of shape {shape}; must contain rows")
     if dtype.name not in FLOATS:
         raise DataError(f"{where}: dtype {dtype.name}; must be one of {', '.join(FLOATS)}")
 
@@ -127,9 +127,9 @@ def check_groups(where: str, shape: tuple[int, ...], dtype: np.dtype, n_rows: in
         DataError: the array does not have one entry per row, or holds neither whole numbers nor text.
     """
     if len(shape) != 1:
-        raise DataError(f"{where}: {len(shape)}-D array; must be 1-D, one entry a row")
+        raise DataError(f"{where}: {len(shape)}-D array; must be 1-D, with one entry per row")
     if shape[0] != n_rows:
-        raise DataError(f"{where}: {shape[0]} entries, but the block has {n_rows} rows; one a row")
+        raise DataError(f"{where}: {shape[0]} entries, but the block has {n_rows} rows; must be one entry per row")
     if dtype.kind not in "iuSUO":
         raise DataError(f"{where}: game_id of dtype {dtype}; must be whole numbers or text")
 

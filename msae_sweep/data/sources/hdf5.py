@@ -55,7 +55,7 @@ class Hdf5Source(Source):
             chosen[block] = tables[0]
         if not chosen:
             raise DataError(
-                f"{self._path}: no dataset whose name tells a block (such as block5); "
+                f"{self._path}: no dataset with a block number in its name (such as block5); "
                 f"found {', '.join(name for name, _ in names) or 'none'}"
             )
         return chosen

@@ -73,7 +73,7 @@ class NpySource(Source):
     def _info(self, block: int) -> BlockInfo:
         chunks, groups = self._chunks[block], self._groups[block]
         if not chunks:
-            raise DataError(f"{self._folders[block]}: no chunk_*.npy there")
+            raise DataError(f"{self._folders[block]}: contains no chunk_*.npy")
         first = chunks[0]
         for chunk in chunks:
             if chunk.width != first.width:
@@ -132,7 +132,7 @@ class NpySource(Source):
             with np.load(io.BytesIO(file.read()), allow_pickle=False) as stats:
                 mean, std = (np.asarray(stats[name], dtype=np.float64) for name in ("mean", "std"))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{file}: must hold arrays mean and std: {first_line(error)}") from None
+            raise DataError(f"{file}: must contain the arrays mean and std: {first_line(error)}") from None
         input_dim = self._info(block).input_dim
         if mean.shape != (input_dim,) or std.shape != (input_dim,):
             raise DataError(f"{file}: mean {mean.shape} and std {std.shape}; both must be ({input_dim},)")
@@ -193,7 +193,7 @@ def _header(file: StoragePath, size: int | None = None) -> _Array:
     except (OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         if "EOF" in reason:
-            reason = "truncated: it ends within its header"
+            reason = "truncated: it ends inside its header"
         elif "magic string" in reason:
             reason = "not an .npy file"
         raise DataError(f"{file}: cannot be read: {reason}") from None
@@ -202,7 +202,7 @@ def _header(file: StoragePath, size: int | None = None) -> _Array:
     array = _Array(file, shape, dtype, fortran_order, start.tell())
     n_bytes = start.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size is not None and size < n_bytes:
-        raise DataError(f"{file}: cannot be read: truncated: its header announces more than its {size} bytes")
+        raise DataError(f"{file}: cannot be read: truncated: its header describes more data than its {size} bytes")
     return array
 
 
@@ -254,7 +254,7 @@ def _numbers(array: _Array, opened: Any, first: int, count: int) -> np.ndarray:
         found = np.frombuffer(content, dtype, len(content) // dtype.itemsize).copy()
     if len(found) < count:
         raise DataError(
-            f"{file}: cannot be read: truncated: its header announces more than its {file.info().size} bytes"
+            f"{file}: cannot be read: truncated: its header describes more data than its {file.info().size} bytes"
         )
     return found
 

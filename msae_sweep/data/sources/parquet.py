@@ -77,7 +77,8 @@ class ParquetSource(Source):
                     block = next((b for part in inside.parts if (b := block_number(part)) is not None), None)
                 if block is None:
                     raise DataError(
-                        f"{file}: column {column} tells no block; name it block5, or the file block5.parquet"
+                        f"{file}: column {column} has no block number in its name; name it block5, or the file "
+                        "block5.parquet"
                     )
                 if block in blocks:
                     raise DataError(f"{file}: two columns name block {block}; keep one")
@@ -98,7 +99,7 @@ class ParquetSource(Source):
             check_array(where, (sum(part.pieces), kind.list_size), _dtype(kind.value_type))
             if kind != first:
                 raise DataError(
-                    f"{where}: {kind}, but {parts[0].file.name} has {first}; all files of a block must have the same"
+                    f"{where}: {kind}, but {parts[0].file.name} has {first}; all files of a block must have one type"
                 )
         n_rows = sum(sum(part.pieces) for part in parts)
         where = str(parts[0].file if len(parts) == 1 else self._path)

@@ -35,7 +35,7 @@ def choose_engine(device: torch.device, config: TrainingConfig, input_dim: int) 
         if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
             return EngineChoice(sparse_cpu.reconstruct, "sparse_cpu", "MKL's sparse products")
         return EngineChoice(
-            reference.reconstruct, "reference", "this torch is built without MKL, so no sparse products"
+            reference.reconstruct, "reference", "this torch is built without MKL, which sparse products need"
         )
     hindrance = "no kernels for MPS" if device.type != "cuda" else _hindrance(device, config, input_dim)
     if hindrance is not None:
@@ -52,20 +52,20 @@ def _hindrance(device: torch.device, config: TrainingConfig, input_dim: int) -> 
         return "the fused step is not written for ROCm"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return f"compute capability {capability[0]}.{capability[1]} has no bfloat16 units; 8.0 has"
+        return f"compute capability {capability[0]}.{capability[1]} has no bfloat16 units; 8.0 or higher is needed"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import triton.language
 
     if not hasattr(triton.language, "topk"):
-        return f"triton {triton.__version__} has no topk; 3.4 has"
+        return f"triton {triton.__version__} has no topk; 3.4 or newer is needed"
     if "out_dtype" not in (inspect.getdoc(torch.mm) or ""):
-        return f"torch {torch.__version__} has no product of bf16 into float32; 2.8 has"
+        return f"torch {torch.__version__} has no product of bf16 into float32; 2.8 or newer is needed"
     for name, value, most in (
         ("input_dim", input_dim, MAX_INPUT_DIM),
         ("hidden_dim", hidden_dim, MAX_HIDDEN_DIM),
         ("k", config.levels[-1], MAX_K),
     ):
         if value > most:
-            return f"{name} {value} is more than the {most} that the fused step goes up to"
+            return f"{name} {value} exceeds the fused step's limit {most}"
     return None
