@@ -55,7 +55,7 @@ class Distribution(FrozenModel):
         form = "[low, high, step]" if kind == "quniform" else "[low, high]"
         numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
         if len(values) != n_bounds or not numbers:
-            hint = " (YAML reads 1e-4 as a word; write 1.0e-4)" if any(isinstance(v, str) for v in values) else ""
+            hint = " (a number in quotes is text)" if any(isinstance(v, str) for v in values) else ""
             raise ValueError(f"{kind}: {short_repr(list(values))} must be numbers {form}{hint}")
         low, high = values[:2]
         if low >= high:

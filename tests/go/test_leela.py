@@ -169,7 +169,9 @@ def test_fused_operations_are_called_as_cudnn_has_them(monkeypatch):
 
 def test_fused_operations_that_compute_something_else_are_not_taken(monkeypatch):
     monkeypatch.setattr(torch, "cudnn_convolution_relu", stand_in)
-    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", lambda x, w, z, alpha, *rest: stand_in(x, w, *rest))
+    monkeypatch.setattr(
+        torch, "cudnn_convolution_add_relu", lambda x, w, z, alpha, bias, **shape: stand_in(x, w, bias, **shape)
+    )
     assert "differ from plain ones by" in leela.fused_hindrance(torch.device("cpu"), torch.bfloat16, 8)
 
 
