@@ -1,6 +1,6 @@
-"""Servers that tests start, kill and start again: an S3 store, PostgreSQL, MLflow, and a proxy that makes one slow.
+"""Servers that tests start, kill and restart: an S3 store, PostgreSQL, MLflow, and a proxy that slows a server down.
 
-Each dies with the process that started it.
+Where `setpriv` is installed, each server dies with the process that started it.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ POSTGRES_TOOLS = ("initdb", "postgres")
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """Return a port of loopback on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of `condition`."""
+    """Poll `condition` and return its first true value. Fail if that takes more than `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
@@ -41,10 +41,10 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 class Process:
-    """A server's process and its children, with a log."""
+    """Process of a server, with its children and a log file."""
 
     def __init__(self, command: list[str], log: Path, ready: Callable[[], bool], **options: Any) -> None:
-        """Start, and wait until `ready`; `options` as of `subprocess.Popen`."""
+        """Start `command` and wait until `ready` returns True. `options` are those of `subprocess.Popen`."""
         if tied := shutil.which("setpriv"):
             command = [tied, "--pdeathsig", "KILL", *command]
         with open(log, "ab") as out:
@@ -61,7 +61,7 @@ class Process:
             raise
 
     def kill(self) -> None:
-        """SIGKILL to all of it."""
+        """Send SIGKILL to the process and all its children."""
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(self._process.pid)
             family = [root, *root.children(recursive=True)]
@@ -73,10 +73,10 @@ class Process:
 
 
 class Server:
-    """Something that listens at a port; a context manager."""
+    """Server that listens on a port. As a context manager, it is started on entry and killed on exit."""
 
     def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
-        """Nothing runs yet; `folder` holds its log and its data."""
+        """Prepare the server without starting it. `folder` holds its log and its data."""
         self.folder, self.address, self.port = folder, address, free_port()
         self._process: Process | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,18 +89,18 @@ class Server:
         self.kill()
 
     def start(self) -> None:
-        """Start, with the data of the last time."""
+        """Start the server with the data that its last run left."""
         raise NotImplementedError
 
     def kill(self) -> None:
-        """kill -9, if it runs."""
+        """Send SIGKILL to the server if it is running."""
         if self._process is not None:
             self._process.kill()
             self._process = None
 
     @property
     def log(self) -> str:
-        """What it printed."""
+        """Everything that the server has printed."""
         return (self.folder / "log").read_text()
 
     def _answers(self, path: str) -> bool:
@@ -111,23 +111,23 @@ class Server:
 
 
 class S3(Server):
-    """moto's S3 server with one bucket, which lives as long as its process."""
+    """moto's S3 server with one bucket, whose content is lost when the process ends."""
 
     key, secret = "AKIAOBVIOUSLYATEST", "thesecretofthesecrets"
     bucket = "s3://bucket"
 
     @staticmethod
     def why_not() -> str | None:
-        """Why there can be none, or None."""
+        """Return the reason why the server cannot run here, or None if it can."""
         return None if _moto() else "no moto_server; pip install 'moto[server]'"
 
     @property
     def endpoint(self) -> str:
-        """What clients are told."""
+        """URL that clients connect to."""
         return f"http://{self.address}:{self.port}"
 
     def environment(self, endpoint: str | None = None) -> dict[str, str]:
-        """What a process needs to use it; `endpoint` is that of a proxy before it."""
+        """Return the environment variables to reach the server, or a proxy in front of it at `endpoint`."""
         return {
             "AWS_ACCESS_KEY_ID": self.key,
             "AWS_SECRET_ACCESS_KEY": self.secret,
@@ -148,10 +148,10 @@ def _moto() -> str:
 
 
 class Postgres(Server):
-    """PostgreSQL on loopback, as a user of its own where this process is root."""
+    """PostgreSQL on loopback. If this process is root, the server runs as the user `nobody`."""
 
     def __init__(self) -> None:
-        """Nothing runs yet; its data lies where that user gets at it."""
+        """Create the database in a folder that the server's user can access. The server is not started."""
         super().__init__(Path(tempfile.mkdtemp(prefix="msae-postgres-")))
         self._as_user: dict[str, Any] = {}
         if os.geteuid() == 0:
@@ -166,7 +166,7 @@ class Postgres(Server):
 
     @staticmethod
     def why_not() -> str | None:
-        """Why there can be none, or None."""
+        """Return the reason why the server cannot run here, or None if it can."""
         if missing := [tool for tool in POSTGRES_TOOLS if shutil.which(tool) is None]:
             return f"PostgreSQL's {', '.join(missing)} not on the path"
         try:
@@ -181,7 +181,7 @@ class Postgres(Server):
 
     @property
     def uri(self) -> str:
-        """SQLAlchemy's."""
+        """URI of the database for SQLAlchemy."""
         return f"postgresql+psycopg2://mlflow@{self.address}:{self.port}/postgres"
 
     def start(self) -> None:
@@ -209,7 +209,7 @@ class Postgres(Server):
 
 
 class Mlflow(Server):
-    """A real `mlflow server`, which hands artifacts on, so that who logs to it needs no key."""
+    """A real `mlflow server`, which passes artifacts on to their store, so that its clients need no key."""
 
     def __init__(
         self,
@@ -221,21 +221,21 @@ class Mlflow(Server):
         address: str = "127.0.0.1",
         workers: int = 1,
     ) -> None:
-        """Nothing runs yet.
+        """Prepare the server without starting it.
 
         Args:
-            backend: SQLAlchemy's URI of the database.
-            artifacts: where they lie; without, in a folder.
-            environment: besides this process's.
+            backend: SQLAlchemy URI of the database.
+            artifacts: folder or URI for artifacts; by default, the folder `artifacts` inside `folder`.
+            environment: environment variables that are set in addition to those of this process.
         """
         super().__init__(folder, address)
         self._backend, self._artifacts, self._workers = backend, artifacts or str(folder / "artifacts"), workers
-        # What runs jobs in the server is half a dozen processes that nobody needs here.
+        # To run jobs, the server would start half a dozen processes, which no test needs.
         self._environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **(environment or {})}
 
     @property
     def uri(self) -> str:
-        """What clients are told."""
+        """URL that clients connect to."""
         return f"http://{self.address}:{self.port}"
 
     def start(self) -> None:
@@ -248,10 +248,10 @@ class Mlflow(Server):
 
 
 class SlowProxy:
-    """A TCP proxy before a server of requests and answers, which holds each answer back for `delay_seconds`."""
+    """TCP proxy in front of a request-response server, which delays each response by `delay_seconds`."""
 
     def __init__(self, address: str, port: int) -> None:
-        """Before the server at `127.0.0.1:port`, listening at `address`."""
+        """Listen on a free port of `address` and forward to the server at `127.0.0.1:port`."""
         self.delay_seconds = 0.0
         self.n_answers = 0
         self._target = ("127.0.0.1", port)
@@ -260,7 +260,7 @@ class SlowProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting connections."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -293,7 +293,7 @@ class SlowProxy:
 
 @contextlib.contextmanager
 def in_environment(changes: dict[str, str]) -> Iterator[None]:
-    """`os.environ` with `changes`, as long as this is open."""
+    """Set the environment variables in `changes` while the context is open."""
     before = {key: os.environ.get(key) for key in changes}
     os.environ.update(changes)
     try:
@@ -314,5 +314,5 @@ def _empty_database() -> tuple[tempfile.TemporaryDirectory[str], Path]:
 
 
 def empty_database() -> Path:
-    """A SQLite file with MLflow's tables, which take seconds to make; to be copied, made once a process."""
+    """Return a SQLite file with MLflow's tables, to be copied. It takes seconds and is made once per process."""
     return _empty_database()[1]

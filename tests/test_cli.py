@@ -1,4 +1,4 @@
-"""The front door: help without weight, wrong input in one line and exit code 2 before any trial starts."""
+"""Tests of the command line: help loads nothing heavy; wrong input gives one line and exit code 2 before any trial."""
 
 import os
 import re
@@ -48,7 +48,7 @@ def npy(folder: Path, *chunks: np.ndarray) -> Path:
 
 
 def refused(monkeypatch, capsys, space: Path, *arguments: str) -> str:
-    """Run the command; assert exit code 2, one line, no sweep folder; return the line."""
+    """Run the command, assert exit code 2, one line of output and no folder of trials, and return the line."""
     storage = space.parent / "sweeps"
     command = ["msae-sweep", "run", str(space), "--storage", str(storage), *arguments]
     monkeypatch.setattr(sys, "argv", command)

@@ -19,7 +19,7 @@ space:
 
 
 BOMB = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in itertools.pairwise("abcdefghi"))
-"""Aliases that stand for 10⁹ values."""
+"""YAML aliases that expand to 10⁹ values if a list `a` of ten values stands before them."""
 
 
 def parse_with(*overrides: str) -> SweepConfig:

@@ -1,4 +1,4 @@
-"""A library's function that is kept from costing time."""
+"""Tests of `patched`, which temporarily monkeypatches a function of a third-party module."""
 
 import math
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Private parts of libraries that the package uses stand in one list, in CONTRIBUTING, each with a test."""
+"""Tests that CONTRIBUTING lists every private part of a library that the package uses, each with its test."""
 
 import ast
 import importlib
@@ -17,7 +17,7 @@ IN_TEXT = {"_block", "_k", "_reconstruct"}
 
 
 class Row(NamedTuple):
-    """One row of the list."""
+    """Row of the list in CONTRIBUTING."""
 
     parts: list[str]
     file: str
@@ -36,7 +36,7 @@ def is_private(dotted: str) -> bool:
 
 
 def private_parts(source: str) -> set[str]:
-    """Names of libraries in a module's source that are private, or whose function is patched."""
+    """Return the names in a module's source that are private to a library, or whose function is patched."""
     nodes = list(ast.walk(ast.parse(source)))
     own = OURS | IN_TEXT | {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
@@ -93,8 +93,8 @@ def test_a_private_part_still_exists_and_its_test_too(row):
 
 
 def exists(part: str) -> bool:
-    """Whether a module, one of its names, an option of `ray.init` or an attribute of Tune's controller exists."""
-    if part == "triton_key":  # its module depends on Triton's version, and newer ones name it differently
+    """Return True if a module, a name in it, an option of `ray.init` or an attribute of Tune's controller exists."""
+    if part == "triton_key":  # its module depends on Triton's version, and newer versions name it differently
         return True
     if "." not in part:
         import ray

@@ -1,7 +1,7 @@
-"""The code blocks of README and USAGE, typed in order: every command parses, and what it names is there by then.
+"""Tests that the code blocks of README and USAGE work when they are typed in order.
 
-In the quick tests programs only write down how they were called; the slow one runs everything that can run here, on few
-games and in short sweeps.
+Every command must parse, and what it names must exist by then. In the quick tests, the programs only record how they
+are called. The slow test runs everything that can run here, on few games and in short sweeps.
 """
 
 import ast
@@ -30,34 +30,34 @@ BASH = shutil.which("bash") or "bash"
 REAL_DATA = Path(os.environ.get("MSAE_SWEEP_REAL_DATA", ROOT.parent / "shared" / "data"))
 
 DOCUMENTS = ("README.md", ".github/USAGE.md")
-"""Documents whose blocks a reader types, one document after the other, in one folder."""
+"""Documents whose code blocks a reader types into one folder, one document after the other."""
 GIVEN = ("leelaz-6x64.txt.gz", "leelaz-40x256.txt.gz", "games.tar.gz")
-"""Files that the reader brings along."""
+"""Files that the reader has before the first command."""
 OUTPUTS = ("Best trial of each block", "sweeps/leela-zero/")
-"""How blocks begin that show what a command prints or leaves."""
+"""Beginnings of the blocks that show what a command prints or which files it leaves."""
 NOT_RUN = {
     "pip": "installs the package that is being tested, and its dependencies",
     "pytest": "the suite that this test belongs to",
     "ray": "submits a job to a cluster that is not there; tests/cluster submits such jobs to its own",
 }
-"""Programs that are not run, and why."""
+"""Programs that are not run, with the reason for each."""
 NOT_RUN_WITH = {"resources.gpu=": "needs a GPU"}
 """Parts of a command that keep it from running in a test, with the reason."""
 PLACEHOLDER = re.compile(r"\b[A-Z]{4,}\b|\w+://(?!/)\w|/shared/")
-"""Placeholders that a reader replaces: HEAD, s3://bucket …"""
+"""Pattern of the placeholders that a reader replaces, such as HEAD or s3://bucket."""
 
 
 class Block(NamedTuple):
-    """A code block of a document."""
+    """Code block of a document."""
 
     where: str
-    """Document and line."""
+    """Document and line number."""
     language: str
     text: str
 
     @property
     def commands(self) -> str:
-        """The lines that are typed: in a block with prompts, those behind one and those that continue them."""
+        """Lines that are typed: in a block with prompts, only the lines after a prompt and their continuation lines."""
         if not self.text.startswith("$ "):
             return self.text
         typed, going_on = [], False
@@ -94,7 +94,7 @@ def shims(folder: Path, programs: tuple[str, ...], text: str) -> Path:
 
 
 def typed(block: Block, folder: Path) -> list[list[str]]:
-    """How programs are called where a block is typed into a shell."""
+    """Return the calls of programs that result when a block is typed into a shell."""
     calls = folder / "calls"
     programs = ("msae-sweep", "python", *NOT_RUN)
     path = shims(folder / "bin", programs, RECORDING.format(calls=shlex.quote(str(calls))))
@@ -105,7 +105,7 @@ def typed(block: Block, folder: Path) -> list[list[str]]:
 
 
 class World:
-    """Files that lie in the reader's folder after the commands so far."""
+    """Files and folders in the reader's folder after the commands so far."""
 
     def __init__(self) -> None:
         self.files = {*GIVEN}
@@ -114,12 +114,12 @@ class World:
         self.champions: set[int] = set()
 
     def call(self, program: str, *arguments: str) -> None:
-        """One call: its options must exist, what it names must be there, and what it makes then is.
+        """Check one call and record what it creates: its options must exist, and what it names must be there.
 
         Raises:
-            AssertionError, click's exceptions, MsaeSweepError: it would not work.
+            AssertionError, click's exceptions, MsaeSweepError: the call would fail.
         """
-        if program == "ray":  # what the job runs, on a cluster's data
+        if program == "ray":  # the job's command uses a cluster's data, so only its options are checked
             _, inner = " ".join(arguments).split(" -- python -m msae_sweep ")
             parameters(inner.split())
         elif program == "python":
@@ -130,7 +130,7 @@ class World:
             getattr(self, f"_{command}")(options)
 
     def python(self, text: str) -> None:
-        """A block of Python names only what is there."""
+        """Check that a block of Python names only what exists."""
         ast.parse(text)
         for sweep, block in re.findall(r'ms\.load\("(.*?)", block=(\d+)\)', text):
             assert int(block) in self.sweeps[sweep]
@@ -192,17 +192,17 @@ class World:
 
 
 def parameters(arguments: list[str]) -> tuple[str, dict[str, Any]]:
-    """A command and its options, as the command line would have them."""
+    """Return a command and its options, as the command line parses them."""
     name, *rest = arguments
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     try:
         return name, commands[name].make_context(name, rest).params
-    except Exception as error:  # newer versions of typer have a click of their own
+    except Exception as error:  # newer versions of typer have their own copy of click
         raise AssertionError(f"msae-sweep {shlex.join(arguments)}: {error}") from None
 
 
 def check(blocks: list[Block], folder: Path, world: World) -> None:
-    """Type every block in order."""
+    """Check every block in order."""
     for block in blocks:
         assert block.language in ("", "python"), f"{block.where}: {block.language}: how is it run?"
         if block.language == "python":
@@ -216,7 +216,7 @@ def check(blocks: list[Block], folder: Path, world: World) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    """The reader's folder at the end of the documents: every command parses and names what is there by then."""
+    """Reader's folder at the end of the documents, after every command has been checked."""
     found = World()
     check(BLOCKS, tmp_path_factory.mktemp("reader"), found)
     return found
@@ -274,12 +274,12 @@ exec {python} -m msae_sweep "$@"
 
 @pytest.fixture
 def reader(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """A folder with what a reader brings along, and the environment of the shell there."""
+    """Folder with the files that a reader has at the start, and the environment of the reader's shell."""
     weights, games = REAL_DATA / "weights" / "lz-6x64.txt.gz", REAL_DATA / "games.tar.gz"
     if not weights.is_file() or not games.is_file():
         pytest.skip(f"no {weights} and {games}; set MSAE_SWEEP_REAL_DATA to a folder that holds them")
     (tmp_path / "leelaz-6x64.txt.gz").symlink_to(weights)
-    # The blocks of a large network, with few filters.
+    # The blocks of the large network are kept, but with few filters.
     write_weights(random_weights(40, 16, seed=0), tmp_path / "leelaz-40x256.txt.gz")
     with tarfile.open(games) as archive, tarfile.open(tmp_path / "games.tar.gz", "w:gz") as few:
         for member in [member for member in archive.getmembers() if member.isfile()][:80]:

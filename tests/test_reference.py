@@ -1,4 +1,4 @@
-"""The reference in search_spaces/README.md has every key of a search-space file once, as the schema has it."""
+"""Tests that the reference in search_spaces/README.md lists every key of a search space once, as the schema has it."""
 
 import re
 import shlex
@@ -20,13 +20,13 @@ REFERENCE = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 def section_of(annotation: Any) -> type[FrozenModel] | None:
-    """The model of a key that is a section, also of one that may be null; None for any other key."""
+    """Return the model of a key that is a section, even one that may be null, and None for any other key."""
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((part for part in parts if isinstance(part, type) and issubclass(part, FrozenModel)), None)
 
 
 def keys_of(model: type[FrozenModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of a model and of the sections below it, with dots."""
+    """Yield every key of a model and of the sections below it, in dotted form."""
     for name, field in model.model_fields.items():
         yield prefix + name, field
         if below := section_of(field.annotation):
@@ -34,14 +34,14 @@ def keys_of(model: type[FrozenModel], prefix: str = "") -> Iterator[tuple[str, F
 
 
 def options_of(annotation: Any) -> set[str]:
-    """The words that a key takes: those of its `Literal`s, and null."""
+    """Return the words that a key accepts: the values of its `Literal`s, and null."""
     if get_origin(annotation) is Literal:
         return set(get_args(annotation))
     return {"null"} if annotation is NoneType else set().union(*map(options_of, get_args(annotation)))
 
 
 def default_of(field: FieldInfo) -> Any:
-    """The default as YAML would have it, `required`, or `see below` for a section whose keys have their own."""
+    """Return the default as YAML shows it, `required`, or `see below` for a section whose keys have defaults."""
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=True)

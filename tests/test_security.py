@@ -1,4 +1,4 @@
-"""Files, settings and paths of somebody else's that try to run code: none does, and each is refused in one line."""
+"""Tests that untrusted files, settings and paths run no code, and that nearly all attempts are refused in one line."""
 
 import pickle
 import re
@@ -26,7 +26,7 @@ ROWS = np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,14 +37,14 @@ class Touch:
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch) -> Path:
-    """The file that any of these attempts would make, in the working folder; it must not be there at the end."""
+    """File in the working folder that each of these attempts would create. It must not exist at the end."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "space.yaml").write_text(SPACE)
     return tmp_path / "trap"
 
 
 def refused(monkeypatch, capsys, *command: str) -> str:
-    """Run a command; assert exit code 2 and one line, and return it."""
+    """Run a command, assert exit code 2 and one line of output, and return the line."""
     monkeypatch.setattr(sys, "argv", ["msae-sweep", *command])
     with pytest.raises(SystemExit) as caught:
         main()
@@ -64,7 +64,7 @@ TAGS = [
 
 
 def test_the_traps_work(trap):
-    """What is refused below does run where it is not refused."""
+    """Check that the attempts which are refused below do run code where nothing refuses them."""
     pickle.loads(pickle.dumps(Touch(trap)))
     assert trap.exists()
     trap.unlink()
@@ -126,7 +126,7 @@ def test_arrays_are_not_unpickled(ray_session, trap, monkeypatch, capsys, plant)
 
 
 def test_what_parquet_and_hdf5_say_of_types_is_not_unpickled(ray_session, trap, monkeypatch, capsys):
-    """A column that claims to be a pickled Python type is read as what it is stored as; objects are refused."""
+    """A column that claims to be a pickled Python type is read as its storage type. Pickled objects are refused."""
     evil = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Touch(trap))}
     Path("data").mkdir()
     field = pa.field("block5", pa.list_(pa.float32(), 16), metadata=evil)
@@ -165,13 +165,13 @@ def test_what_a_sweep_folder_of_others_holds_is_not_unpickled(ray_session, trap,
     (sweep / name).parent.mkdir(parents=True)
     (sweep / "sweep.yaml").write_text(SPACE)
     (sweep / name).write_bytes(pickle.dumps(Touch(trap)))
-    # A resumed sweep makes the latter two again, so it is asked for its report.
+    # A resumed sweep rewrites the last two files instead of reading them, so for these the report is requested.
     assert name in refused(monkeypatch, capsys, "resume" if name == "sweep.yaml" else "report", str(sweep))
     assert not trap.exists()
 
 
 def advising(text: str) -> bool:
-    """Whether code or prose switches off what keeps torch and numpy from running code that a file holds."""
+    """Return True if code or prose switches off what keeps torch and numpy from running code that a file holds."""
     return bool(re.search(r"weights_only\s*=\s*False|allow_pickle\s*=\s*True", text))
 
 

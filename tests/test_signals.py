@@ -1,4 +1,4 @@
-"""SIGTERM is Ctrl-C: in whatever a command does it is one line, and an exit code that tells which it was."""
+"""Tests that SIGTERM acts like Ctrl-C: any command ends with one line, and its exit code tells which signal it was."""
 
 import os
 import signal

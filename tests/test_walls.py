@@ -1,4 +1,4 @@
-"""Imports run one way, and each heavy library stays in its room."""
+"""Tests that imports between subpackages go in one direction only, and that each heavy library stays in its place."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "msae_sweep"
 
-# A room may import itself and any room to its right.
+# A subpackage or module may import itself and those in later rows, but not its neighbours in the same row.
 ORDER = [
     ["cli"],
     ["sweep", "go"],
@@ -48,7 +48,7 @@ def imports_of(source: str) -> set[str]:
 
 
 def faults(relative: str, source: str) -> list[str]:
-    """Which imports of a module break a wall."""
+    """Return one message for each import of a module that breaks these rules."""
     room = relative.split("/")[0].removesuffix(".py")
     found = []
     for name in imports_of(source):

@@ -1,14 +1,15 @@
-"""Positions per second of `extract`, from SGF to files on disk, and where the time goes.
+"""Benchmark of `extract`: positions per second, from SGF records to files on disk, and the time that each part takes.
 
     python tests/bench/bench_extract.py [--weights FILE | --blocks 40 --filters 256] [--taps 5,20,35] [--stages]
                                         [--games PATH | --random-games 4000] [--max-games N] [--positions-per-game N]
                                         [--points 10] [--format npy] [--save tests/bench/rows.md]
 
-Without `--games`, seeded random games in one .tar.gz: legal moves on empty points, some 250 a game, all positions of
-which are taken. First what one CPU core does of each stage alone; then the pipeline, after `ray.init`: as a whole, and
-between the first chunk on disk and the last, which leaves out what happens once (workers and CUDA starting, weights on
-their way). Waiting is the device's, from when its network is ready. Memory is sampled twice a second: PSS, which counts
-a page once however many processes share it. `--stages` measures the stages alone only.
+Without `--games`, the benchmark writes seeded random games into one .tar.gz: legal moves on empty points, about 250 per
+game, of which all positions are taken. It first measures each stage alone on one CPU core. Then it measures the
+pipeline after `ray.init`: as a whole, and from the first chunk on disk to the last, which leaves out what happens only
+once (workers and CUDA start, weights are sent). Waiting time is the device's, from when its network is ready. Memory is
+sampled twice a second as PSS, which counts a page once, however many processes share it. `--stages` measures only the
+single stages.
 """
 
 import argparse
@@ -43,7 +44,7 @@ GIB = 2**30
 
 
 def random_game(rng: np.random.Generator) -> str:
-    """A record of 200 to 300 random moves: on empty points, no suicide, no stone back where one was just taken."""
+    """Return a record of 200 to 300 random moves on empty points: no suicide, no stone where one was just taken."""
     board, moves, taken = Board(), [], -1
     for number in range(int(rng.integers(200, 301))):
         black = number % 2 == 0
@@ -65,7 +66,7 @@ def random_game(rng: np.random.Generator) -> str:
 
 
 def write_games(path: Path, n_games: int) -> None:
-    """Random games in a .tar.gz, the same every time."""
+    """Write random games into a .tar.gz. They are the same every time."""
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         for number in range(n_games):
             data = random_game(np.random.default_rng([0, number])).encode()
@@ -75,7 +76,7 @@ def write_games(path: Path, n_games: int) -> None:
 
 
 def first_games(path: Path, n_games: int, target: Path) -> None:
-    """The first records of `path` in a .tar."""
+    """Write the first `n_games` records of `path` into a .tar."""
     with tarfile.open(target, "w") as archive:
         for record in islice((r for r in read_records(path) if isinstance(r, Record)), n_games):
             member = tarfile.TarInfo(record.name.replace("/", "_"))
@@ -84,7 +85,7 @@ def first_games(path: Path, n_games: int, target: Path) -> None:
 
 
 def stages(games: Path, sampling: Sampling, blocks: tuple[int, ...], filters: int, folder: Path) -> Iterator[str]:
-    """What one core does of each stage alone, with 200 games and ten chunks at the most."""
+    """Yield the speed of each single stage on one core, with at most 200 games and ten chunks."""
     started = time.perf_counter()
     records = list(islice((r for r in read_records(games) if isinstance(r, Record)), 200))
     unpacked = time.perf_counter()
@@ -118,12 +119,12 @@ def stages(games: Path, sampling: Sampling, blocks: tuple[int, ...], filters: in
 
 
 class Memory(threading.Thread):
-    """Samples this process, its children and theirs until it is stopped."""
+    """Thread that samples the memory of this process and its descendants until it is stopped."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.driver = self.workers = self.ray = self.together = 0
-        """Peaks, in bytes: the driver; all workers; Ray's own processes; driver and workers at a time."""
+        """Peak memory in bytes of the driver, all workers, Ray's own processes, and driver and workers together."""
         self.stopped = threading.Event()
 
     def run(self) -> None:
@@ -150,17 +151,17 @@ def descendants(root: int) -> list[int]:
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(entry.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         children.setdefault(parent, []).append(int(entry.parent.name))
     found = [root]
-    for pid in found:  # grows while it is walked
+    for pid in found:  # the list grows while the loop walks it
         found += children.get(pid, [])
     return found
 
 
 def memory_of(pid: int) -> tuple[int, str]:
-    """PSS and command of a process; 0 where it has ended."""
+    """Return PSS and command of a process, or 0 and an empty string if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         command = Path(f"/proc/{pid}/cmdline").read_text()
@@ -170,7 +171,7 @@ def memory_of(pid: int) -> tuple[int, str]:
 
 
 def main() -> None:
-    """Print, and save, what an extraction took."""
+    """Run the benchmark, print its rows, and append them to the file given by `--save`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="Leela Zero's text weights; random ones without")
     parser.add_argument("--blocks", type=int, help="default: 40 on CUDA, 6 on a CPU")
@@ -228,7 +229,7 @@ def main() -> None:
 
 
 def pipeline(settings: extraction.ExtractionSettings) -> Iterator[str]:
-    """The extraction itself."""
+    """Run the extraction and yield its measurements."""
     import ray
 
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -1,9 +1,10 @@
-"""From trial to trial in one worker: how long it takes, what of it is what, and that nothing is left behind.
+"""Benchmark of the handoff between two trials in one worker: its time, its parts, and a check that nothing remains.
 
     python tests/bench/bench_handoff.py [--trials 100] [--rows 2000]
 
-Drives a trial worker as Ray Tune does, in this process, so that no message and no driver is in the times. Blocks,
-expansions and weightings take turns. The first trial comes again at the end and must give the same numbers.
+The benchmark drives a trial worker as Ray Tune does, but in this process, so that the times include no messages and no
+driver. Blocks, expansions and weightings alternate. The first trial is repeated at the end and must give the same
+numbers.
 """
 
 import argparse
@@ -46,7 +47,7 @@ PARTS: dict[str, list[float]] = defaultdict(list)
 
 
 class Timed(MSAETrial):
-    """Notes how long the parts of a handoff take."""
+    """Trial that records how long the parts of a handoff take."""
 
     def _timed(self, part: str, *arguments: Any) -> Any:
         started = time.perf_counter()
@@ -69,9 +70,9 @@ class Timed(MSAETrial):
 
 
 def run(worker: MSAETrial) -> tuple[list[dict[str, float]], float, float]:
-    """A trial's epochs without what clocks say, and when its training began and ended."""
+    """Return a trial's epochs without timings, and the times when its training began and ended."""
     reports = [worker.train()]
-    while not reports[-1]["done"]:  # a trial that compiles for long reports in between
+    while not reports[-1]["done"]:  # a trial that compiles for a long time sends reports in between
         reports.append(worker.train())
     points = [
         {key: value for key, value in point.items() if key != "samples_per_second"}
@@ -82,7 +83,7 @@ def run(worker: MSAETrial) -> tuple[list[dict[str, float]], float, float]:
 
 
 def memory() -> str:
-    """Of the process and of the device."""
+    """Return the memory of the process and of the GPU as text."""
     gc.collect()
     text = f"{psutil.Process().memory_info().rss / 2**20:,.0f} MiB resident"
     if torch.cuda.is_available():
@@ -91,7 +92,7 @@ def memory() -> str:
 
 
 def main() -> None:
-    """Print how long a handoff and its parts take, and the memory as trials go by."""
+    """Print how long a handoff and its parts take, and the memory after more and more trials."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("trials", 100), ("rows", 2000), ("batch-size", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)

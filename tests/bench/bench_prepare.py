@@ -1,9 +1,10 @@
-"""How long preparing activations takes, cold and reused, and how much memory the driver needs for it.
+"""Benchmark of the preparation of activations: its time, cold and reused, and the memory that the driver needs.
 
     python tests/bench/bench_prepare.py [--blocks 1] [--rows 500000] [--input-dim 256] [--dtype float32] [--at-once 3]
 
-Writes the same random rows as npy chunks, HDF5 and Parquet into a temporary folder, starts Ray, and prepares each once
-cold and once again. Times are after `ray.init`; memory is the driver's peak above what it had before the first one.
+The benchmark writes the same random rows as npy chunks, HDF5 and Parquet into a temporary folder, starts Ray, and
+prepares each format twice: first cold, then reusing the result. Times begin after `ray.init`. Memory is the driver's
+peak above its memory before the first preparation.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from msae_sweep.data.prepare import shards
 
 
 def write(folder: Path, form: str, blocks: int, rows: int, input_dim: int, dtype: str) -> str:
-    """Blocks of rows in chunks of 50,000; returns data.path."""
+    """Write blocks of random rows in chunks of 50,000, and return data.path."""
     target = folder / form
     for block in range(blocks):
         (target / f"block{block}").mkdir(parents=True)
@@ -52,7 +53,7 @@ def write(folder: Path, form: str, blocks: int, rows: int, input_dim: int, dtype
 
 
 def main() -> None:
-    """Print a row per format."""
+    """Print one row per format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--input-dim", type=int, default=256)
@@ -64,13 +65,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         forms = ("npy", "hdf5", "parquet")
-        # Written in a child process, whose memory is not the driver's.
+        # The files are written in a child process, so that its memory does not count as the driver's.
         with ProcessPoolExecutor(1) as pool:
             paths = {
                 form: pool.submit(write, folder, form, args.blocks, args.rows, args.input_dim, args.dtype).result()
                 for form in forms
             }
-        os.sync()  # what is still to be written would be written meanwhile
+        os.sync()  # otherwise pending writes would happen during the measurement
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"

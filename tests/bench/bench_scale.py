@@ -1,12 +1,13 @@
-"""The driver of a large sweep on one machine: what scheduling costs when training costs nothing.
+"""Benchmark of the driver of a large sweep on one machine: the cost of scheduling when training costs nothing.
 
     python tests/bench/bench_scale.py [--trials 1000] [--gpus 40] [--seconds 8] [--tracking-uri URI] [--storage WHERE]
 
-Everything is the product's (plan, scheduler, records, journal, display, MLflow) but the trial: it sleeps its share of
-`--seconds` from rung to rung, reports 30 epochs and writes a small model, in workers that hold a fake GPU each; with
-what ASHA stops, a trial takes a quarter of that. The workers' processes are started before, as a cluster's nodes do
-side by side. `lost` is the share of the GPUs' time in which none slept, from when all have reported until no trial is
-left to start. Ray's idle processes take 2% of a core each: two cores are too few for 64.
+Everything is the product's own (plan, scheduler, records, journal, display, MLflow) except the trial. A trial sleeps
+its share of `--seconds` from rung to rung, reports 30 epochs and writes a small model, in a worker that holds a fake
+GPU. Because ASHA stops trials, a trial takes a quarter of `--seconds` on average. The worker processes are started
+beforehand, as the nodes of a cluster start theirs in parallel. `lost` is the share of the GPUs' time in which no trial
+slept, from when all workers have reported until no trial is left to start. Ray's idle processes take 2% of a core each,
+so two cores are too few for 64 of them.
 """
 
 import argparse
@@ -42,10 +43,10 @@ EPOCHS = 30
 
 
 class SleepingTrial(tune.Trainable):  # type: ignore[misc]
-    """What the driver sees of a trial; runs in a worker without torch."""
+    """Trial as the driver sees it, in a worker without torch."""
 
     def setup(self, config: dict[str, Any], *, seconds: float, start: float, folder: SweepFolder, model: bytes) -> None:
-        """Once a process; it takes up to twice `start` seconds."""
+        """Set up the worker, once per process. It takes up to twice `start` seconds."""
         (folder.path / "begun").mkdir(parents=True, exist_ok=True)
         (folder.path / "begun" / str(os.getpid())).touch()
         time.sleep(start * random.uniform(0, 2))
@@ -53,7 +54,7 @@ class SleepingTrial(tune.Trainable):  # type: ignore[misc]
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial."""
+        """Begin the next trial."""
         spec = new_config["trial"]
         self._id, self._rungs, self._epoch = spec["trial_id"], spec["rungs"], 0
         rng = random.Random(self._id)
@@ -61,7 +62,7 @@ class SleepingTrial(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        """Sleep to the next rung."""
+        """Sleep until the next rung."""
         first, until = self._epoch, min([r for r in self._rungs if r > self._epoch], default=EPOCHS)
         slept = self._seconds * (until - first) / EPOCHS
         time.sleep(slept)
@@ -87,16 +88,16 @@ class SleepingTrial(tune.Trainable):  # type: ignore[misc]
         return {**levels, **rest, "aux_loss": 0.0, "learning_rate": 1e-3, "epoch": float(epoch)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Where a paused trial stands."""
+        """Return the epoch that a paused trial has reached."""
         return {"epoch": self._epoch}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Go on from there."""
+        """Continue from the epoch of a checkpoint."""
         self._epoch = checkpoint["epoch"] if checkpoint else 0
 
 
 class Heard(NamedTuple):
-    """A result as the driver heard of it; times in seconds."""
+    """Result as the driver received it. Times are in seconds."""
 
     at: float
     worker: int
@@ -107,7 +108,7 @@ class Heard(NamedTuple):
 
 
 def start_workers(n_gpus: int, folder: Path) -> None:
-    """Have a process for every GPU that has imported what a trial's needs; all have been there at the same time."""
+    """Start a process per GPU that imports what a trial needs, and wait until all of them exist at the same time."""
     folder.mkdir()
 
     @ray.remote(num_cpus=1, num_gpus=1)
@@ -122,7 +123,7 @@ def start_workers(n_gpus: int, folder: Path) -> None:
 
 
 def lost(heard: list[Heard], n_gpus: int) -> tuple[float, float]:
-    """Share of the GPUs' time in which none slept, and the seconds looked at."""
+    """Return the share of the GPUs' time in which no trial slept, and the seconds that were considered."""
     first_of_worker, first_of_trial = {}, {}
     for one in heard:
         first_of_worker.setdefault(one.worker, one.said_at)
@@ -133,7 +134,7 @@ def lost(heard: list[Heard], n_gpus: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Run one sweep and print what it cost."""
+    """Run one sweep and print its costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--gpus", type=int, default=40)
@@ -153,7 +154,7 @@ def main() -> None:
 
 
 def measured(args: argparse.Namespace, folder: Path) -> list[str]:
-    """The rows."""
+    """Run the sweep and return the rows to print."""
     space = f"""
         name: scale
         data: {{path: planted, blocks: [5, 20], planted: {{rows: 3000, input_dim: 16}}}}
@@ -176,7 +177,7 @@ def measured(args: argparse.Namespace, folder: Path) -> list[str]:
     with_parameters = tune.with_parameters
 
     def sleeping(trainable: type, **parameters: Any) -> Any:
-        """In the place of the trial that trains."""
+        """Replace the trial that trains by the one that sleeps."""
         own = {"seconds": args.seconds, "start": args.start, "model": model}
         return with_parameters(SleepingTrial, folder=parameters["folder"], **own)
 

@@ -1,13 +1,14 @@
-"""One training step on this machine: the product's ways beside the notebook's way, in one run.
+"""Benchmark of one training step on this machine: the product's ways beside the notebook's way, in one run.
 
     python tests/bench/bench_step.py [--data FOLDER --block 20] [--expansions 8,16,32,64] [--save tests/bench/rows.md]
 
-A step is everything that training needs: fetching the rows, forward, loss, auxiliary loss, backward, projection, Adam,
-unit norm, counting who fired. The notebook's way takes a top-k and a dense decode for each level, in float32.
-Losses of both are compared first; no row is printed if they differ. On CUDA the product's own loop is timed, epoch by
-epoch with everything between the steps, its time divided by its steps; with 25% of the latents dead, single steps,
-each beginning with the same latents dead. On a CPU the two ways take turns, so that the ratio holds when the machine's
-speed drifts. Rows are random combinations of 4096 directions, or --data's, repeated up to --rows.
+A step is everything that training needs: fetching the rows, forward pass, loss, auxiliary loss, backward pass,
+projection, Adam, unit norm, and counting which latents fired. The notebook's way takes a top-k and a dense decode for
+each level, in float32. The losses of both are compared first, and no row is printed if they differ. On CUDA, the
+product's own loop is timed epoch by epoch with everything between the steps, and its time is divided by its steps. With
+25% of the latents dead, single steps are timed, each of which begins with the same latents dead. On a CPU, the two ways
+alternate, so that their ratio holds when the machine's speed drifts. Rows are random combinations of 4096 directions,
+or those of --data, repeated up to --rows.
 """
 
 import argparse
@@ -32,7 +33,7 @@ NEVER = 10**15
 def notebooks_way(
     x: Tensor, W_enc: Tensor, W_dec: Tensor, pre_bias: Tensor, k_levels: tuple[int, ...]
 ) -> Reconstruction:
-    """A top-k of its own and a dense decode for every level."""
+    """Reconstruct x with a separate top-k and a dense decode for every level."""
     pre_acts = torch.relu((x - pre_bias) @ W_enc.T)
     x_hats = []
     for k in k_levels:
@@ -42,7 +43,7 @@ def notebooks_way(
 
 
 def rows_of(data: Path | None, block: int, n_rows: int, input_dim: int, device: torch.device) -> Tensor:
-    """Standardised rows [n_rows, input_dim]."""
+    """Return standardised rows [n_rows, input_dim]."""
     generator = torch.Generator().manual_seed(0)
     if data is not None:
         source = open_source(DataConfig(path=str(data)))
@@ -63,7 +64,7 @@ def fresh(config: TrainingConfig, batches: ResidentBatches, device: torch.device
 
 
 def losses(config: TrainingConfig, batches: ResidentBatches, device: torch.device, reconstruct: object) -> list[float]:
-    """Mean loss of each of two epochs of three steps."""
+    """Return the mean loss of each of two epochs of three steps."""
     few = ResidentBatches(batches.x[: 3 * config.batch_size].contiguous(), config.batch_size)
     state = fresh(config, few, device)
     if reconstruct is None:
@@ -74,7 +75,7 @@ def losses(config: TrainingConfig, batches: ResidentBatches, device: torch.devic
 
 
 def check(config: TrainingConfig, batches: ResidentBatches, device: torch.device) -> None:
-    """Raise AssertionError where the product's losses differ from the notebook's way's."""
+    """Raise AssertionError if the product's losses differ from those of the notebook's way."""
     expected = losses(config.model_copy(update={"precision": "fp32"}), batches, device, notebooks_way)
     got = losses(config, batches, device, None)
     for a, b in zip(got, expected, strict=True):
@@ -82,7 +83,7 @@ def check(config: TrainingConfig, batches: ResidentBatches, device: torch.device
 
 
 def epoch_times(engine: object, batches: ResidentBatches, lr: float, device: torch.device, epochs: int) -> list[float]:
-    """Milliseconds a step of every epoch in the product's own loop."""
+    """Return the milliseconds per step of every epoch in the product's own loop."""
     n_steps = batches.n_rows // batches.batch_size
     numbers = iter(range(1, 1000))
     run = lambda: engine.train_epoch(batches, next(numbers), [lr] * n_steps)  # noqa: E731
@@ -99,7 +100,7 @@ def row(name: str, times: list[float], device: torch.device, baseline: float | N
 def fused_rows(
     config: TrainingConfig, batches: ResidentBatches, device: torch.device, epochs: int, baseline: float | None
 ) -> list[str]:
-    """An expansion: the loop with no latent dead, steps with aux-k at work, and validation."""
+    """Return the rows of one expansion: the loop with no latent dead, steps with aux-k, and validation."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     state = fresh(config, batches, device)
@@ -186,7 +187,7 @@ def on_cpu(args: argparse.Namespace, x: Tensor, device: torch.device) -> list[st
 
 
 def main() -> None:
-    """Print, and save, a row for each way."""
+    """Print a row for each way, and append the rows to the file given by `--save`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="activation folder; random rows without")
     parser.add_argument("--block", type=int, default=20)

@@ -1,14 +1,15 @@
-"""Rows per second from the loader into short training steps: streamed beside resident, in one run.
+"""Benchmark of the loader with short training steps: rows per second, streamed beside resident, in one run.
 
     python tests/bench/bench_stream.py [--rows 446396] [--input-dim 256] [--batch 4096] [--step-ms 0.2] [--save FILE]
 
-A stand-in for training gathers each batch and multiplies matrices for about `--step-ms`, in one CUDA graph where there
-is CUDA. Shards lie in shared memory, read-only, as Ray's object store has them. What an epoch holds is compared first;
-no row is printed if it is wrong. The ways take turns, several epochs each, of which the first is not counted; later
-ones begin with windows that were gathered while the epoch before them ended, as in training. On a GPU the product's
-own training at expansion 16, no latent dead, comes beside the stand-in.
+A stand-in for training gathers each batch and multiplies matrices for about `--step-ms`; on CUDA, the products are one
+CUDA graph. Shards lie in shared memory, read-only, as in Ray's object store. The content of an epoch is checked first,
+and no row is printed if it is wrong. The ways alternate, with several epochs each, of which the first is not counted.
+Later ones begin with windows that were gathered while the previous epoch ended, as in training. On a GPU, the product's
+own training at expansion 16, with no latent dead, is measured beside the stand-in.
 
-`--register` also measures the way not taken: shards page-locked where they lie and copied whole, without host threads.
+`--register` also measures a rejected alternative: shards are page-locked in place and copied whole, without host
+threads.
 """
 
 import argparse
@@ -31,22 +32,22 @@ from msae_sweep.data.batches.stream import WINDOW_BYTES
 from msae_sweep.sae.train import StepCache, TrainState, _engine
 
 Step = Callable[[Tensor, Tensor], None]
-"""Takes a window's rows and the numbers of a batch."""
+"""Function of a window's rows and the numbers of a batch's rows."""
 
 NUMBER = 2.0**-19
-"""What a row's number is multiplied by, so that it is no outlier among normal numbers; exact in float32."""
+"""Factor of a row's number, which keeps it from being an outlier among normal numbers. It is exact in float32."""
 
 NEVER = 10**15
-"""Rows after which a latent is dead."""
+"""Number of rows after which a latent is dead."""
 
 
 def make_shards(n_rows: int, input_dim: int, shard_rows: int) -> list[np.ndarray]:
-    """Random rows in shared memory; the first column is the row's number, times `NUMBER`."""
+    """Return random rows in shared memory. The first column is the row's number times `NUMBER`."""
     generator = np.random.default_rng(0)
     shards = []
     for start in range(0, n_rows, shard_rows):
         shape = (min(shard_rows, n_rows - start), input_dim)
-        memory = mmap.mmap(-1, 4 * shape[0] * shape[1])  # shared, as forked processes would see it
+        memory = mmap.mmap(-1, 4 * shape[0] * shape[1])  # this memory is shared, as forked processes would see it
         shard = np.frombuffer(memory, dtype=np.float32).reshape(shape)
         generator.standard_normal(out=shard, dtype=np.float32)
         shard[:, 0] = NUMBER * np.arange(start, start + shape[0])
@@ -56,7 +57,7 @@ def make_shards(n_rows: int, input_dim: int, shard_rows: int) -> list[np.ndarray
 
 
 def check(batches: WindowBatches) -> None:
-    """Raise AssertionError where an epoch or the ordered rows are not what they should be."""
+    """Raise AssertionError if an epoch or the ordered rows are not what they should be."""
     seen = torch.cat([x[:, 0] / NUMBER for x in batches.epoch(1, 0)]).long()
     assert len(seen) == batches.n_rows - batches.n_rows % batches.batch_size, "rows are missing"
     assert len(seen.unique()) == len(seen), "a row came twice"
@@ -65,7 +66,7 @@ def check(batches: WindowBatches) -> None:
 
 
 def busy_step(batch_size: int, input_dim: int, step_ms: float, device: torch.device) -> Step:
-    """A gather, then products of matrices for about `step_ms`."""
+    """Return a step that gathers a batch and then multiplies matrices for about `step_ms`."""
     on_gpu = device.type == "cuda"
     size = 2048 if on_gpu else 256
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
@@ -90,12 +91,12 @@ def busy_step(batch_size: int, input_dim: int, step_ms: float, device: torch.dev
         torch.index_select(rows, 0, numbers, out=batch)
         work()
 
-    step.operands = a, out  # the graph reads and writes them, and does not keep them
+    step.operands = a, out  # the graph reads and writes these tensors, but does not keep them alive
     return step
 
 
 def run_epoch(batches: WindowBatches, epoch: int, step: Step | None) -> None:
-    """Every batch of an epoch; without a step only the windows."""
+    """Run every batch of an epoch, or only gather its windows if there is no step."""
     for rows, order in batches.windows(epoch, 0):
         if step is not None:
             for numbers in torch.split(order, batches.batch_size):
@@ -103,7 +104,7 @@ def run_epoch(batches: WindowBatches, epoch: int, step: Step | None) -> None:
 
 
 def trained(batches: WindowBatches, input_dim: int, device: torch.device) -> Callable[[int], object]:
-    """An epoch of the product's training, by its number."""
+    """Return a function that runs an epoch of the product's training, given its number."""
     settings = {"batch_size": batches.batch_size, "learning_rate": 1e-4, "seed": 0, "dead_after_samples": NEVER}
     config = TrainingConfig.model_validate(settings)
     state = TrainState.create(config, input_dim, seed=0, device=device, train=batches)
@@ -113,7 +114,7 @@ def trained(batches: WindowBatches, input_dim: int, device: torch.device) -> Cal
 
 
 def registered(shards: list[np.ndarray], device: torch.device) -> str:
-    """What page-locking the shards where they lie costs, and how fast they are copied then."""
+    """Return the cost of page-locking the shards in place, and the speed at which they are copied then, as text."""
     cudart, read_only = torch.cuda.cudart(), 8
     n_bytes = sum(shard.nbytes for shard in shards)
     target = torch.empty(max(map(len, shards)), shards[0].shape[1], device=device)
@@ -143,7 +144,7 @@ def registered(shards: list[np.ndarray], device: torch.device) -> str:
 
 
 def main() -> None:
-    """Print a row for each way, its share of the resident speed, and what memory streaming takes."""
+    """Print a row for each way, the share of the resident speed, and the memory that streaming takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
         ("rows", 446396), ("input-dim", 256), ("batch", 4096), ("window-mib", WINDOW_BYTES >> 20), ("shard-mib", 32),
@@ -213,7 +214,7 @@ def main() -> None:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, with the device's work done."""
+    """Return the seconds that one call takes, including the device's work."""
     started = time.perf_counter()
     work()
     synchronize(device)
@@ -226,7 +227,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak(device: torch.device) -> int:
-    """Bytes of the device that tensors hold now; the peak is counted from here."""
+    """Start to count the device's peak memory, and return the bytes that tensors hold now."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
@@ -238,7 +239,7 @@ def peak(device: torch.device) -> int:
 
 
 def pinned_bytes(batches: StreamedBatches) -> int:
-    """Of the buffers that are kept after an epoch; torch rounds each up to a power of two."""
+    """Return the pinned bytes of the buffers that are kept after an epoch. torch rounds each up to a power of two."""
     assert batches._kept.pipeline is not None
     return sum(1 << (host.nbytes - 1).bit_length() for host in batches._kept.pipeline.buffers.host if host.is_pinned())
 

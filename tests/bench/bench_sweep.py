@@ -1,13 +1,13 @@
-"""A whole ASHA sweep on this machine: how long it takes, where its time goes, and how busy the GPU is.
+"""Benchmark of a whole ASHA sweep on this machine: its duration, how that time is spent, and how busy the GPU is.
 
     python tests/bench/bench_sweep.py [--rows 500000] [--blocks 3] [--trials 24] [--epochs 30] [--max-gpus N]
 
-Activations are made first, outside of the timed part: sparse combinations of a random dictionary and noise, float16 npy
-chunks. The clock starts after `ray.init`. On a machine without a GPU, small numbers show what surrounds the training:
-`--rows 200 --batch-size 64` trains an epoch in some 20 ms, so nearly all that is left is overhead.
+Activations are made first, outside the timed part: sparse combinations of a random dictionary plus noise, as float16
+npy chunks. The clock starts after `ray.init`. On a machine without a GPU, small numbers show what surrounds the
+training: with `--rows 200 --batch-size 64` an epoch trains in about 20 ms, so nearly all of the time is overhead.
 
-A gap is the time between the last training step of one trial and the first of the next in the same worker; a turn is
-the same within one trial, from report to report.
+A gap is the time between the last training step of one trial and the first step of the next trial in the same worker. A
+turn is the corresponding time within one trial, from report to report.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SAMPLE_SECONDS = 0.1
 
 
 def write_activations(folder: Path, blocks: int, rows: int, input_dim: int) -> None:
-    """Per block, rows that are sums of about sixteen of 1024 directions, with noise."""
+    """Write the rows of each block, which are sums of about sixteen of 1024 directions, with noise."""
 
     def write(block: int, start: int) -> None:
         rng = np.random.default_rng([block, start])
@@ -53,7 +53,7 @@ def write_activations(folder: Path, blocks: int, rows: int, input_dim: int) -> N
         n_rows = min(CHUNK_ROWS, rows - start)
         x = 0.05 * rng.standard_normal((n_rows, input_dim), dtype=np.float32)
         for _ in range(16):
-            # Squared, so that some directions are frequent and most are rare.
+            # The square makes some directions frequent and most of them rare.
             which = (1024 * rng.random(n_rows, dtype=np.float32) ** 2).astype(np.int32)
             x += rng.exponential(size=(n_rows, 1)).astype(np.float32) * directions[which]
         np.save(folder / f"block{block}" / f"chunk_{start // CHUNK_ROWS:04d}.npy", x.astype(np.float16))
@@ -67,14 +67,14 @@ def write_activations(folder: Path, blocks: int, rows: int, input_dim: int) -> N
 
 
 class Watch:
-    """Wraps functions of the sweep to note when they ran; a list of (from, to) by name."""
+    """Recorder that wraps functions of the sweep and keeps a list of (from, to) times by name."""
 
     def __init__(self) -> None:
         self.spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self.results: list[dict[str, Any]] = []
 
     def wrap(self, owner: Any, name: str, as_: str) -> None:
-        """Note every call of `owner.name` as `as_`."""
+        """Record every call of `owner.name` under the name `as_`."""
         function = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +87,7 @@ class Watch:
         setattr(owner, name, timed)
 
     def watch_results(self) -> None:
-        """Keep every trial's reports."""
+        """Keep the reports of all trials."""
         on_trial_result = SweepCallback.on_trial_result
 
         def keeping(monitor: SweepCallback, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
@@ -100,19 +100,19 @@ class Watch:
         SweepCallback.on_trial_result = keeping  # type: ignore[method-assign]
 
     def seconds(self, name: str) -> float:
-        """Of all calls together."""
+        """Return the seconds of all recorded calls together."""
         return sum(end - start for start, end in self.spans[name])
 
 
 class GpuUse:
-    """Samples how busy the GPUs are, in percent, through nvidia-smi; empty where there is none."""
+    """Sampler that reads how busy the GPUs are, in percent, from nvidia-smi. It has no samples if there is none."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, int, float]] = []
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Sample while this is open."""
+        """Take samples while the context is open."""
         if shutil.which("nvidia-smi") is None:
             yield
             return
@@ -135,13 +135,13 @@ class GpuUse:
             self.samples.append((time.time(), int(index), float(percent)))
 
     def mean(self, start: float, end: float, n_gpus: int) -> float | None:
-        """Mean over the first `n_gpus` devices between two times, None without samples."""
+        """Return the mean over the first `n_gpus` devices between two times, or None without samples."""
         values = [percent for at, index, percent in self.samples if start <= at <= end and index < n_gpus]
         return statistics.mean(values) if values else None
 
 
 def gaps(results: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Seconds in which a worker did not train: between trials, and between reports of one trial."""
+    """Return the seconds in which a worker did not train: between trials, and between reports of one trial."""
     between, within = [], []
     workers = defaultdict(list)
     for result in results:
@@ -155,7 +155,7 @@ def gaps(results: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def spread(values: list[float]) -> str:
-    """Median and 90th percentile."""
+    """Return the median and the 90th percentile as text."""
     if len(values) < 2:
         return "–"
     return (
@@ -164,7 +164,7 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Run one sweep and print what it came to."""
+    """Run one sweep and print its measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 500_000), ("blocks", 3), ("trials", 24), ("epochs", 30), ("batch-size", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -179,7 +179,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_activations(folder / "activations", args.blocks, args.rows, args.input_dim)
-        os.sync()  # what is still to be written would be written meanwhile
+        os.sync()  # otherwise pending writes would happen during the measurement
         space = f"""
             name: bench
             data: {{path: {folder}/activations}}
@@ -220,7 +220,7 @@ def main() -> None:
 
 
 def connect(n_gpus: int) -> None:
-    """`ray_cluster.connect`, with fewer GPUs than there are if so wished."""
+    """Call `ray_cluster.connect`, but let Ray have only `n_gpus` GPUs."""
     init: Callable[..., Any] = ray.init
     ray.init = lambda **options: init(**options, num_gpus=n_gpus)  # type: ignore[assignment]
     ray_cluster.connect()
@@ -230,7 +230,7 @@ def connect(n_gpus: int) -> None:
 def summarise(
     args: Any, watch: Watch, use: GpuUse, outcome: Any, started: float, ended: float, n_gpus: int
 ) -> dict[str, Any]:
-    """The row of one sweep."""
+    """Return the row of one sweep."""
     trials = [trial for block in outcome.summary["blocks"].values() for trial in block["trials"]]
     (tune_from, tune_to), wall = watch.spans["tune"][0], ended - started
     trained = [result for result in watch.results if result["trained"]]

@@ -1,12 +1,13 @@
-"""Positions per second of a Leela Zero tower on this machine: the plain and the fast way, in one run.
+"""Benchmark of a Leela Zero tower on this machine: positions per second of the plain and the fast way, in one run.
 
     python tests/bench/bench_tower.py [--weights FILE | --blocks 40 --filters 256] [--batches 256,1024,2048] [--heads]
                                       [--taps 5,20,35] [--save tests/bench/rows.md]
 
-Planes lie on the device; a pass ends with ten points of every tap gathered there, and goes no further than the last
-tap unless `--heads` asks. Every way is first compared with float32 on a few positions, block by block; no row is
-printed if one is further off than the roundings of its type. The ways take turns, so that the ratio holds when the
-machine's speed drifts. On CUDA the fused way is measured with cuDNN's own search for the fastest algorithm too.
+Planes lie on the device. A pass ends when ten points of every tap have been gathered there, and goes no further than
+the last tap unless `--heads` is given. Every way is first compared with float32 on a few positions, block by block, and
+no row is printed if one differs by more than the rounding errors of its type. The ways alternate, so that their ratio
+holds when the machine's speed drifts. On CUDA, the fused way is also measured with cuDNN's own search for the fastest
+algorithm.
 """
 
 import argparse
@@ -23,21 +24,21 @@ from msae_sweep.go.leela import Network, gather_points
 from msae_sweep.go.weights import Weights, random_weights, read_weights
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Relative error of a tap; roundings add up to 0.1% (fp16) and 0.8% (bf16) at block 35 of 40 × 256."""
+"""Largest relative error of a tap. Rounding errors add up to 0.1% (fp16) and 0.8% (bf16) at block 35 of 40 × 256."""
 
 
 class Way(NamedTuple):
     name: str
     network: Network
     search: bool = False
-    """cuDNN tries its algorithms at every new shape and keeps the fastest."""
+    """If True, cuDNN tries its algorithms at every new shape and keeps the fastest."""
 
     def settings(self) -> AbstractContextManager[None]:
         return torch.backends.cudnn.flags(enabled=True, benchmark=True) if self.search else nullcontext()
 
 
 def ways(weights: Weights, device: torch.device) -> Iterator[Way]:
-    """The first is what the others are compared with."""
+    """Yield the ways to measure. The first is the one that the others are compared with."""
     yield Way("plain fp32", Network(weights, device, "fp32", fused=False))
     if device.type != "cuda":
         yield Way("plain bf16", Network(weights, device, "bf16", fused=False))
@@ -50,7 +51,7 @@ def ways(weights: Weights, device: torch.device) -> Iterator[Way]:
 
 
 def random_planes(n: int, device: torch.device) -> Tensor:
-    """Stones on two points of five, black and white to move in turn."""
+    """Return planes with stones on two of five points, where black and white are to move in turn."""
     generator = torch.Generator().manual_seed(0)
     planes = (torch.rand(n, 18, 19, 19, generator=generator) < 0.2).to(torch.uint8)
     planes[:, 16] = (torch.arange(n) % 2 == 0)[:, None, None]
@@ -59,7 +60,7 @@ def random_planes(n: int, device: torch.device) -> Tensor:
 
 
 def check(found: list[Way], taps: list[int], device: torch.device) -> list[str]:
-    """Relative errors of every way by tap; AssertionError where one is too large."""
+    """Return the relative errors of every way by tap. Raise AssertionError if one is too large."""
     planes, lines = random_planes(8, device), []
     expected = found[0].network(planes, taps).activations
     for name, network, _ in found[1:]:
@@ -73,12 +74,12 @@ def check(found: list[Way], taps: list[int], device: torch.device) -> list[str]:
 
 
 def macs(weights: Weights, last: int) -> int:
-    """Multiplications a position, up to a block."""
+    """Return the number of multiplications per position, up to block `last`."""
     return 361 * 9 * weights.filters * (18 + 2 * last * weights.filters)
 
 
 def timed(found: list[Way], batch: int, taps: list[int], heads: bool, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of a pass for every way, in turns."""
+    """Return the milliseconds of each pass for every way. The ways alternate."""
     device = found[0].network.device
     planes = random_planes(batch, device)
     points = torch.randint(0, 361, (batch, 10), generator=torch.Generator().manual_seed(0)).to(device)
@@ -96,7 +97,7 @@ def timed(found: list[Way], batch: int, taps: list[int], heads: bool, repeats: i
 
 
 def main() -> None:
-    """Print, and save, a row for each way and batch size."""
+    """Print a row for each way and batch size, and append the rows to the file given by `--save`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="Leela Zero's text weights; random ones without")
     parser.add_argument("--blocks", type=int, help="default: 40 on CUDA, 6 on a CPU")

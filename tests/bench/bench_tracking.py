@@ -1,11 +1,11 @@
-"""A thousand trials told to MLflow as a sweep's driver tells them: what a call costs, and how far behind the sender is.
+"""Benchmark of a driver that reports a thousand trials to MLflow: cost of a call, and how far the sender falls behind.
 
     python tests/bench/bench_tracking.py [--trials 1000] [--epochs 30] [--at-once 16] [--seconds 16] [--server WHERE]
 
-Journal, sender and models are the product's; only training is left out. `--at-once` trials go on side by side, each
-for `--seconds`: an epoch of each is told, all of them, until the next is due. The model is of 256 x 4,096, 8 MB, unless
---hidden-dim says otherwise. `--server postgres` is `mlflow server` on PostgreSQL with artifacts in an S3 store, all on
-this machine; `sqlite` is what a sweep on one machine has; anything else is a tracking URI.
+Journal, sender and models are the product's own; only training is left out. `--at-once` trials run side by side, for
+`--seconds` each. One epoch of all of them is reported, then the next one when it is due. The model has 8 MB
+(256 x 4,096) unless --hidden-dim says otherwise. `--server postgres` is `mlflow server` on PostgreSQL with artifacts in
+an S3 store, all on this machine. `sqlite` is what a sweep on one machine uses. Anything else is a tracking URI.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SCORES = (
 
 
 def main() -> None:
-    """Tell a sweep and print what that cost."""
+    """Report a sweep to MLflow and print the cost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=30)
@@ -61,7 +61,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def server(which: str, folder: Path) -> Iterator[str]:
-    """Its tracking URI."""
+    """Start the server if necessary, and yield its tracking URI."""
     if which == "sqlite":
         yield f"sqlite:///{folder}/mlflow.db"
     elif which == "postgres":
@@ -77,7 +77,7 @@ def server(which: str, folder: Path) -> Iterator[str]:
 
 
 def measured(args: argparse.Namespace, folder: Path, uri: str) -> list[str]:
-    """The rows."""
+    """Run the benchmark and return the rows to print."""
     connect(uri).search_experiments()
     training = TrainingConfig(epochs=args.epochs, k_levels=K_LEVELS).model_dump(mode="json")
     of_epoch = dict.fromkeys(("train_loss", "val_loss", "dead_ratio"), [0.0] * args.epochs)

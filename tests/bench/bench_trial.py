@@ -1,13 +1,14 @@
-"""Whole trials: how long one takes once its rows are on the device, and that speed costs neither quality nor bits.
+"""Benchmark of whole trials: their time once the rows are on the device, and a check of their quality and exact bits.
 
     python tests/bench/bench_trial.py [--data FOLDER --block 20] [--save tests/bench/rows.md]
 
-Time: 446,396 training rows x 30 epochs with validation on 53,604 rows after each, the notebook's setting; the first
-trial of a process, which compiles and captures, and the median of later ones. Between them trials of other shapes run,
-and the same trial must come out with the same bits every time; device memory must not have grown at the end.
+Time: a trial has 446,396 training rows x 30 epochs, with validation on 53,604 rows after each, as in the notebook. The
+first trial of a process, which compiles and captures, is reported beside the median of later ones. Between them, trials
+of other shapes run. The same trial must give the same bits every time, and device memory must not have grown at the
+end.
 
-Quality: the same seed and steps by the product's way and by the plain reference in float32 on --data's block (or random
-rows), R² at every k and dead_ratio beside one another. On a CPU all of it is smaller.
+Quality: the same seed and steps are trained by the product's way and by the plain reference in float32, on --data's
+block or on random rows. R² at every k and dead_ratio are shown side by side. On a CPU, all sizes are smaller.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from msae_sweep.sae.train import TrainState, fit
 def trial(
     settings: TrainingConfig, train: ResidentBatches, validation: ResidentBatches, steps: StepCache
 ) -> tuple[float, TrainState]:
-    """Seconds from the first line of a trial to its last epoch's metrics; and what it came to."""
+    """Return the seconds from a trial's first line of code to its last epoch's metrics, and the state at its end."""
     device = train.x.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -112,7 +113,7 @@ def quality(args: argparse.Namespace, device: torch.device) -> list[str]:
 
 
 def main() -> None:
-    """Print, and save, the rows."""
+    """Print the rows, and append them to the file given by `--save`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--data", type=Path, help="activation folder; random rows without")

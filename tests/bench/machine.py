@@ -1,4 +1,4 @@
-"""What the benchmarks share: on what they ran, how times are told, and where rows are kept."""
+"""Functions that the benchmarks share: they describe the machine, summarise times, and print and keep rows."""
 
 import platform
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 
 def described(device: torch.device) -> str:
-    """GPU and driver, or processor and threads; torch, Triton and commit."""
+    """Return GPU and driver, or processor and threads, with the versions of torch and Triton and the commit."""
     versions = f"torch {torch.__version__}"
     try:
         import triton
@@ -29,13 +29,13 @@ def described(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with + where it has changes; ? outside of one."""
+    """Return the short hash of the checkout, with + if it has changes, or ? outside a checkout."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "?"
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 2) -> list[float]:
-    """Times of `run`, each with the device's work done: by events on CUDA, else by the clock."""
+    """Return times of `run` in milliseconds, including the device's work: by events on CUDA, otherwise by the clock."""
     times = []
     for i in range(warm_up + repeats):
         if device.type == "cuda":
@@ -55,7 +55,7 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int, 
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """20th percentile, median and 80th percentile."""
+    """Return the 20th percentile, the median and the 80th percentile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     tenths = statistics.quantiles(values, n=10, method="inclusive")

@@ -1,13 +1,13 @@
-"""Real Ray clusters of several nodes on one Linux machine, for tests that break them.
+"""Real Ray clusters of several nodes on one Linux machine, for tests that damage them.
 
-Every node is a process tree of its own, as a container would be:
+Every node is a separate process tree, as a container would be. It has:
 
 - a network namespace with its own address, joined to the others by a bridge (the bridge has a namespace of its own);
-- a PID namespace whose first process is `ray start --block`: killing that one kills the node, all at once;
-- private mounts: `/dev/shm` (object store) and `/tmp/ray` (session folder, spilled objects). Without them one node's
-  agent deletes another's packages of working folders.
+- a PID namespace whose first process is `ray start --block`: killing that process kills the whole node at once;
+- private mounts of `/dev/shm` (object store) and `/tmp/ray` (session folder, spilled objects). Without them, one node's
+  agent deletes another node's packages of working folders.
 
-Nothing outlives the test process, not even one that is killed: namespaces, addresses and mounts live as long as their
+Nothing outlives the test process, even if it is killed: namespaces, addresses and mounts live as long as their
 processes, and these die with their parent. All other folders are shared between the nodes, like a network file system.
 """
 
@@ -49,7 +49,7 @@ exec "$@"
 
 
 def why_not() -> str | None:
-    """Why there can be no such cluster here, or None."""
+    """Return the reason why no such cluster can run here, or None if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "clusters of several nodes need network namespaces: Linux, as root"
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
@@ -59,7 +59,7 @@ def why_not() -> str | None:
 
 
 class Node:
-    """One node: its address, and what can be done to it."""
+    """Node of a cluster: its address, and methods that inspect it or damage it."""
 
     def __init__(self, cluster: "Cluster", number: int, outer: subprocess.Popen[bytes]) -> None:
         self.number, self.address = number, cluster.address(number)
@@ -67,16 +67,16 @@ class Node:
 
     @property
     def log(self) -> str:
-        """What `ray start` said."""
+        """Output of `ray start`."""
         return self._cluster.log_file(self.number).read_text()
 
     @property
     def running(self) -> bool:
-        """Whether the node's first process lives."""
+        """True if the node's first process is alive."""
         return self._outer.poll() is None
 
     def processes(self, *words: str) -> list[psutil.Process]:
-        """The node's processes whose command line or title has one of `words`; all without words."""
+        """Return the node's processes whose command line or title contains one of `words`, or all without words."""
         found = []
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self._outer.pid).children(recursive=True):
@@ -87,18 +87,18 @@ class Node:
         return found
 
     def kill(self) -> None:
-        """Lose the node with everything on it, as when its power goes."""
-        # `unshare --kill-child`: the namespace's first process dies with it, and with that one all others.
+        """Kill the node with everything on it, as a power failure would."""
+        # With `unshare --kill-child`, the namespace's first process dies with `unshare`, and all others die with it.
         self._outer.kill()
         self._outer.wait()
 
     def terminate(self) -> None:
-        """SIGTERM to the node's first process, as Kubernetes does to a pod that has to go; returns at once."""
+        """Send SIGTERM to the node's first process, as Kubernetes does to a pod that has to go, without waiting."""
         (first,) = psutil.Process(self._outer.pid).children()
         first.terminate()
 
     def wait(self, seconds: float) -> None:
-        """Until the node has gone by itself."""
+        """Wait until the node has ended by itself."""
         self._outer.wait(seconds)
 
     def run(self, *command: str, **environment: str) -> None:
@@ -108,7 +108,7 @@ class Node:
         _run(*enter, *command, env={**self._cluster.environment, **environment})
 
     def fill_disk(self) -> None:
-        """Leave no byte on its disk, which must be one of a size."""
+        """Fill the node's disk completely. The disk must be one of limited size (`disk_bytes`)."""
         (first,) = psutil.Process(self._outer.pid).children()
         disk = Path(f"/proc/{first.pid}/root/tmp/ray")
         assert os.statvfs(disk).f_blocks < os.statvfs("/tmp").f_blocks, "that is the machine's own disk"
@@ -117,34 +117,34 @@ class Node:
                 pass
 
     def disconnect(self) -> None:
-        """Take its network cable out."""
+        """Disconnect the node from the network."""
         self._cluster.in_switch("ip", "link", "set", f"port{self.number}", "down")
 
     def connect(self) -> None:
-        """Put it in again."""
+        """Connect the node to the network again."""
         self._cluster.in_switch("ip", "link", "set", f"port{self.number}", "up")
 
 
 class Cluster:
-    """A switch, a head node and worker nodes; a context manager that leaves nothing behind.
+    """Switch, head node and worker nodes, as a context manager that leaves nothing behind.
 
     Args:
-        folder: holds logs and the nodes' disks.
-        environment: what every node's processes see, besides this process's environment.
+        folder: folder for logs and the nodes' disks.
+        environment: variables for the processes of every node, in addition to this process's environment.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
         self.folder = folder
         self.nodes: list[Node] = []
-        """The head, then workers, also those that have gone until `discard_dead`."""
+        """Head and then workers. Nodes that have ended remain in the list until `discard_dead`."""
         self._n_started = 0
-        # Each cluster has one end in the machine's own namespace, so those of two test sessions must differ.
+        # Each cluster has one end in the machine's own namespace, so the addresses of two test sessions must differ.
         self._net = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
         self.environment = {
             **os.environ,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Jobs bring the package along in their working folder; `ray start` itself must not depend on where it is.
+            # Jobs bring the package in their working folder, so `ray start` itself must not depend on its location.
             "PYTHONPATH": "",
             "PATH": f"{RAY.parent}:{os.environ['PATH']}",
             "no_proxy": f"localhost,127.0.0.1,{','.join(self.address(i) for i in range(1, 255))}",
@@ -154,7 +154,7 @@ class Cluster:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # `sleep` takes the place of `unshare`, and so holds the namespace.
+        # `sleep` replaces `unshare` in its process, and so keeps the namespace alive.
         self._switch = self._spawn(["unshare", "--net", "sleep", "infinity"], self.folder / "switch.log")
         self._await_namespace(self._switch)
         self._outer_end = f"msae{os.getpid()}"
@@ -183,20 +183,20 @@ class Cluster:
         wait_for(lambda: not Path(f"/sys/class/net/{self._outer_end}").exists(), 30, "the switch goes")
 
     def address(self, number: int) -> str:
-        """Of node `number`; 254 is this process's own."""
+        """Return the address of node `number`. 254 is this process's own."""
         return f"{self._net}.{number}"
 
     def log_file(self, number: int) -> Path:
-        """What node `number` printed."""
+        """Return the path of the log of node `number`."""
         return self.folder / f"node{number}.log"
 
     @property
     def head(self) -> Node:
-        """The head node."""
+        """Head node of the cluster."""
         return self.nodes[0]
 
     def start_head(self, **options: Any) -> Node:
-        """A head with one CPU and no GPU, so that trials run elsewhere; `options` as for a worker."""
+        """Start a head with one CPU and no GPU, so that trials run elsewhere. `options` are those of `start_worker`."""
         ray = ["--head", f"--port={HEAD_PORT}", "--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD_PORT}"]
         node = self._start(ray, **{"gpus": 0, **options})
         self._until(lambda: self._get("/api/version"), node, "the head answers")
@@ -205,14 +205,14 @@ class Cluster:
 
     @property
     def workers(self) -> list[Node]:
-        """All nodes but the head."""
+        """All nodes except the head."""
         return self.nodes[1:]
 
     def start_worker(self, *, wait: bool = True, **options: Any) -> Node:
-        """A node with one CPU and one GPU that is not there.
+        """Start a node with one CPU and one fake GPU.
 
         Args:
-            wait: until it belongs to the cluster; else see `settle`.
+            wait: whether to wait until the node belongs to the cluster; otherwise call `settle` later.
             options: `cpus`, `gpus`, `store_bytes` (object store), `disk_bytes` (a `/tmp/ray` of that size).
         """
         node = self._start([f"--address={self.head.address}:{HEAD_PORT}"], **options)
@@ -221,11 +221,11 @@ class Cluster:
         return node
 
     def discard_dead(self) -> None:
-        """Forget nodes that have gone."""
+        """Remove the nodes that have ended from `nodes`."""
         self.nodes = [node for node in self.nodes if node.running]
 
     def settle(self) -> None:
-        """Until the cluster is taken to have the nodes that run, and no others."""
+        """Wait until the cluster has exactly the nodes that run."""
         running = {node.address for node in self.nodes if node.running}
 
         def settled() -> bool:
@@ -236,40 +236,40 @@ class Cluster:
         wait_for(settled, 240, f"a cluster of {', '.join(sorted(running))}")
 
     def alive(self) -> set[str]:
-        """Addresses of the nodes that the cluster takes to be alive."""
+        """Return the addresses of the nodes that the cluster considers alive."""
         answer = self._get("/api/v0/nodes?limit=100&detail=true")
         rows = answer["data"]["result"]["result"] if answer else []
         return {row["node_ip"] for row in rows if row["state"] == "ALIVE"}
 
-    # Jobs, through the command line that a user has.
+    # The following methods handle jobs through the command line, as a user does.
 
     @property
     def dashboard(self) -> str:
-        """What `ray job … --address` takes."""
+        """Address that `ray job … --address` takes."""
         return f"http://{self.head.address}:{DASHBOARD_PORT}"
 
     def job(self, verb: str, *arguments: str, cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        """`ray job VERB --address …` from the folder `cwd`; returns when it ends."""
+        """Run `ray job VERB --address …` in the folder `cwd` and wait for its end."""
         command = [str(RAY), "job", verb, "--address", self.dashboard, *arguments]
         return subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=timeout)
 
     def submit(
         self, entrypoint: Sequence[str], *, job_id: str, cwd: Path, working_dir: Path, runtime_env: Path
     ) -> "Job":
-        """`ray job submit`, going on in the background."""
+        """Start `ray job submit` in the background."""
         command = [str(RAY), "job", "submit", "--address", self.dashboard, "--submission-id", job_id]
         command += ["--working-dir", str(working_dir), "--runtime-env", str(runtime_env), "--", *entrypoint]
         return Job(self, job_id, self._spawn(command, self.folder / f"{job_id}.log", cwd=cwd))
 
     def status(self, job_id: str) -> str:
-        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; empty before it is known."""
+        """Return PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED, or an empty string before the job is known."""
         answer = self._get(f"/api/jobs/{job_id}")
         return answer["status"] if answer else ""
 
-    # How it is done.
+    # The following methods are helpers.
 
     def in_switch(self, *command: str) -> None:
-        """Run a command where the bridge is."""
+        """Run a command in the network namespace of the bridge."""
         _run("nsenter", "--net", "--target", self._switch_pid, *command)
 
     @property
@@ -317,7 +317,7 @@ class Cluster:
         return node
 
     def _spawn(self, command: list[str], log: Path, cwd: Path | None = None) -> subprocess.Popen[bytes]:
-        """A process that dies with this one."""
+        """Start a process that dies with this one."""
         with open(log, "ab") as out:
             return subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *command],
@@ -336,7 +336,7 @@ class Cluster:
         wait_for(met, 240, what)
 
     def _get(self, path: str) -> Any:
-        """An answer of the dashboard; None while there is none."""
+        """Return an answer of the dashboard, or None if there is none."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with suppress(OSError, json.JSONDecodeError), opener.open(self.dashboard + path, timeout=10) as answer:
             return json.load(answer)
@@ -344,36 +344,36 @@ class Cluster:
 
 
 class Job:
-    """A `ray job submit` that is running or has ended."""
+    """A `ray job submit` command that runs or has ended."""
 
     def __init__(self, cluster: Cluster, job_id: str, process: subprocess.Popen[bytes]) -> None:
         self.id, self._cluster, self._process = job_id, cluster, process
         self._submitted = time.monotonic()
         self.seconds = 0.0
-        """From `ray job submit` to its end, once that was waited for."""
+        """Seconds from `ray job submit` to its end. `wait` sets them."""
 
     @property
     def output(self) -> str:
-        """What `ray job submit` printed, the driver's output with it."""
+        """Output of `ray job submit`, which includes the driver's output."""
         return (self._cluster.folder / f"{self.id}.log").read_text()
 
     @property
     def ended(self) -> bool:
-        """Whether `ray job submit` came back."""
+        """True if `ray job submit` has ended."""
         return self._process.poll() is not None
 
     def wait(self, seconds: float = 300) -> int:
-        """Its exit code."""
+        """Wait for the end of `ray job submit` and return its exit code."""
         code = self._process.wait(seconds)
         self.seconds = time.monotonic() - self._submitted
         return code
 
     def stop(self) -> None:
-        """`ray job stop`, which waits until it has stopped."""
+        """Run `ray job stop`, which waits until the job has stopped."""
         self._cluster.job("stop", self.id, cwd=self._cluster.folder)
 
     def driver(self) -> psutil.Process:
-        """The process of the entry point, on the head."""
+        """Return the process of the job's entry point on the head."""
         (driver,) = [p for p in self._cluster.head.processes(" -m msae_sweep ") if "python" in p.cmdline()[0]]
         return driver
 
@@ -384,7 +384,7 @@ def _run(*command: str, env: dict[str, str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # A cluster to play with: PYTHONPATH=tests python tests/cluster/nodes.py FOLDER [WORKERS]
+    # This starts a cluster for manual use: PYTHONPATH=tests python tests/cluster/nodes.py FOLDER [WORKERS]
     if reason := why_not():
         sys.exit(reason)
     with Cluster(Path(sys.argv[1]).absolute()) as cluster:

@@ -1,8 +1,9 @@
-"""The product on a cluster of four nodes with their own addresses, undisturbed and disturbed in every way.
+"""Tests of sweeps on a cluster of four nodes with their own addresses, undisturbed and after every kind of failure.
 
-Whatever happens, a sweep comes out as it does on one machine: the same summary, the same weights bit for bit, and every
-trial, epoch and model once in MLflow. cluster/README.md has what each fault cost; `pytest -m slow -s tests/cluster`
-prints it ("took").
+Whatever happens, a sweep gives the same result as on one machine: the same summary, the same weights bit for bit, and
+every trial, epoch and model exactly once in MLflow.
+
+cluster/README.md lists what each failure cost. `pytest -m slow -s tests/cluster` prints it ("took").
 """
 
 import json
@@ -29,7 +30,7 @@ from msae_sweep.sae import model_file
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
 
-# The quickstart, scaled down: eight trials of a few seconds, some stopped by ASHA.
+# These settings scale the quickstart down to eight trials of a few seconds, some of which ASHA stops.
 SPACE = "search_spaces/quickstart.yaml"
 CHANGES = [
     "data.planted={rows: 8000, input_dim: 16, dictionary_size: 32, active: 3, noise: 0.02}",
@@ -40,7 +41,7 @@ CHANGES = [
     "training.epochs=24",
     "training.early_stopping_patience=null",
     "training.aux_k=8",
-    # The nodes' GPUs are words only.
+    # The nodes' GPUs exist by name only.
     "training.device=cpu",
     "search.trials_per_block=4",
     "asha={grace_epochs: 3, reduction_factor: 2}",
@@ -48,30 +49,30 @@ CHANGES = [
 ]
 N_TRIALS = 8
 TRIAL = "ray::ResourceTrainable"
-"""Title of a trial's process: Tune's class around the trial's."""
+"""Title of a trial's process, which is Tune's class around the trial's class."""
 SMALL_DISK = 256 * MB
-"""Room for the job's package, packed and unpacked, and for logs, until something fills it."""
+"""Disk size in bytes: enough for the job's package, packed and unpacked, and for logs, until something fills it."""
 RUNTIME_ENV = ROOT / "cluster" / "runtime_env.yaml"
 
 
 class Sweep:
-    """A sweep in a folder that every node sees, or in an object store."""
+    """Sweep in a folder that every node can access, or in an object store."""
 
     def __init__(self, folder: Path, uri: str) -> None:
-        """MLflow is at `uri`. With another `storage` than `folder`, a copy of the sweep comes there by `fetch`."""
+        """Use the MLflow at `uri`. If `storage` differs from `folder`, `fetch` copies the sweep into `folder`."""
         self.storage, self.folder = str(folder), folder / "quickstart"
         self.uri = uri
         folder.mkdir()
 
     @classmethod
     def with_sqlite(cls, folder: Path, empty_database: Path) -> "Sweep":
-        """One that is tracked in a file beside it."""
+        """Return a sweep that is tracked in a SQLite file beside it."""
         sweep = cls(folder, f"sqlite:///{folder}/mlflow.db")
         shutil.copy(empty_database, folder / "mlflow.db")
         return sweep
 
     def fetch(self) -> None:
-        """Bring the sweep from the store."""
+        """Copy the sweep from the object store into `folder`."""
         there = StoragePath(self.storage) / "quickstart"
         for file in there.files(recursive=True):
             target = self.folder / file.relative_to(there)
@@ -84,7 +85,7 @@ class Sweep:
         return ["python", "-m", "msae_sweep", "run", SPACE, *options]
 
     def run_here(self, *changes: str) -> None:
-        """On this machine alone, undisturbed."""
+        """Run the sweep on this machine alone, undisturbed."""
         environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, *self.command(*changes)[1:]]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -109,7 +110,7 @@ class Sweep:
 
 
 def results(summary: dict[str, Any]) -> dict[str, Any]:
-    """A summary without what clocks say."""
+    """Return a summary without the values that depend on the clock."""
     stripped = json.loads(json.dumps(summary))
     stripped.pop("seconds")
     for block in stripped["blocks"].values():
@@ -124,7 +125,7 @@ def weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(sweep: Sweep, reference: Sweep) -> None:
-    """Every trial is there once with the same results and the same weights, on disk and in MLflow."""
+    """Assert that every trial exists once, with the same results and the same weights, on disk and in MLflow."""
     assert results(sweep.summary) == results(reference.summary)
     files = sorted(file.relative_to(reference.folder) for file in reference.folder.glob("**/*.pt"))
     assert files == sorted(file.relative_to(sweep.folder) for file in sweep.folder.glob("**/*.pt"))
@@ -136,7 +137,7 @@ def assert_same(sweep: Sweep, reference: Sweep) -> None:
 
 
 def assert_tracked(sweep: Sweep) -> None:
-    """MLflow has what the summary has: no run, epoch or model missing, none twice."""
+    """Assert that MLflow agrees with the summary: no run, epoch or model is missing, and none exists twice."""
     from mlflow import MlflowClient
 
     client = MlflowClient(sweep.uri, sweep.uri)
@@ -166,7 +167,7 @@ def assert_tracked(sweep: Sweep) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Sweep:
-    """The sweep as one machine has it, undisturbed."""
+    """The sweep after an undisturbed run on one machine."""
     sweep = Sweep.with_sqlite(tmp_path_factory.mktemp("reference") / "sweeps", empty_database)
     sweep.run_here()
     assert {t["status"] for b in sweep.summary["blocks"].values() for t in b["trials"]} == {
@@ -178,7 +179,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) ->
 
 
 class FarStore(NamedTuple):
-    """An S3 server as the nodes know it: through a proxy that may be slow."""
+    """S3 server that the nodes reach through a proxy, which may be slow."""
 
     s3: S3
     proxy: SlowProxy
@@ -193,7 +194,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def far_store(network: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarStore]:
-    """Not started: whoever needs it does."""
+    """S3 server behind a proxy. The server is not started; a test that needs it starts it."""
     s3 = S3(tmp_path_factory.mktemp("s3"))
     proxy = SlowProxy(network.address(254), s3.port)
     yield FarStore(s3, proxy)
@@ -202,7 +203,7 @@ def far_store(network: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def nodes(network: Cluster, far_store: FarStore) -> Cluster:
-    """With a head, and with the store's keys where a real cluster has them: in what its nodes are started with."""
+    """Cluster with a head. As in a real cluster, its nodes are started with the store's keys in their environment."""
     network.environment |= far_store.s3.environment(far_store.proxy.endpoint)
     network.start_head()
     return network
@@ -210,13 +211,13 @@ def nodes(network: Cluster, far_store: FarStore) -> Cluster:
 
 @pytest.fixture
 def cluster(nodes: Cluster) -> Cluster:
-    """A head and three workers, whatever the test before did to them."""
+    """Cluster with a head and three workers, whatever the previous test did to them."""
     mend(nodes, workers=3)
     return nodes
 
 
 def mend(cluster: Cluster, *, workers: int) -> None:
-    """Bring the cluster to so many workers that are whole."""
+    """Repair the cluster, so that it has exactly `workers` intact workers."""
     cluster.discard_dead()
     alive = cluster.alive()
     for i, worker in enumerate(cluster.workers):
@@ -235,7 +236,7 @@ def sweep(tmp_path: Path, empty_database: Path) -> Sweep:
 
 @pytest.fixture
 def submit(nodes: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """`ray job submit` from a folder that has nothing to do with the checkout, as an operator does it."""
+    """Function that runs `ray job submit` from a folder outside the checkout, as an operator does."""
     (tmp_path / "elsewhere").mkdir()
     jobs: list[Job] = []
 
@@ -253,7 +254,7 @@ def submit(nodes: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 
 def during(job: Job, condition: Callable[[], Any], seconds: float = 180) -> None:
-    """Wait for something to happen while the job runs."""
+    """Wait until `condition` is true. Fail if the job ends before."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert not job.ended, f"the job ended before it could be disturbed\n{job.output[-3000:]}"
@@ -266,7 +267,7 @@ def assert_succeeds(job: Job, seconds: float = 300) -> None:
     print(f"{job.id} took {job.seconds:.0f} s")
 
 
-# The two that always run: as short as a cluster can be.
+# The next two tests always run. They are as short as is possible on a cluster.
 
 
 def test_a_submitted_sweep_runs_on_the_worker_and_its_log_can_be_read(nodes, submit, sweep):
@@ -284,7 +285,7 @@ def test_a_submitted_sweep_runs_on_the_worker_and_its_log_can_be_read(nodes, sub
 
 def test_a_sweep_that_cannot_be_run_fails_its_job_in_one_line(nodes, submit, sweep):
     job = submit(sweep.command("training.epochz=5"))
-    # Ray's own code of a job that failed, whatever the driver's was; `ray job status` has that.
+    # This is Ray's own exit code for a failed job, whatever the driver's was. `ray job status` shows the driver's.
     assert job.wait() == 1
     assert nodes.status(job.id) == "FAILED"
     assert "exit code 2" in nodes.job("status", job.id, cwd=sweep.folder.parent).stdout
@@ -292,7 +293,7 @@ def test_a_sweep_that_cannot_be_run_fails_its_job_in_one_line(nodes, submit, swe
     assert "Traceback" not in job.output
 
 
-# The others take minutes.
+# The other tests take minutes.
 
 
 @pytest.mark.slow
@@ -310,7 +311,7 @@ def test_a_stopped_job_ends_in_order_and_leaves_a_sweep_that_goes_on(cluster, su
     job = submit(sweep.command())
     during(job, lambda: sweep.ended() and sweep.running())
     job.stop()
-    assert job.wait() == 0  # Ray's own, as for one that succeeded
+    assert job.wait() == 0  # this is Ray's own exit code, the same as for a job that succeeded
     assert cluster.status(job.id) == "STOPPED"
     assert "interrupted; continue with: msae-sweep resume" in job.output
     assert "Traceback" not in job.output
@@ -391,7 +392,7 @@ def test_a_node_whose_disk_is_full_before_it_gets_a_trial_costs_no_trial(cluster
 @pytest.mark.slow
 def test_a_node_that_joins_gets_trials(cluster, submit, sweep, tmp_path, empty_database):
     mend(cluster, workers=1)
-    # Long enough for a node to start and join.
+    # The sweep lasts long enough for a node to start and join.
     job = submit(sweep.command("training.epochs=120"))
     during(job, sweep.running)
     joined = cluster.start_worker()
@@ -403,12 +404,12 @@ def test_a_node_that_joins_gets_trials(cluster, submit, sweep, tmp_path, empty_d
 
 
 def terminate(cluster: Cluster, worker: Node) -> None:
-    """What Slurm, a spot machine's notice and `docker stop` do to the first process."""
+    """Send SIGTERM to the first process, as Slurm, the end of a spot machine and `docker stop` do."""
     worker.terminate()
 
 
 def drain(cluster: Cluster, worker: Node) -> None:
-    """What the pods of cluster/raycluster.yaml do before their SIGTERM."""
+    """Run the preStop command of cluster/raycluster.yaml, which its pods run before their SIGTERM."""
     manifest = yaml.safe_load((ROOT / "cluster" / "raycluster.yaml").read_text())
     (container,) = manifest["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
     *_, script = container["lifecycle"]["preStop"]["exec"]["command"]
@@ -419,7 +420,7 @@ def drain(cluster: Cluster, worker: Node) -> None:
 @pytest.mark.parametrize("tell", [terminate, drain])
 def test_a_node_that_is_told_to_go_saves_its_trial_before(cluster, submit, sweep, reference, tell):
     mend(cluster, workers=1)
-    # A node that was told to go is no failure of its trial.
+    # A node that was asked to leave does not count as a failure of its trial.
     job = submit(sweep.command("resources.checkpoint_seconds=600", "resources.max_failures=0"))
     (worker,) = cluster.workers
     during(job, lambda: sweep.running() and worker.processes(f"{TRIAL}.train"))
@@ -457,7 +458,7 @@ def test_a_sweep_that_takes_what_there_is_says_that_there_was_no_gpu(cluster, su
 def tracked(
     nodes: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Sweep, Mlflow, Postgres]]:
-    """A sweep that is tracked by a server on PostgreSQL which the nodes reach by its address."""
+    """Sweep that is tracked by a server on PostgreSQL, which the nodes reach by its address."""
     if reason := Postgres.why_not():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("mlflow")
@@ -512,7 +513,7 @@ def test_a_sweep_in_a_store_that_takes_five_seconds_a_call_comes_out_the_same(
         sweep = Sweep.with_sqlite(tmp_path / "sweeps", empty_database)
         sweep.storage = f"{s3.bucket}/sweeps"
         proxy.delay_seconds = 5.0
-        # States every second would take five.
+        # A state saved every second would take five seconds each time.
         job = submit(sweep.command("resources.checkpoint_seconds=30"))
         try:
             assert_succeeds(job, 900)
@@ -525,7 +526,7 @@ def test_a_sweep_in_a_store_that_takes_five_seconds_a_call_comes_out_the_same(
     assert s3.secret not in said
 
 
-# Three times what one node's object store holds, as raw activations of width 256.
+# Raw activations of these rows and this width take three times the object store of one node.
 LARGE_ROWS, LARGE_DIM = 300_000, 256
 LARGE = [
     "data.blocks=[5]",
@@ -584,7 +585,7 @@ def large_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_shards_lie_on_all_nodes_and_a_node_fetches_each_once(cluster, submit, tmp_path, large_data):
     mend(cluster, workers=2)
-    # With room for all of them beside its own.
+    # Its object store has room for the shards of all nodes beside its own.
     reader = cluster.start_worker(store_bytes=800 * MB)
     job = submit(["python", "-c", FETCHING, str(large_data), str(tmp_path / "sweeps"), reader.address])
     assert_succeeds(job)

@@ -1,4 +1,4 @@
-"""The files of `cluster/` say what their tools understand, start what exists, open nothing, and hold no secret."""
+"""Tests that the files of `cluster/` suit their tools, start what exists, expose nothing, and hold no secret."""
 
 import re
 import shlex
@@ -35,7 +35,7 @@ def load(name: str) -> Any:
 
 
 def pins() -> dict[str, str]:
-    """Package → the version of cluster/constraints.txt."""
+    """Return the version of each package in cluster/constraints.txt."""
     lines = [line for line in text("constraints.txt").splitlines() if line and not line.startswith("#")]
     return dict(line.split("==") for line in lines)
 
@@ -45,11 +45,11 @@ def dependencies() -> dict[str, Requirement]:
     return {(requirement := Requirement(line)).name: requirement for line in project["dependencies"]}
 
 
-# What each command line says, checked by the parser of its own tool.
+# The command lines are checked by the parsers of their own tools.
 
 
 def check_ray(command: str) -> dict[str, Any]:
-    """Options of a `ray …` command line, as Ray's own parser reads them."""
+    """Return the options of a `ray …` command line, as Ray's own parser reads them."""
     from ray.scripts.scripts import cli
 
     name, *arguments = shlex.split(command)[1:]
@@ -57,7 +57,7 @@ def check_ray(command: str) -> dict[str, Any]:
 
 
 def check_sweep(command: str, here: Path = ROOT) -> dict[str, Any]:
-    """Options of a `python -m msae_sweep …` command line as our CLI reads them; its search space must exist."""
+    """Return the options of a `python -m msae_sweep …` command line, and assert that its search space exists."""
     python, dash_m, module, name, *arguments = shlex.split(command)
     assert (python, dash_m, module) == ("python", "-m", "msae_sweep")
     group = typer.main.get_command(app)
@@ -90,7 +90,7 @@ def test_the_readme_names_every_file_and_begins_with_which_one_to_take():
 
 
 def readme_commands() -> list[str]:
-    """Command lines of the README's code blocks, continued lines joined."""
+    """Return the command lines of the README's code blocks, with continued lines joined."""
     blocks = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
 
@@ -108,7 +108,7 @@ def test_the_readmes_submission_names_files_and_options_that_exist():
             assert (ROOT / name).exists(), line
 
 
-# Runtime environments.
+# Tests of the runtime environments.
 
 
 @pytest.mark.parametrize("name", ["runtime_env.yaml", "runtime_env-pip.yaml"])
@@ -162,7 +162,7 @@ def test_a_submitted_checkout_has_the_package_and_neither_data_nor_secrets(tmp_p
     assert names == travels
 
 
-# ray up.
+# Tests of the files for `ray up`.
 
 
 @pytest.mark.parametrize("name", RAY_UP)
@@ -200,17 +200,17 @@ def test_on_aws_a_gpu_worker_stays_and_the_head_is_no_spot_instance():
     spot = {name for name, kind in types.items() if "InstanceMarketOptions" in kind["node_config"]}
     assert spot == {"gpu-spot"}
     assert types["gpu"]["min_workers"] >= 1
-    # Ray's own default is too old; one that fits differs from region to region.
+    # Ray's own default image is too old, and one that fits differs from region to region.
     assert all(kind["node_config"]["ImageId"] for kind in types.values())
     assert text("ray-cluster-aws.yaml").count("ImageId: ami-00000000000000000") == 2
     assert load("ray-cluster-aws.yaml")["provider"]["use_internal_ips"] is True
 
 
-# Kubernetes.
+# Tests of the Kubernetes manifests.
 
 
 def groups(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Group name → group, the head's among them."""
+    """Return all groups by name, including the head's."""
     return {"head": spec["headGroupSpec"]} | {group["groupName"]: group for group in spec["workerGroupSpecs"]}
 
 
@@ -301,7 +301,7 @@ def test_the_network_policy_covers_every_pod_and_opens_the_dashboard_to_named_on
     assert all(peer.keys() <= {"podSelector", "namespaceSelector"} for peer in dashboard["from"])
 
 
-# Compose.
+# Tests of the Compose file.
 
 VARIABLE = re.compile(r"\$\{(\w+)([^}]*)\}")
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY")
@@ -312,7 +312,7 @@ def services() -> dict[str, Any]:
 
 
 def resolved(line: str) -> str:
-    """A line as Compose hands it on: defaults where there are some."""
+    """Return a line with its variables replaced by their defaults, as Compose does, where they have one."""
     return VARIABLE.sub(lambda match: match[2].removeprefix(":-"), line)
 
 
@@ -370,11 +370,11 @@ def test_composes_tracking_server_answers_to_the_name_that_the_cluster_calls_it_
     assert called in options["allowed_hosts"].split(",")
     assert "*" not in options["allowed_hosts"]
     assert options["artifacts_destination"] == f"s3://{services()['s3']['environment']['S3_BUCKET']}/mlflow"
-    assert ":" not in options["backend_store_uri"].split("://")[1].split("@")[0]  # no password in it
+    assert ":" not in options["backend_store_uri"].split("://")[1].split("@")[0]  # it holds no password
 
 
 def test_the_tracking_servers_image_has_the_database_driver_that_its_uri_names():
-    # Without a name SQLAlchemy 2.1 takes psycopg, 2.0 took psycopg2.
+    # Without a driver name, SQLAlchemy 2.1 takes psycopg, whereas 2.0 took psycopg2.
     driver = re.search(r"postgresql\+(\w+)://", services()["mlflow"]["command"])[1]
     installed = [line for line in stages()["mlflow"] if "pip install" in line]
     assert f" {driver}-binary " in installed[0]
@@ -391,11 +391,11 @@ def test_composes_images_are_pinned_or_built_here():
             assert re.search(r":\d+\.\d+", service["image"]), f"{name}: {service['image']}"
 
 
-# Images.
+# Tests of the images.
 
 
 def stages() -> dict[str, list[str]]:
-    """Stage → its lines, and before them those of the stages it is from."""
+    """Return the lines of every stage, preceded by those of the stages that it is built from."""
     found: dict[str, list[str]] = {}
     for part in re.split(r"(?=^FROM )", text("Dockerfile"), flags=re.MULTILINE)[1:]:
         first, *lines = part.splitlines()
@@ -436,7 +436,7 @@ def test_pins_satisfy_the_package_and_name_the_clusters_ray():
     assert f"({pinned['ray']})" in README
 
 
-# Slurm, with every tool it calls replaced by a stub that writes down how it was called.
+# Tests of the Slurm script, in which every tool is replaced by a stub that records how it was called.
 
 STUBS = {
     "scontrol": r"""
@@ -452,7 +452,7 @@ if [[ $1 == health-check ]]; then grep -q '^head is up' "$LOG"; exit; fi
 if [[ $* == *--head* ]]; then [[ -z "${HEAD_FAILS:-}" ]] || exit 1; echo "head is up" >> "$LOG"; fi
 trap 'echo "ray ended" >> "$LOG"; exit 0' TERM
 while :; do sleep 0.05; done""",
-    # The wait for the nodes ends when all have come; the sweep ends by itself, or, where SWEEP is `endless`, by SIGINT.
+    # The wait for the nodes ends when all have joined. The sweep ends by itself or, if SWEEP is `endless`, by SIGINT.
     "python": r"""
 if [[ $1 == - ]]; then
   cat > /dev/null
@@ -468,7 +468,7 @@ SPACE = "search_spaces/leela_zero.yaml"
 
 
 class Slurm:
-    """`sweep.sbatch` as Slurm would run it on three nodes, among stubs."""
+    """Runner of `sweep.sbatch`, which acts as Slurm would on three nodes and replaces the tools by stubs."""
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "log"
@@ -493,7 +493,7 @@ class Slurm:
         return subprocess.Popen(
             ["bash", script, *arguments],
             env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            # As slurmd starts it. Tests that a script starts in the background have SIGINT ignored, and hand that on.
+            # slurmd starts the script like this. Tests in the background ignore SIGINT, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
@@ -533,7 +533,7 @@ def test_slurm_starts_head_workers_and_sweep_in_this_order_and_ends_with_the_swe
     assert head.startswith("ray start --head")
     assert len(workers) == 2
     assert sweep.startswith(f"python -m msae_sweep run {SPACE} --storage /shared/a b --resume at ")
-    # The nodes are distinct, the head's first, and every one is ended with the job.
+    # The nodes are distinct, the head's node comes first, and every node is ended with the job.
     nodes = [re.search(r"--nodelist=(\S+)", line)[1] for line in slurm.lines("srun") if " ray start" in line]
     assert nodes[0] == "n1"
     assert sorted(nodes) == ["n1", "n2", "n3"]
@@ -550,7 +550,7 @@ def test_slurms_ray_commands_are_rays_and_meet_at_one_address(slurm):
     for node in workers:
         assert (node["address"], node["num_cpus"], node["num_gpus"]) == (address, 4, 2)
     (sweep,) = slurm.lines("python")
-    # The token: 32 random bytes in hexadecimal, in no command line.
+    # The token is 32 random bytes in hexadecimal, and appears in no command line.
     assert sweep.endswith(f"at {address} token 64")
 
 
@@ -592,14 +592,14 @@ def test_the_commands_that_submit_the_batch_script_give_it_what_the_sweep_takes(
         check_sweep(shlex.join(["python", "-m", "msae_sweep", "run", *arguments, "--resume"]))
 
 
-# Secrets.
+# Tests that no file holds a secret.
 
 SECRETS = [
     re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"),
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     re.compile(r"://[^/\s:@]+:[^/\s@$]+@"),
     re.compile(r"\b(hf|ghp|gho|xox[bp])_?[0-9A-Za-z-]{20,}"),
-    # A value given to something that is named like a secret: anything but a variable, a command or a blank.
+    # This finds a value that is given to something named like a secret, except a variable, a command or a blank.
     re.compile(
         r"(?i)\w*(password|passwd|secret(_access)?_key|token|secret)[\"']?\s*[:=]\s*[\"']?(?![$<>\s{*&])[\w/+=-]{6,}"
     ),

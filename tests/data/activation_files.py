@@ -1,4 +1,4 @@
-"""Writes the same rows in every format that is read."""
+"""Functions that write the same rows in every format that can be read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ Writer = Callable[..., str]
 
 
 def write_npy(folder: Path, x: np.ndarray, games: np.ndarray | None = None, block: int = 5, chunks: int = 3) -> str:
-    """The notebook's folder; returns data.path."""
+    """Write the notebook's folder layout and return data.path."""
     (folder / f"block{block}").mkdir(parents=True, exist_ok=True)
     for i, chunk in enumerate(np.array_split(x, chunks)):
         np.save(folder / f"block{block}" / f"chunk_{i:04d}.npy", chunk)

@@ -5,7 +5,7 @@ from activation_files import INPUT_DIM, N_ROWS
 
 @pytest.fixture
 def rows() -> np.ndarray:
-    """Rows with channel means and scales of their own; channel 2 is constant."""
+    """Rows whose channels have different means and scales. Channel 2 is constant."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N_ROWS, INPUT_DIM)) * np.arange(1, INPUT_DIM + 1) + np.arange(INPUT_DIM) * 10
     x[:, 2] = 3.5

@@ -1,4 +1,4 @@
-"""Changes of the activations are named, and copies of the same rows are no change."""
+"""Tests that changes of the activations are described, and that copies of the same rows do not count as a change."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def opened(path):
 
 
 def written_down(path):
-    """Manifest and origin of a block as a preparation leaves them."""
+    """Return manifest and origin of a block as a preparation writes them."""
     source, info = opened(path)
     manifest = {
         "source": {"rows": info.n_rows, "dtype": info.dtype, "fingerprint": source.fingerprint(5)},
@@ -60,7 +60,7 @@ def test_other_rows_of_the_same_size_are_found_by_their_content(tmp_path, write)
     other[77, 3] += 1
     shutil.rmtree(tmp_path / "data")
     write(tmp_path / "data", other)
-    for file in tmp_path.rglob("*"):  # some file systems stamp both within one tick
+    for file in tmp_path.rglob("*"):  # some file systems give both versions the same time stamp
         os.utime(file, ns=(1, 1))
     changed = describe_change(*opened(path), manifest, origin)
     assert changed is not None

@@ -12,11 +12,11 @@ from msae_sweep.data.prepare.split import _splitmix64
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""The laws of both kinds hold on every device; each machine tries the best that it has."""
+"""Best device of the machine that runs the tests. Both kinds of batches must behave the same on every device."""
 
 
 def shards(sizes=(50, 30, 45, 7)):
-    """Rows that carry their own number in both columns."""
+    """Return fetchers of shards whose rows hold their own number in both columns, and the number of rows."""
     ends = np.cumsum(sizes)
     arrays = [
         np.repeat(np.arange(e - s, e, dtype=np.float32)[:, None], 2, axis=1) for s, e in zip(sizes, ends, strict=True)
@@ -83,7 +83,7 @@ def test_ordered_gives_every_row_once_in_order(make):
 
 @pytest.mark.parametrize("window_bytes", [1, 600, 10**6])
 def test_streamed_batches_hold_the_rows_that_resident_ones_do(window_bytes):
-    batches = streamed(batch_size=12, window_bytes=window_bytes)  # 12 divides 132: no row is left out
+    batches = streamed(batch_size=12, window_bytes=window_bytes)  # 12 divides 132, so no row is left out
     assert sorted(numbers(batches.epoch(1, 0))) == sorted(numbers(resident(12).epoch(1, 0))) == list(range(132))
 
 

@@ -38,7 +38,7 @@ def test_a_place_in_a_store_is_used_as_a_folder_is(object_store, tmp_path):
 def test_a_store_that_takes_its_time_is_waited_for(object_store):
     host, port = urlsplit(object_store.environment["AWS_ENDPOINT_URL"]).netloc.split(":")
     proxy = SlowProxy(host, int(port))
-    proxy.delay_seconds = 4.0  # AWS' own patience is 3 s
+    proxy.delay_seconds = 4.0  # the timeout of AWS's own client is 3 s
     place = StoragePath(f"{object_store.bucket}/slow?endpoint_override={urlsplit(proxy.endpoint).netloc}&scheme=http")
     place.check()
     proxy.close()

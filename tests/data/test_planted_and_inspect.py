@@ -69,7 +69,7 @@ def test_explained_variance_is_that_of_the_correlation_matrix(tmp_path):
 def test_values_near_the_limits_of_their_type_are_measured_like_any_others(tmp_path, dtype, scale):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(600, 3)) @ rng.normal(size=(3, 20))).round(3)
-    # The largest rows come last, so that sums taken before have to be scaled down.
+    # The largest rows come last, so that the sums over earlier rows have to be scaled down.
     x = (x[np.argsort(np.abs(x).max(axis=1))] / (np.abs(x).max() / 1.5)).astype("f4").astype(dtype)
     (plain,) = inspect(DataConfig(path=write_npy(tmp_path / "plain", x, chunks=6)))
     (report,) = inspect(DataConfig(path=write_npy(tmp_path / "scaled", x * x.dtype.type(scale), chunks=6)))

@@ -26,14 +26,14 @@ def arrays(block):
 
 
 def sides(x, block, **settings):
-    """Split and standardised with plain numpy, the obvious way."""
+    """Return the training and validation rows, split and standardised with plain numpy."""
     held_out = is_validation(np.arange(len(x)), 0, 0.2)
     mean, std = x[~held_out].astype("f8").mean(axis=0), x[~held_out].astype("f8").std(axis=0)
-    std[2] = np.inf  # the constant channel
+    std[2] = np.inf  # the constant channel becomes 0
     return (x[~held_out] - mean) / std, (x[held_out] - mean) / std
 
 
-# The split, and the moments: pure functions.
+# The next tests cover the split and the moments, which are pure functions.
 
 
 def test_about_val_split_of_the_rows_is_held_out():
@@ -84,7 +84,7 @@ def test_the_same_constant_in_every_part_has_std_exactly_zero(value):
     assert moments.std()[0] == 0
 
 
-# The pipelines.
+# The next tests run the pipelines.
 
 
 @pytest.mark.parametrize("form", WRITERS)
@@ -126,7 +126,7 @@ def test_a_pass_takes_a_worker_for_every_four_row_ranges(ray_session, tmp_path, 
 
 
 def test_games_never_stand_on_both_sides(ray_session, tmp_path, rows, games):
-    # The row's number is written into channel 0, to know it again.
+    # Channel 0 holds the row's number, so that the rows can be recognised.
     rows[:, 0] = np.arange(len(rows))
     block = prepare(write_npy(tmp_path / "data", rows, games), tmp_path / "storage")[5]
     assert block.manifest["split"]["by"] == "game_id"
@@ -228,7 +228,7 @@ def test_a_block_that_cannot_be_used_costs_nothing_of_those_before_it(ray_sessio
     mended = rows.copy()
     rows[7, 0] = np.nan
     config = DataConfig(path=write_npy(tmp_path / "data", rows, block=20), val_split=0.2)
-    threading.Timer(2, second_measured.set).start()  # by then the other has been found out
+    threading.Timer(2, second_measured.set).start()  # by then the bad row of the other block has been found
     with pytest.raises(DataError, match="row 7: NaN"):
         shards.prepare_blocks(config, str(tmp_path / "storage"), batch_size=10)
     write_npy(tmp_path / "data", mended, block=20)
@@ -259,7 +259,7 @@ def test_some_rows_of_a_shard_are_those_of_the_whole(in_a_store, tmp_path, reque
     assert np.array_equal(folder.shard(3), z)
     some = folder.shard(3, slice(6, 9))
     assert np.array_equal(some, z[6:9])
-    some[:] = 0  # its own copy
+    some[:] = 0  # the slice is a copy, so this does not change the shard
     assert np.array_equal(folder.shard(3), z)
 
 
@@ -346,7 +346,7 @@ def test_a_shard_that_cannot_be_written_is_one_line(ray_session, tmp_path, rows)
     (folder / "manifest.json").unlink()
     shard = next(folder.glob("shard-*.npy"))
     shard.unlink()
-    shard.mkdir()  # nothing can be written in its place, as on a full disk
+    shard.mkdir()  # a folder in its place makes writing fail, as a full disk does
     with pytest.raises(SweepError, match=r"storage: .*shard-0.*npy cannot be written: Is a directory$") as caught:
         prepare(path, tmp_path / "storage")
     assert "\n" not in str(caught.value)
@@ -362,13 +362,13 @@ def test_values_that_overflow_are_refused(ray_session, tmp_path):
 
 @pytest.mark.parametrize("original", [False, True], ids=["wrapped", "as_raised"])
 def test_an_error_in_a_task_comes_out_without_rays_wrapping(ray_session, tmp_path, rows, monkeypatch, original):
-    # An extraction in the same process turns this on.
+    # An extraction in the same process turns this setting on.
     monkeypatch.setattr(ray.data.DataContext.get_current(), "raise_original_map_exception", original)
     path = write_npy(tmp_path / "data", rows)
     source = shards.open_source(DataConfig(path=path))
     source.infos()
     file = tmp_path / "data" / "block5" / "chunk_0002.npy"
-    file.write_bytes(file.read_bytes()[:300])  # after the headers were checked
+    file.write_bytes(file.read_bytes()[:300])  # the file is cut off after its header was checked
     monkeypatch.setattr(shards, "open_source", lambda config: source)
     with pytest.raises(DataError, match=r"chunk_0002\.npy: cannot be read: truncated") as caught:
         prepare(path, tmp_path / "storage")

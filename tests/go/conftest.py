@@ -1,4 +1,4 @@
-"""Real games and what an independent program computed from their positions, where they lie beside the checkout."""
+"""Fixtures for the real games beside the checkout and for what an independent program computed from them."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def real_go() -> Path:
-    """Folder with `games.tar.gz`, `weights/` and `reference/`; skips, with the reason, where they are missing."""
+    """Folder with `games.tar.gz`, `weights/` and `reference/`. Without games or reference, tests skip and say why."""
     folder = Path(os.environ.get("MSAE_SWEEP_REAL_DATA", REAL_DATA))
     if not (folder / "games.tar.gz").is_file() or not (folder / "reference").is_dir():
         pytest.skip(f"no games.tar.gz and reference/ in {folder}; set MSAE_SWEEP_REAL_DATA to a folder that holds them")
@@ -41,17 +41,17 @@ def real_games(real_records) -> dict[int, Game]:
 
 
 class Reference(NamedTuple):
-    """What an independent loader computed for some positions of the real games."""
+    """Arrays that an independent loader computed for some positions of the real games."""
 
     arrays: dict[str, np.ndarray]
-    """`policy_logits` [P, 362], `value` [P], `points` [P, 10], `block…` [P, 10, C], `game_id` and `ply` [P]."""
+    """Arrays `policy_logits` [P, 362], `value` [P], `points` [P, 10], `block…` [P, 10, C], `game_id` and `ply` [P]."""
     x: torch.Tensor
-    """The network's input for them, float32 [P, 18, 19, 19], by `replay` and `planes`."""
+    """The network's input for these positions, float32 [P, 18, 19, 19], computed by `replay` and `planes`."""
 
 
 @pytest.fixture(scope="session")
 def reference(real_go, real_games) -> Callable[[str], Reference]:
-    """`reference("lz-6x64")`: the arrays and our planes of the same positions."""
+    """Function that returns the arrays of a network, such as "lz-6x64", and our planes of the same positions."""
 
     def load(network: str) -> Reference:
         with np.load(real_go / "reference" / f"{network}.npz") as file:

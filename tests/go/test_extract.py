@@ -1,4 +1,4 @@
-"""From records and weights to an activation folder, through Ray."""
+"""Tests of the extraction, which turns records and weights into an activation folder through Ray."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def sgf(moves: int, seed: int) -> str:
-    """A record of random moves on empty points, far enough apart that nothing is captured."""
+    """Return a record of random moves on empty points that are so far apart that nothing is captured."""
     points = np.random.default_rng(seed).permutation([(x, y) for x in range(0, 19, 2) for y in range(0, 19, 2)])[:moves]
     letters = "abcdefghijklmnopqrs"
     played = "".join(f";{'BW'[i % 2]}[{letters[x]}{letters[y]}]" for i, (x, y) in enumerate(points))
@@ -47,7 +47,7 @@ def sgf(moves: int, seed: int) -> str:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-    """Seven games of 12 to 18 moves, one twice, one broken, one small board."""
+    """Folder with seven games of 12 to 18 moves, one of them a second time, a broken record and a small board."""
     folder = tmp_path_factory.mktemp("records")
     for i in range(7):
         (folder / f"game{i}.sgf").write_text(sgf(12 + i, i))
@@ -59,7 +59,7 @@ def records(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> Path:
-    """A random network of 3 blocks and 8 filters, in its file."""
+    """File of a random network with 3 blocks and 8 filters."""
     path = tmp_path_factory.mktemp("network") / "net.txt"
     write_weights(random_weights(3, 8, seed=0), path)
     return path
@@ -184,7 +184,7 @@ def test_stopped_half_way_it_goes_on_without_repeating_or_losing_a_row(
     assert interrupt.value.__notes__ == ["finished rows are kept; run the same command to continue"]
     kept = {file: file.stat().st_mtime_ns for file in half.out.glob("parts/index_*.npz")}
     assert kept
-    # Another version of the same format may go on; the first ones did not write the format down.
+    # Another version with the same format may continue. The first versions did not store the format.
     manifest = json.loads((half.out / "manifest.json").read_text())
     assert manifest.pop("format") == 1
     (half.out / "manifest.json").write_text(json.dumps({**manifest, "msae_sweep": "0.0.9", "added later": 1}))
@@ -345,7 +345,7 @@ subprocess.run(["mount", "-o", f"remount,size={64 << 20}", disk], check=True)
 run()
 shutil.copytree(out, keep)
 """
-"""Runs a command on a full disk, then with room; the disk is a mount that no process outside of it sees."""
+"""Script that runs a command on a full disk, then with room. The disk is a mount that no process outside it can see."""
 
 
 @pytest.mark.slow
@@ -354,8 +354,8 @@ def test_a_disk_that_fills_up_is_one_line_and_with_room_the_same_command_goes_on
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("no private mounts here: `unshare -m` needs root")
     (tmp_path / "records").mkdir()
-    # 720 positions are 4 chunks of 181; one chunk is 3.5 MB, so the third does not fit. As h5 all of 260 fit, but not
-    # a second time.
+    # 720 positions are 4 chunks of 181. One chunk is 3.5 MB, so the third does not fit. In h5, all 240 positions fit
+    # once, but not a second time.
     n_games = 9 if formats == "npy" else 3
     for i in range(n_games):
         (tmp_path / "records" / f"{i}.sgf").write_text(sgf(80, i))
@@ -395,7 +395,7 @@ ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_t
 sys.argv[0] = "msae-sweep"
 cli.main()
 """
-"""Runs a command where Ray knows of a GPU; the network itself runs where torch can."""
+"""Script that runs a command where Ray reports a GPU. The network itself runs on the device that torch finds."""
 
 
 @pytest.mark.slow
@@ -428,7 +428,7 @@ def test_what_a_killed_writer_left_half_is_taken_for_nothing_and_goes(extracted,
     half = [other.out / "parts" / ".block1_000000.npy.1.part", other.out / ".activations.h5.1.part"]
     for file in half:
         file.write_bytes(b"half")
-    # Rows without an index: the chunk was never whole.
+    # These rows have no index, because the chunk was never complete.
     (other.out / "parts" / "block1_000000.npy").write_bytes(b"half")
     extract(other)
     assert not any(file.exists() for file in half)
@@ -446,7 +446,7 @@ def no_ray() -> None:
 
 @pytest.fixture
 def begun(tmp_path, network, records) -> tuple[ExtractionSettings, ActivationFolder]:
-    """An extraction that has begun, and a file that is being written in it."""
+    """Settings and folder of an extraction that has begun, and in which a file is being written."""
     chosen = settings(network, records, tmp_path / "out", precision="fp32")
     folder = ActivationFolder(chosen.out, chosen.blocks, chosen.formats)
     with folder.held():
@@ -468,7 +468,7 @@ def test_a_second_extraction_into_a_folder_is_refused_and_touches_nothing(begun)
 @pytest.mark.parametrize("alive", [True, False])
 def test_an_extraction_on_another_machine_is_left_alone_as_long_as_it_lives(begun, monkeypatch, alive):
     chosen, folder = begun
-    # Its lock does not reach here.
+    # A lock that is held on another machine is not visible here.
     (folder.path / "driver.json").write_text(json.dumps({"driver": "process 1 on elsewhere", "beat": "a"}))
     monkeypatch.setattr(driver_lock, "STALE_SECONDS", 0.2)
     read, beats = driver_lock._read, itertools.count()
@@ -503,7 +503,7 @@ def test_another_network_or_other_games_are_refused_by_name(begun, records, tmp_
 
 @pytest.mark.slow
 def test_an_extraction_goes_on_in_the_precision_it_began_with(network, records, tmp_path, monkeypatch):
-    # As on a GPU, for which `auto` is fp16; then on a CPU, for which it is fp32.
+    # The first call acts as on a GPU, where `auto` is fp16. The second one runs on a CPU, where it is fp32.
     other = settings(network, records, tmp_path / "out")
     monkeypatch.setattr(extraction, "_precision_of_the_cluster", lambda *_: lambda: "fp16")
     with pytest.raises(RuntimeError):
@@ -520,7 +520,7 @@ def test_an_extraction_goes_on_in_the_precision_it_began_with(network, records, 
 @pytest.mark.parametrize(("gpus", "meant"), [({}, "fp32"), ({"GPU": 1.0}, "fp16")])
 def test_what_auto_stands_for_is_asked_where_the_network_will_run(network, records, tmp_path, monkeypatch, gpus, meant):
     class Task:
-        """Ray's, run here as on a node with a GPU."""
+        """Ray task that runs here, as on a node with a GPU."""
 
         def __init__(self, function):
             self.function, self.resources = function, {}

@@ -1,4 +1,4 @@
-"""Leela Zero's network: its arithmetic, which operations it takes, and real games as an independent loader saw them."""
+"""Tests of Leela Zero's network: its arithmetic, its operations, and real games beside an independent loader."""
 
 import json
 import tarfile
@@ -21,13 +21,13 @@ from msae_sweep.go.weights import Convolution, Weights, random_weights
 
 def random_planes(n: int) -> Tensor:
     planes = torch.randint(0, 2, (n, 18, 19, 19), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    planes[:, 16] = (torch.arange(n) % 2 == 0)[:, None, None]  # black to move in every other position
+    planes[:, 16] = (torch.arange(n) % 2 == 0)[:, None, None]  # black is to move in every other position
     planes[:, 17] = 1 - planes[:, 16]
     return planes
 
 
 def plainly(weights: Weights, planes: Tensor) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-    """The network in float64 with convolution, bias and batch normalisation one after another."""
+    """Return the network's outputs in float64, with convolution, bias and batch normalisation one after another."""
 
     def normalised(x: Tensor, c: Convolution) -> Tensor:
         weight, bias, mean, variance = (torch.from_numpy(a).double() for a in c)
@@ -63,7 +63,7 @@ def test_folded_network_equals_batch_normalisation_after_convolution():
 def test_integer_weights_whose_scale_lies_in_the_variance_are_the_same_network():
     plain = random_weights(2, 8, seed=0)
 
-    def scaled(c: Convolution) -> Convolution:  # the square of 1e5 leaves float16 and the epsilon far behind
+    def scaled(c: Convolution) -> Convolution:  # the square of 1e5 exceeds float16 and makes the epsilon negligible
         return Convolution(c.weight * 1e5, c.bias * 1e5, c.mean * 1e5, c.variance * 1e10)
 
     large = plain._replace(blocks=tuple((scaled(a), scaled(b)) for a, b in plain.blocks))
@@ -85,7 +85,7 @@ def test_without_heads_nothing_behind_the_last_tap_is_computed():
     assert short.policy_logits is None
     assert short.value is None
     whole = network(planes, taps=(3, 1))
-    for block in (1, 3):  # nor has a later block written over a tap
+    for block in (1, 3):  # no later block has overwritten a tap
         torch.testing.assert_close(short.activations[block], whole.activations[block], rtol=0, atol=0)
 
 
@@ -114,7 +114,7 @@ def test_planes_may_be_of_any_type(dtype):
 
 
 def test_weights_that_cannot_be_written_to_make_a_network():
-    """As Ray hands arrays out."""
+    """Ray hands out arrays that are read-only like these."""
     weights = random_weights(1, 4, seed=0)
     for array in (*weights.input, *weights.policy[1:], *weights.value[1:]):
         array.flags.writeable = False
@@ -153,7 +153,7 @@ def stand_in_add(x, weight, z, alpha, bias, stride, padding, dilation, groups):
 
 
 def test_fused_operations_are_called_as_cudnn_has_them(monkeypatch):
-    """Arguments in the order of torch's schema, which is checked where there is no CUDA too."""
+    """The arguments are in the order of torch's schema, which is also checked where there is no CUDA."""
     for name, own in (("cudnn_convolution_relu", stand_in), ("cudnn_convolution_add_relu", stand_in_add)):
         schema = getattr(torch.ops.aten, name).default._schema
         parameters = own.__code__.co_varnames[: len(schema.arguments)]
@@ -195,9 +195,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 class Game(NamedTuple):
     boards: list[np.ndarray]
-    """After 0, 1, … moves, row 0 at the top: 1 black, −1 white."""
+    """Boards after 0, 1, … moves, with row 0 at the top: 1 is black, −1 is white."""
     moves: list[tuple[int, int]]
-    """Colour (1 or −1) and where: 0 – 360 row by row from the top, 361 the pass."""
+    """Colour (1 or −1) and point of every move. Points are 0 – 360 row by row from the top, and 361 is the pass."""
 
 
 def replayed(record: bytes) -> Game:
@@ -220,7 +220,7 @@ def replayed(record: bytes) -> Game:
 
 
 def planes_of(game: Game, ply: int) -> np.ndarray:
-    """The 18 planes before a move; newest position first."""
+    """Return the 18 planes before a move, with the newest position first."""
     to_move = game.moves[ply][0] if ply < len(game.moves) else -game.moves[-1][0]
     planes = np.zeros((18, 19, 19), np.uint8)
     for ago in range(min(8, ply + 1)):
@@ -232,7 +232,7 @@ def planes_of(game: Game, ply: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def networks_and_games(real_data: Path) -> Path:
-    """Folder with weights/, reference/ and games; skips, with the reason, where they are missing."""
+    """Folder with weights/, reference/ and games. Tests are skipped, with the reason, if a file is missing."""
     folder = real_data.parent
     for name in ("weights", "reference", "games.tar.gz", "held_out_games.txt", "facts.json"):
         if not (folder / name).exists():
@@ -251,10 +251,10 @@ class Reference(NamedTuple):
     arrays: dict[str, Tensor]
 
     def compare(self, network: Network, order: list[int] | None = None) -> None:
-        """Raise AssertionError where the network, in float32, gives something else, its planes put in another order.
+        """Raise AssertionError if the network's float32 outputs differ from the reference. `order` permutes the planes.
 
-        Within 1e-4 of each number and 1e-5 of the array's largest. The second is for numbers near zero, which are what
-        is left of large terms: no relative tolerance holds them.
+        Each number may differ by 1e-4 of itself plus 1e-5 of the array's largest. The second part is for numbers near
+        zero, which remain when large terms cancel: no relative tolerance holds for them.
         """
         planes = self.planes if order is None else self.planes[:, order]
         blocks = [int(name.removeprefix("block")) for name in self.arrays if name.startswith("block")]
@@ -307,7 +307,7 @@ class Accuracy(NamedTuple):
 
 
 def accuracy(network: Network, games: Iterable[Game], order: list[int] | None = None) -> Accuracy:
-    """How well the policy foretells the move of every fifth position of games."""
+    """Return how well the policy predicts the move of every fifth position of the games."""
     where = [(game, ply) for game in games for ply in range(0, len(game.moves), 5)]
     planes = torch.from_numpy(np.stack([planes_of(game, ply) for game, ply in where]))
     planes = planes if order is None else planes[:, order]
@@ -331,15 +331,15 @@ def held_out(networks_and_games: Path, records: dict[int, bytes]) -> list[Game]:
 
 @pytest.fixture(scope="module")
 def facts(networks_and_games: Path) -> Accuracy:
-    """What the network's makers measured."""
+    """Accuracy that the network's makers measured."""
     small = json.loads((networks_and_games / "facts.json").read_text())["data"]["small"]
     return Accuracy(small["positions"], small["top1"], small["top5"], small["ce"])
 
 
 def test_policy_foretells_moves_of_unseen_games_as_its_makers_measured(small_network, held_out, facts):
-    """A quarter of the games, some 980 positions, whose top-1 has a standard error of 1.6%.
+    """A quarter of the games has about 980 positions, for which top-1 has a standard error of 1.6%.
 
-    All 120 give the makers' figures to the last digit (45.83%, 75.76%, 2.1002 over 3,919 positions).
+    All 120 games give the makers' figures to the last digit (45.83%, 75.76%, 2.1002 over 3,919 positions).
     """
     got = accuracy(small_network, held_out[::4])
     assert abs(got.top1 - facts.top1) < 0.05, got
@@ -349,7 +349,7 @@ def test_policy_foretells_moves_of_unseen_games_as_its_makers_measured(small_net
 
 @pytest.mark.parametrize("order", list(WRONG_ORDERS.values())[:3], ids=list(WRONG_ORDERS)[:3])
 def test_policy_foretells_little_from_a_wrong_order_of_planes(small_network, held_out, facts, order):
-    """Which colour is to move hardly matters to the policy: the last wrong order is the comparison's to find."""
+    """The policy hardly depends on which colour is to move, so only the comparison can find the last wrong order."""
     assert accuracy(small_network, held_out[::10], order).top1 < facts.top1 - 0.15
 
 

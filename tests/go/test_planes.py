@@ -1,4 +1,4 @@
-"""Games to planes: captures, history, sides, and the real games against a plain slow replay."""
+"""Tests that games become planes: captures, history, sides, and the real games against a plain, slow replay."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def all_plies(found: Game) -> np.ndarray:
 
 
 def slow_positions(found: Game) -> list[np.ndarray]:
-    """The board after each move by sgfmill's own rules, row 0 at the top: 1 black, −1 white, 0 empty."""
+    """Return the board after each move by sgfmill's own rules, with row 0 at the top: 1 black, −1 white, 0 empty."""
     board = slow_boards.Board(19)
     stones = [(18 - p // 19, p % 19, found.setup[p]) for p in range(361)]
     board.apply_setup([(r, c) for r, c, s in stones if s == 1], [(r, c) for r, c, s in stones if s == -1], [])
@@ -36,7 +36,7 @@ def slow_positions(found: Game) -> list[np.ndarray]:
 
 
 def slow_planes(found: Game, ply: int, positions: list[np.ndarray]) -> np.ndarray:
-    """One position's 18 planes, as the sentence that defines them says."""
+    """Return one position's 18 planes, computed literally from their definition."""
     own, opponent = (1, -1) if found.black_to_move[ply] else (-1, 1)
     x = np.zeros((18, 19, 19))
     for ago in range(8):
@@ -59,7 +59,7 @@ def assert_equal_to_the_slow_way(found: Game, plies: np.ndarray) -> None:
 
 
 def after(text: str, ply: int = -1) -> dict[str, int]:
-    """Stones by their SGF names after `ply` moves (the end by default): 1 black, −1 white."""
+    """Return the stones by their SGF names after `ply` moves (by default at the end): 1 black, −1 white."""
     found = game(text)
     seen = replay(found, all_plies(found)[[ply]])
     stones = seen.boards[0, 0] * (1 if seen.black_to_move[0] else -1)
@@ -90,7 +90,7 @@ def test_awkward_games_are_as_in_the_slow_way(text):
 
 
 def test_random_play_to_full_boards_is_as_in_the_slow_way():
-    """Random moves fill the board and take large groups over and over, suicides among them."""
+    """Random moves fill the board and capture large groups over and over, including suicides."""
     rng = np.random.default_rng(0)
     found = game("(;;B[aa])")
     board, moves = slow_boards.Board(19), []
@@ -207,7 +207,7 @@ def test_real_games_are_as_in_the_slow_way(real_games):
 
 @pytest.mark.parametrize(("network", "top1"), [("lz-6x64", 62 / 120), ("lz-40x256", 35 / 60)])
 def test_the_references_policy_hits_our_next_moves_as_often_as_it_was_recorded(reference, real_games, network, top1):
-    """Points, plies and orientation are the reference's: any other reading of them hits next to nothing."""
+    """Points, plies and orientation are the reference's. Read in any other way, they would hit almost no move."""
     arrays = reference(network).arrays
     played = [
         int(real_games[number].moves[ply])

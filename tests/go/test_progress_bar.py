@@ -1,4 +1,4 @@
-"""Progress lines of an extraction."""
+"""Tests of the progress lines of an extraction."""
 
 import io
 
@@ -11,7 +11,7 @@ from msae_sweep.go.progress_bar import GamesProgress, progress_display
 
 @pytest.fixture
 def now(monkeypatch) -> list[float]:
-    """A clock that stands still until it is set."""
+    """Clock that stands still until it is set."""
     clock = [100.0]
     monkeypatch.setattr(progress_bar.time, "monotonic", lambda: clock[0])
     return clock

@@ -1,4 +1,4 @@
-"""Finding and reading records: loose, in archives, cut into units."""
+"""Tests of finding and reading records, as single files and in archives, and of cutting them into units."""
 
 import io
 import tarfile
@@ -94,7 +94,7 @@ def test_a_tar_is_read_without_keeping_what_it_held(tmp_path, monkeypatch):
 
 def test_a_truncated_archive_gives_what_came_before_and_is_named(tmp_path):
     path = tmp_path / "games.tar.gz"
-    rng = np.random.default_rng(0)  # noise, so that half of the file is half of the records
+    rng = np.random.default_rng(0)  # noise cannot be compressed, so half of the file holds half of the records
     tar(path, "w:gz", {name: data + rng.bytes(20_000) for name, data in GAMES.items()})
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     *before, last = read_records(path)

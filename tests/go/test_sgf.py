@@ -1,4 +1,4 @@
-"""Records to games: what is read, what is refused and why, what is the same game, which positions are taken."""
+"""Tests of reading records as games: accepted and refused records, identical games, and the choice of positions."""
 
 import pickle
 import random
@@ -31,7 +31,7 @@ def refused(text: str | bytes) -> RefusedRecord:
 
 
 def at(point: str) -> int:
-    """A point by its SGF name: column, then row from the top."""
+    """Return a point by its SGF name, which is its column and then its row from the top."""
     return (ord(point[1]) - 97) * 19 + ord(point[0]) - 97
 
 
@@ -230,7 +230,7 @@ def test_duplicates_are_dropped_and_say_of_which():
 
 
 def test_the_key_and_the_sample_are_the_same_on_every_machine():
-    """Fixed here: a key that changed would rename every game, move it between splits and sample it anew."""
+    """The values are fixed: a changed key would rename every game, move it between splits and sample it anew."""
     found = game("(;HA[2]AB[dd][pp];W[as];B[br];W[cq];B[dp];W[eo];B[fn];W[];B[hl])")
     assert found.key == "afd6f93a5cdc1e96bdda365f18ddf17e"
     assert found.game_id == 6335294315357409099
@@ -285,7 +285,7 @@ def test_every_ply_is_as_likely_as_any_other():
     found, counts = game(LONG), np.zeros(100)
     for seed in range(2000):
         counts[sample_plies(found, 10, seed=seed)] += 1
-    # Binomial(2000, 0.1): 200 ± 13.4; five standard deviations.
+    # The counts follow Binomial(2000, 0.1), which is 200 ± 13.4. The limit is five standard deviations.
     assert np.abs(counts - 200).max() < 67
 
 

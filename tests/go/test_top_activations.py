@@ -62,7 +62,7 @@ def settings(tmp_path_factory) -> top_activations.TopActivationSettings:
 
 @pytest.fixture(scope="module")
 def codes(settings) -> dict[tuple[str, int], np.ndarray]:
-    """By game and ply the code of every point [361, hidden_dim], the plain way."""
+    """Code of every point [361, hidden_dim] by game and ply, computed in the plain way."""
     network = Network(random_weights(BLOCKS, FILTERS, seed=1), "cpu", "fp32")
     sae = settings.model.standardised()
     found = {}
@@ -127,7 +127,7 @@ def test_the_page_draws_the_latents_that_are_strongest_where_they_fire_first(sho
 
 @pytest.mark.slow
 def test_the_same_page_comes_from_a_network_whose_rows_count_from_the_bottom(settings, shown, ray_session, tmp_path):
-    # Turned upside down, games and network show the same: the page must turn the points back.
+    # Games and network give the same result when both are turned upside down, so the page must turn the points back.
     flipped = tmp_path / "games"
     flipped.mkdir()
     turned = {letter: "abcdefghijklmnopqrs"[18 - i] for i, letter in enumerate("abcdefghijklmnopqrs")}

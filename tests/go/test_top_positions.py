@@ -8,7 +8,7 @@ from msae_sweep.go.top_positions import FiringStatistics, board_maxima, top_posi
 
 
 def plain(value, game_id, ply, n):
-    """Per latent (value, game, ply), strongest first, at most one a game."""
+    """Return (value, game, ply) of each latent's top positions, strongest first, with at most one per game."""
     found = []
     for latent in range(value.shape[1]):
         column = sorted(
@@ -37,7 +37,7 @@ def case(seed, n_games=7, hidden=5):
     lengths = torch.randint(1, 6, (n_games,), generator=generator)
     game_id = torch.repeat_interleave(torch.randperm(n_games, generator=generator), lengths)
     ply = torch.cat([torch.arange(length) for length in lengths.tolist()])
-    # Few different values, so that there are many ties, and zeros.
+    # There are only few different values, so that there are many ties, and zeros.
     value = torch.randint(0, 4, (len(game_id), hidden), generator=generator).float()
     return value, game_id, ply
 

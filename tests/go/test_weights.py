@@ -1,4 +1,4 @@
-"""Leela Zero's text format of weights: what is written is read, and what does not fit is said in one line."""
+"""Tests of Leela Zero's text format of weights: written files can be read, and faulty files are refused in one line."""
 
 import gzip
 from collections.abc import Callable, Iterable
@@ -64,7 +64,7 @@ def test_the_hash_is_of_the_bytes_of_the_file(tmp_path):
 
 
 def _line(number: int, change: Callable[[list[bytes]], Iterable[bytes]]) -> Callable[[list[bytes]], list[bytes]]:
-    """Change the words of one line of a file."""
+    """Return a function that changes the words of one line of a file."""
     return lambda lines: [
         b" ".join(change(line.split())) if i == number else line for i, line in enumerate(lines, start=1)
     ]
@@ -111,7 +111,7 @@ FAULTS = [
 
 @pytest.fixture(scope="module")
 def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """The lines of a network of 2 blocks and 4 filters."""
+    """Lines of the file of a network with 2 blocks and 4 filters."""
     path = tmp_path_factory.mktemp("weights") / "net.txt"
     write_weights(random_weights(2, 4, seed=0), path)
     return path.read_bytes().splitlines()
@@ -137,7 +137,7 @@ def test_damaged_and_missing_files_are_one_line(tmp_path):
     (tmp_path / "two bytes").write_bytes(packed[:2])
     for name, message in (
         ("cut.gz", "end too early; copy the file again"),
-        ("bent.gz", "are damaged"),  # though it unpacks to text with a faulty line before the checksum is seen
+        ("bent.gz", "are damaged"),  # although it unpacks to text with a faulty line before the checksum is seen
         ("bent checksum.gz", "are damaged"),
         ("two bytes", "end too early; copy the file again"),
         ("nothing.gz", "No such file or directory; expected a file of Leela Zero's text weights"),

@@ -1,14 +1,14 @@
-"""Loads every export with the package that it is for, in a fresh process, and compares what they reconstruct.
+"""Load every export with the package that it is for, in a fresh process, and compare the reconstructions.
 
     python tests/models/check_exports.py MODEL ACTIVATIONS [--block B] [--python PYTHON]
 
-MODEL is anything that `msae-sweep export` takes; ACTIVATIONS a `.npy` of raw rows. The packages are installed into an
-environment that is thrown away afterwards, unless PYTHON is an interpreter that has them:
+MODEL is anything that `msae-sweep export` takes; ACTIVATIONS is a `.npy` of raw rows. The packages are installed into a
+temporary environment, unless PYTHON is an interpreter that has them:
 
     sae-lens 6.54.12, eai-sparsify 1.3.3
 
-Rows whose k-th and (k+1)-th latents differ by no more than float32 rounding may rightly come out with either of them:
-they are counted, and compared by their error's size instead.
+If a row's k-th and (k+1)-th latents differ by no more than float32 rounding, either of them may rightly be chosen. Such
+rows are counted, and are compared only through the raw R² of all rows.
 """
 
 import argparse
@@ -24,13 +24,13 @@ import torch
 from msae_sweep.models.export import export
 from msae_sweep.models.find import find
 
-# Torch's bound is this package's: without it, pip may take gigabytes of CUDA libraries.
+# The bound of torch is this package's own. Without it, pip may download gigabytes of CUDA libraries.
 PACKAGES = ["sae-lens==6.54.12", "eai-sparsify==1.3.3", "torch>=2.6,<2.14"]
 N_ROWS = 4096
 TIE = 1e-5
-"""Of the largest latent of a row: 80 float32 roundings."""
+"""Largest difference of tied latents, relative to the largest latent of a row: 80 float32 roundings."""
 TOLERANCE = 1e-5
-"""Of the largest value of a channel: 80 float32 roundings, in sums of up to 128 products."""
+"""Largest error, relative to the largest value of a channel: 80 float32 roundings, in sums of up to 128 products."""
 
 LOAD = {
     "saelens": """

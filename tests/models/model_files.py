@@ -11,7 +11,7 @@ from msae_sweep.sae.model_file import ModelFile
 
 
 def example_model_file(seed: int = 0, input_dim: int = 12, hidden_dim: int = 48, k_levels=(2, 4, 8)) -> ModelFile:
-    """Encoder, decoder, bias, mean and scales of its own; channel 3 was constant in training."""
+    """Return a file with untied encoder and decoder, bias, means and scales. Channel 3 was constant in training."""
     torch.manual_seed(seed)
     model = MSAE(input_dim, hidden_dim, k_levels, "reverse")
     model.W_enc.data += 0.1 * torch.randn_like(model.W_enc)
@@ -28,7 +28,7 @@ def raw_rows(file: ModelFile, n: int = 200, seed: int = 1) -> np.ndarray:
 
 
 def sweep(folder: Path, blocks=(5, 20)) -> Path:
-    """What a finished sweep leaves of its models."""
+    """Write the models of a finished sweep into `folder`, and return it."""
     (folder / "models").mkdir(parents=True)
     for block in blocks:
         model_file.save(example_model_file(block), folder / "models" / f"msae_block{block}.pt")

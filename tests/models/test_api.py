@@ -1,4 +1,4 @@
-"""A model loads from wherever it lies, and works on raw activations of any kind and shape."""
+"""Tests that a model loads from wherever it is stored, and works on raw activations of any kind and shape."""
 
 import numpy as np
 import pytest
@@ -113,7 +113,7 @@ def test_what_comes_out_is_of_the_kind_and_shape_that_went_in(sae):
     assert torch.equal(sae.encode(tensor), torch.from_numpy(whole))
     assert not sae.encode(tensor).requires_grad
     readonly = x.copy()
-    readonly.flags.writeable = False  # as memory-mapped files are
+    readonly.flags.writeable = False  # memory-mapped files are read-only like this
     np.testing.assert_array_equal(sae.encode(readonly), whole)
 
 
@@ -131,8 +131,8 @@ def test_reconstruct_in_chunks_changes_nothing(sae, monkeypatch):
     x = raw_rows(sae.file)
     whole = sae.reconstruct(x)
     monkeypatch.setattr(api, "CHUNK_ELEMENTS", 48 * 7)
-    # A product of 7 rows may be summed in another order than one of 200, as MKL does on an AMD EPYC: behind a value lie
-    # sums of 12 and of 8 terms, each rounded to float32 next to the largest.
+    # A product of 7 rows may be summed in another order than one of 200, as MKL does on an AMD EPYC. Each value comes
+    # from sums of 12 and of 8 terms, which are rounded to float32 relative to the largest value.
     rounding = (12 + 8) * np.finfo(np.float32).eps * np.abs(whole).max()
     np.testing.assert_allclose(sae.reconstruct(x), whole, rtol=0, atol=rounding)
 

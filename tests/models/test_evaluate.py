@@ -1,4 +1,4 @@
-"""An evaluation streams any source, says what a sweep says of the same rows, and is the same over a cluster."""
+"""Tests that an evaluation streams any source, agrees with a sweep on the same rows, and is the same on a cluster."""
 
 import io
 import json
@@ -155,7 +155,7 @@ def test_of_a_sweeps_model_it_says_what_the_sweep_said(tmp_path, ray_session, mo
         assert found["r2_by_level"][str(k)] == pytest.approx(said[f"r2_k{k}"], abs=1e-5)
         assert found["l0_by_level"][str(k)] == pytest.approx(said[f"l0_k{k}"], abs=1e-9)
     assert (tmp_path / "figures/e.svg").read_text().count("<svg") == 1
-    # The champion is the same model, out of MLflow.
+    # The champion in MLflow is the same model.
     command = ["eval", "champion:planted:5", "--data", "planted", "--rows", "validation", "--against", "sweeps/small"]
     planted = ["rows=3000", "input_dim=16", "dictionary_size=32", "active=3"]
     sets = [word for setting in planted for word in ("--set", f"data.planted.{setting}")]
@@ -182,7 +182,7 @@ def test_json_holds_everything_and_no_nan(tmp_path, found, x):
 
 
 def test_dictionaries_are_matched_in_one_space_though_statistics_differ(tmp_path, found, x):
-    """The same directions in raw units, of a model that was standardised otherwise, match fully."""
+    """Directions that are equal in raw units match fully, although the other model was standardised differently."""
     file = example_model_file()
     other_std = file.std * np.linspace(0.5, 4, 12, dtype=np.float32)
     file.model.W_dec.data *= torch.from_numpy(file.std / other_std)

@@ -1,6 +1,6 @@
-"""Each format holds what its tool reads, and computes from the written files what the model does.
+"""Tests that each format holds what its tool reads, and that the written files compute what the model does.
 
-The other tools' arithmetic is written down here in a few lines; `check_exports.py` asks the packages themselves.
+The other tools' arithmetic is repeated here in a few lines; `check_exports.py` runs the packages themselves.
 """
 
 import json
@@ -64,7 +64,7 @@ def test_what_another_tool_computes_is_the_models_raw_reconstruction(tmp_path, f
 
 
 def test_codes_stay_the_same_numbers():
-    """A constant channel, means far from 0 and scales that differ 25-fold: none of them reaches the code."""
+    """A constant channel, means far from 0 and scales that differ 25-fold do not affect the code."""
     file = example_model_file()
     a = raw_rows(file).astype(np.float64)
     W_enc, _, b_dec = (array.astype(np.float64) for array in fold(file))
@@ -74,7 +74,7 @@ def test_codes_stay_the_same_numbers():
 
 @pytest.mark.parametrize("format", AS_THEY_DO)
 def test_real_activations_come_out_the_same(tmp_path, real_data, format):
-    """At the notebook's size. Rows whose 128th and 129th latents differ by rounding only may take either."""
+    """The model has the notebook's size. Rows are left out if only rounding separates latents 128 and 129."""
     a = np.load(real_data / "block20" / "chunk_0000.npy")[:512].astype(np.float32)
     stats = np.load(real_data / "block20" / "normalization_stats.npz")
     std = np.where(stats["std"] == 0, 1, stats["std"]).astype(np.float32)
@@ -229,7 +229,7 @@ def test_no_such_model_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("format", ["safetensors", "saelens", "sparsify"])
 def test_others_may_read_what_is_written(tmp_path, format):
-    """As for any new file: safetensors' own writer makes files that only their owner reads."""
+    """Other users can read the files like any new file, although safetensors' own writer makes private files."""
     (tmp_path / "any").touch()
     export(found(), format, tmp_path / "m.safetensors")
     for path in (tmp_path / "m.safetensors").rglob("*.*") if format != "safetensors" else [tmp_path / "m.safetensors"]:

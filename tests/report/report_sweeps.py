@@ -1,4 +1,4 @@
-"""Sweep folders made up for a report: settings, scores as a function of them, and where asked for models and rows."""
+"""Sweep folders made up for reports: settings, scores that depend on them and, on request, models and rows."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ DIMENSIONS = (
 )
 
 Score = Callable[[dict[str, Any], int], float]
-"""Objective of settings at an epoch."""
+"""Function that returns the objective of settings at an epoch."""
 
 
 def make(
@@ -45,7 +45,7 @@ def make(
     asha: str = "null",
     space: str = DIMENSIONS,
 ) -> SweepFolder:
-    """A sweep in which trial i has `params[i]` in every block; ASHA stops whom it would stop."""
+    """Write a sweep in which trial i has `params[i]` in every block. Trials are stopped where ASHA would stop them."""
     text = SPACE.format(blocks=list(blocks), space=space, epochs=epochs, n=len(params), asha=asha)
     config = parse(text)
     sweep = SweepFolder(folder)
@@ -100,7 +100,7 @@ def manifest(block: int) -> dict[str, Any]:
 
 
 def add_rows_and_models(sweep: SweepFolder) -> dict[int, np.ndarray]:
-    """Prepared shards beside the sweep and a model for every trial; returns the validation rows of each block."""
+    """Write prepared shards beside the sweep and a model for every trial. Return the validation rows of each block."""
     rows = {}
     for block in {r.block for r in sweep.load_records().values()}:
         rng, info = np.random.default_rng(block), manifest(block)
@@ -108,7 +108,7 @@ def add_rows_and_models(sweep: SweepFolder) -> dict[int, np.ndarray]:
         shards.create()
         parts = []
         for number, n_train, n_val in info["shards"]:
-            # Training rows lie elsewhere than validation rows, so that taking them would show.
+            # Training rows differ clearly from validation rows, so that using them by mistake would be noticed.
             z = np.concatenate([rng.normal(5, 1, (n_train, INPUT_DIM)), rng.normal(0, 1, (n_val, INPUT_DIM))])
             shards.save_shard(number, z.astype(np.float32))
             parts.append(z[n_train:].astype(np.float32))
@@ -125,7 +125,7 @@ def add_rows_and_models(sweep: SweepFolder) -> dict[int, np.ndarray]:
 
 
 def settings(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Settings drawn at random."""
+    """Return settings that are drawn at random."""
     rng = np.random.default_rng(seed)
     return [
         {

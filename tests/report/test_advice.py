@@ -1,4 +1,4 @@
-"""Advice from trials whose best settings are known: found, or said not to be known."""
+"""Tests of the advice for trials whose best settings are known: they are found, or stated not to be known."""
 
 import math
 
@@ -18,7 +18,10 @@ EXPONENT = -0.7
 
 
 def known(params: dict, epoch: int) -> float:
-    """Best at 1.5e-3 for expansion 8, moving with the size to the power of −0.7; reverse is 0.02 better."""
+    """Return an objective that is best at learning rate 1.5e-3 for expansion 8.
+
+    The best learning rate moves with the size to the power of −0.7, and weighting `reverse` is 0.02 better.
+    """
     shift = EXPONENT * math.log(params["expansion_factor"] / 8)
     off = math.log(params["learning_rate"] / BEST) - shift
     better = 0.02 * (params["weighting"] == "reverse") + 0.03 * (params["expansion_factor"] == 8)
@@ -129,7 +132,7 @@ def test_where_few_trials_came_to_their_end_scores_are_compared_at_a_rung(tmp_pa
     sweep = sweep_of(tmp_path, 40, epochs=10, asha="{grace_epochs: 2, reduction_factor: 3}")
     group = sweep.groups[0]
     completed = [trial for trial in group.trials if trial.record.status == "completed"]
-    assert len(completed) < 8  # else this test is about nothing
+    assert len(completed) < 8  # otherwise this test would check nothing
     response = response_of(sweep)
     assert response.epoch in group.early_stopping.rungs
     assert response.n_trials > len(completed)
@@ -191,7 +194,7 @@ SHARED = 1e-3
 
 
 def mostly_at_one_rate(rng: np.random.Generator, n: int, others: int = 1) -> list[dict]:
-    """Trials at one learning rate, but for the first few."""
+    """Return settings that share one learning rate, except for the first `others` of them."""
     drawn = [{**p, "learning_rate": SHARED} for p in settings(n, int(rng.integers(100)))]
     for i in range(others):
         drawn[i]["learning_rate"] = 9e-3 - 1e-3 * i
@@ -199,7 +202,7 @@ def mostly_at_one_rate(rng: np.random.Generator, n: int, others: int = 1) -> lis
 
 
 def test_trials_that_share_one_learning_rate_are_said_to_and_nothing_is_fitted(tmp_path):
-    # The one of another rate is so far below the rest that it is left out of the fit.
+    # The trial with another rate is so far below the rest that it is left out of the fit.
     params = mostly_at_one_rate(np.random.default_rng(0), 12)
     scores = np.random.default_rng(1).normal(0.5, 0.01, 12)
 
@@ -219,7 +222,7 @@ def test_where_only_one_rate_was_completed_scores_are_compared_at_a_rung_that_ot
     for p in params[6:]:
         p["learning_rate"] = SHARED
 
-    def score(p, epoch):  # other rates than the shared one are stopped at the last rung
+    def score(p, epoch):  # trials with other rates than the shared one are stopped at the last rung
         return known(p, epoch) - (0.2 if p["learning_rate"] != SHARED and epoch > 1 else 0)
 
     params = params[6:8] + params[:6] + params[8:]

@@ -1,4 +1,4 @@
-"""The report: what it says is what the sweep folder holds, and the page needs nothing else."""
+"""Tests of the report: it agrees with the sweep folder, and its page needs no other files."""
 
 import csv
 import html.parser
@@ -47,14 +47,14 @@ def sweep(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """A sweep and its report, for tests that only look."""
+    """Sweep and its report, for tests that do not change them."""
     folder = tmp_path_factory.mktemp("reported") / "made-up"
     sweep = make(folder, settings(8), rising, blocks=(5, 20), asha=ASHA)
     return sweep, report.write([sweep.path])
 
 
 class Outside(html.parser.HTMLParser):
-    """What a page would load, and every id in it."""
+    """Parser that collects what a page would load, and every id in it."""
 
     VOID = ("meta", "br", "img", "link", "input")
 
@@ -96,7 +96,7 @@ def test_the_page_loads_nothing_and_its_ids_are_unique_also_with_several_sweeps(
         assert page.loads == []
         assert len(page.ids) == len(set(page.ids))
         text = page_of(written).read_text(encoding="utf-8")
-        # Everything that a figure refers to is in the page: a clip or marker that is missing draws nothing.
+        # Everything that a figure refers to must be in the page: nothing is drawn if a clip or marker is missing.
         assert set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text)) <= set(page.ids)
 
 
@@ -143,7 +143,7 @@ def test_the_csv_has_every_trial_with_the_metrics_of_its_best_epoch(reported):
 
 def test_text_of_others_is_escaped(reported):
     text = page_of(reported[1]).read_text(encoding="utf-8")
-    assert "--name &lt;b&gt;" in text  # of the command, in `make`
+    assert "--name &lt;b&gt;" in text  # `make` writes this into the command
     assert "--name <b>" not in text
 
 
@@ -215,12 +215,12 @@ def test_baselines_are_the_best_sae_of_every_single_k_on_the_same_data(sweep, tm
     found = baselines([first, second], 5, first)
     assert [trial.levels for trial in found] == [(2,), (8,)]
     assert {trial.training.learning_rate for trial in found} == {2e-3}
-    # The MSAE is recommended, whatever the score of an SAE for one k.
+    # The MSAE is recommended, whatever the score of an SAE for one k is.
     assert {answer.sweep.name for answer in recommendations([second, first])} == {"made-up"}
     text = page_of(report.write([sweep.path, other.path])).read_text(encoding="utf-8")
     assert "trained for one k alone" in text
     assert "best of 2 trials of 4 epochs, but the MSAE is the best of 8 trials of 4 epochs" in text
-    # On other data their R² says nothing.
+    # On other data, their R² cannot be compared.
     data = other.read_json("data.json")
     data["5"]["key"] = "another"
     other.write_text(other.path / "data.json", str(data).replace("'", '"'))
@@ -248,7 +248,7 @@ def test_an_unfinished_sweep_is_reported_as_far_as_it_is_and_says_so(sweep):
     record = next(r for r in sweep.load_records().values() if r.trial_id == "block5-007")
     record.status, record.reason = "running", ""
     sweep.save_record(record)
-    (sweep.path / "data.json").unlink()  # of a sweep that was run before it was written
+    (sweep.path / "data.json").unlink()  # as in a sweep that was run before this file was written
     written = report.write([sweep.path])
     assert "15 of 16 trials have ended" in written.notes[0]
     text = page_of(written).read_text(encoding="utf-8")
@@ -263,7 +263,7 @@ def test_a_block_without_a_model_is_named(sweep):
             sweep.save_record(record)
     text = page_of(report.write([sweep.path])).read_text(encoding="utf-8")
     assert "no trial of block 20 has ended with a model" in text
-    # Its trials are listed all the same.
+    # The trials of the block are listed all the same.
     assert text.index("<h3>No model</h3>") < text.index("block20-003") < text.index('<h2 id="time">')
 
 
@@ -302,7 +302,7 @@ def test_a_recommendation_that_fails_a_criterion_is_marked_by_colour_and_word(re
     low = first_screen(reported[1])
     assert low.count('<section class="card fails">') == 2
     assert 'verdict">fails 1 of 3 criteria' in low
-    assert 'class="fail">fails 1 of 3 criteria' in low  # also in the table that a phone shows
+    assert 'class="fail">fails 1 of 3 criteria' in low  # the verdict is also in the table that a phone shows
     twin = (Path(reported[1].where) / "report.md").read_text(encoding="utf-8")
     assert re.search(r"## Block 5: use block5-00\d \(fails 1 of 3 criteria\)", twin)
 
@@ -311,7 +311,7 @@ def test_the_models_path_can_be_opened_wherever_the_page_is_read(sweep):
     best = read(sweep.path).groups[0].best.trial_id
     path = f"{sweep.path}/trials/{best}/model.pt"
     assert f"<code>{path}</code>" in first_screen(report.write([sweep.path]))
-    # Once the sweep has come to its end, the models of the best trials lie in a folder of their own.
+    # Once the sweep has ended, the models of the best trials are in a separate folder.
     sweep.write_text(
         sweep.path / "summary.json", json.dumps({"blocks": {"block5": {"best": best, "data": manifest(5)}}})
     )
@@ -321,7 +321,7 @@ def test_the_models_path_can_be_opened_wherever_the_page_is_read(sweep):
 
 
 def test_no_claim_is_made_on_epochs_that_nobody_trained(tmp_path):
-    # It rises by 0.0008 an epoch for ever: little in the last tenth, much over ten times the epochs.
+    # The objective rises by 0.0008 per epoch for ever: little in the last tenth, but much over ten times the epochs.
     sweep = make(tmp_path / "slow", settings(2), lambda p, e: 0.8 + 0.0008 * e, epochs=20)
     written = report.write([sweep.path])
     for name in ("report.html", "report.md"):
@@ -352,7 +352,7 @@ def test_a_trial_of_one_epoch_says_so_beside_those_that_trained_on(tmp_path):
 
 
 def drawn_axes(monkeypatch, draw, *arguments):
-    """The axes of a figure as it is about to be written."""
+    """Return the axes of a figure just before it is written."""
     kept = []
     monkeypatch.setattr(score_figures, "to_drawing", lambda figure, *texts: kept.append(figure.axes[0]))
     draw(*arguments)
@@ -370,7 +370,7 @@ def test_the_best_trials_stand_apart_where_others_are_far_below(tmp_path, monkey
     def height(score: float) -> float:
         return axes.transAxes.inverted().transform(axes.transData.transform((1e-3, 1 - score)))[1]
 
-    assert 0 < height(0.994) < height(0.990) - 0.08  # less is left, so it is lower
+    assert 0 < height(0.994) < height(0.990) - 0.08  # more is explained, so the point is drawn lower
     assert height(0.60) < 1 < height(-9.0)
     assert "1 more above" in [text.get_text() for text in axes.texts]
     low, high = axes.get_ylim()
@@ -429,7 +429,7 @@ def test_a_sweep_in_an_object_store_is_reported_as_on_a_disk(object_store, sweep
         local = (Path(here.where) / name).read_text(encoding="utf-8")
         remote = StoragePath(f"{there.where}/{name}").read().decode()
         assert without_where(remote, storage.uri) == without_where(local, str(sweep.path.parent))
-    # What was measured is kept beside the sweep, and the next search space is read from where it lies.
+    # The measurements are kept beside the sweep, and the next search space is read from where it lies.
     assert StoragePath(f"{storage.uri}/{sweep.name}/results/r2_by_k.json").is_file()
     assert load(f"{there.where}/{there.next_spaces[0]}", ["training.epochs=3"]).name == "made-up-2"
     elsewhere = report.write([sweep.path], f"{object_store.bucket}/elsewhere")

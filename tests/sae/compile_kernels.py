@@ -2,8 +2,9 @@
 
     python tests/sae/compile_kernels.py [--capability 90] [notebook odd narrow widest most]
 
-The interpreter takes more Python than the compiler does, so interpreting is not enough. Launches are turned into
-compilations. Prints name, warps, shared memory; ends with exit code 1 at the first kernel that does not compile.
+The interpreter accepts more Python than the compiler does, so interpreting the kernels is not enough. Launches are
+turned into compilations. The script prints name, warps and shared memory of each kernel, and ends with exit code 1 at
+the first kernel that does not compile.
 """
 
 import argparse
@@ -20,19 +21,19 @@ from msae_sweep.sae.kernels import fused_step
 
 SHAPES = {
     "notebook": fused_step.Shape(256, 256, 4096, (16, 32, 64, 128), (16, 32, 64, 128), 512, True, False),
-    # Nothing a power of two, and gradients clipped.
+    # Sizes and levels are no powers of two, and gradients are clipped.
     "odd": fused_step.Shape(100, 361, 5000, (10, 30, 50), (10, 30, 50), 64, False, True),
-    # Fewer latents than a program of the auxiliary loss takes at a time, and no power of two.
+    # There are fewer latents than a program of the auxiliary loss takes at a time, and their number is no power of two.
     "narrow": fused_step.Shape(16, 24, 192, (4, 8), (4, 8), 64, True, False),
-    # The widest rows, with every k.
+    # These are the widest rows, and every k is a level of the loss.
     "widest": fused_step.Shape(16, 4096, 4096, (64, 128, 256, 512), tuple(range(1, 513)), 512, True, False),
-    # The most latents.
+    # This is the largest number of latents.
     "most": fused_step.Shape(16, 32, 131_072, (512,), (512,), 0, True, False),
 }
 
 
 class Driver:
-    """As much of a driver as compiling asks for."""
+    """Minimal driver, with only what compiling asks for."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
@@ -51,7 +52,7 @@ def compile_instead(run):
     def compiled(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         print(f"{self.__name__} warps {kernel.metadata.num_warps} shared {kernel.metadata.shared}", flush=True)
-        # A thread block has at most 227 KB on Hopper, 99 KB on the smallest that is served (8.6, 8.9).
+        # A thread block has at most 227 KB on Hopper, and 99 KB on the smallest supported GPUs (8.6, 8.9).
         assert kernel.metadata.shared <= 99 << 10, f"{self.__name__}: {kernel.metadata.shared} bytes of shared memory"
         assert kernel.asm["cubin"]
 
@@ -59,7 +60,7 @@ def compile_instead(run):
 
 
 def main() -> None:
-    """A step and a validation of each shape."""
+    """Compile a step and a validation of each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", help="all of them without")
     parser.add_argument("--capability", type=int, default=90)

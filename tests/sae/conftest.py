@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter faster for this room's tests, without changing what it computes."""
+"""Fixture that makes Triton's interpreter faster for the tests in this folder, without changing what it computes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,10 +8,10 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def language_patched_once() -> Iterator[None]:
-    """Keep the interpreter from looking through its language again wherever one function of a kernel calls another.
+    """Keep the interpreter from patching its language again at every call from one function of a kernel to another.
 
-    It replaces the language's built-ins when a kernel is launched, which is needed, and again at every call within,
-    which finds nothing left to replace and takes half of the time.
+    It replaces the built-ins of the language when a kernel is launched, which is needed. It does so again at every call
+    within the kernel, where nothing is left to replace, and this takes half of the time.
     """
     try:
         from triton.runtime import interpreter
@@ -19,7 +19,7 @@ def language_patched_once() -> Iterator[None]:
         yield
         return
     language, patch_language = interpreter.tl, getattr(interpreter, "_patch_lang", None)
-    if patch_language is None:  # a version that does it in another way
+    if patch_language is None:  # a version of Triton that does it in another way
         yield
         return
     patched: set[str] = set()
@@ -28,9 +28,9 @@ def language_patched_once() -> Iterator[None]:
         used = {module.__name__ for module in (language, language.core) if module in function.__globals__.values()}
         new = used - patched
         if used and not new:
-            return None  # a call within a kernel, where nothing is asked back
+            return None  # at a call within a kernel, the return value is not used
         scope = patch_language(function)
-        if scope is None:  # a version that takes nothing back, and has to be left alone
+        if scope is None:  # a version of Triton that restores nothing, which has to be left alone
             return None
         patched.update(new)
         restore = scope.restore

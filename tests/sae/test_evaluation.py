@@ -1,4 +1,4 @@
-"""An evaluation is what the reference gives at every k, however the rows are cut and wherever they are summed."""
+"""Tests that an evaluation equals the reference at every k, however the rows are split and wherever they are summed."""
 
 import pickle
 from itertools import pairwise
@@ -20,7 +20,7 @@ from msae_sweep.sae.model import MSAE
 
 
 def trained(seed: int = 0, hidden_dim: int = 48, k_levels=(2, 4, 8)) -> MSAE:
-    """A model whose encoder, decoder and pre_bias differ, with some latents that never fire."""
+    """Return a model whose encoder, decoder and pre_bias differ, and in which some latents never fire."""
     torch.manual_seed(seed)
     model = MSAE(12, hidden_dim, k_levels)
     model.W_enc.data += 0.3 * torch.randn_like(model.W_enc)
@@ -97,7 +97,7 @@ def test_cutting_rows_and_adding_parts_changes_nothing_but_rounding(x, elements,
 
 
 def test_a_mean_far_from_zero_costs_r2_no_digits():
-    """The mean predictor has R² 0, at a mean where Σx² − (Σx)²/n in float32 would have lost everything."""
+    """The mean predictor has R² 0, even at a mean where Σx² − (Σx)²/n in float32 would have lost all digits."""
     x = (torch.randn(2000, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e4).float()
     model = trained()
     model.W_enc.data.zero_()
@@ -113,7 +113,7 @@ def test_r2_rises_where_nothing_but_true_directions_are_taken():
     code[torch.arange(64), torch.arange(64) % 48] = 3.0
     r2 = evaluate(model, [code @ model.W_dec.detach()]).r2
     assert r2[0] > 0.999
-    model.W_dec.data *= 0.1  # each rank then takes off a part only
+    model.W_dec.data *= 0.1  # each rank then takes off only a part
     assert all(a < b for a, b in pairwise(evaluate(model, [code @ model.W_enc.detach()], max_k=3).r2))
 
 
@@ -146,7 +146,7 @@ def test_coherence_of_orthogonal_rows_is_0_and_of_a_repeated_direction_1():
 
 
 def test_a_large_dictionary_is_compared_in_chunks():
-    W_dec = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))  # 5000² numbers are two chunks
+    W_dec = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))  # 5000² numbers make two chunks
     unit = torch.nn.functional.normalize(W_dec, dim=1)
     cosines = unit @ unit.T
     assert decoder_coherence(W_dec).mean_max == pytest.approx(

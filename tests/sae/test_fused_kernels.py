@@ -1,4 +1,4 @@
-"""Every kernel of the fused step against its plain reference: on a GPU natively, elsewhere in Triton's interpreter."""
+"""Tests of every kernel of the fused step against its plain reference, on a GPU or in Triton's interpreter."""
 
 import importlib
 from unittest.mock import Mock
@@ -24,14 +24,15 @@ from msae_sweep.sae.kernels import (
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16_TOLERANCE = 6e-3
-"""Of ‖got − expected‖ / ‖expected‖: bfloat16 keeps 8 bits, so rounding is off by 2^-9 = 2e-3 at the most; the
-interpreter cuts off instead, which is off by 4e-3."""
+"""Limit of ‖got − expected‖ / ‖expected‖. bfloat16 keeps 8 bits, so rounding is off by at most 2^-9 = 2e-3; the
+interpreter truncates instead, which is off by 4e-3."""
 INT8_TOLERANCE = 2e-2
-"""Eight bits of the largest number of a row, about 4 times the average one: off by largest / 440 on average."""
+"""Limit for numbers in eight bits. The largest number of a row, about 4 times the average one, sets the scale, so they
+are off by largest / 440 on average."""
 
 
 def difference(got: Tensor, expected: Tensor) -> float:
-    """‖got − expected‖ / ‖expected‖; NaN where anything is NaN."""
+    """Return ‖got − expected‖ / ‖expected‖, or NaN if anything is NaN."""
     got, expected = got.double().cpu(), expected.double().cpu()
     return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
@@ -41,7 +42,7 @@ def randn(*size: int, seed: int = 0) -> Tensor:
 
 
 def random_codes(batch: int, hidden: int, k: int, seed: int = 0) -> Tensor:
-    """Codes of random pre_acts, about half a row's latents positive, one row without any."""
+    """Return codes of random pre_acts. About half of a row's latents are positive, and one row has none."""
     pre_acts = randn(batch, hidden, seed=seed).bfloat16()
     pre_acts[batch // 2] = -1
     codes = torch.zeros(batch, topk.padded_k(k), dtype=torch.int32, device=DEVICE)
@@ -77,7 +78,7 @@ SLOW_TOP_CODES = {
     (320, 50, "constant"),
     (192, 7, "constant"),
 }
-"""Cases of the top-k that take ten seconds each in Triton's interpreter; the cases that stay are similar."""
+"""Cases of the top-k that take ten seconds each in Triton's interpreter and are marked slow. The others are similar."""
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_codes_hold_the_largest_latent_and_any_positive_value():
 def collected(
     codes: Tensor, hidden: int, levels: tuple[int, ...], part: int
 ) -> tuple[latent_gradients.Entries, Tensor, Tensor]:
-    """Entries of codes; the holders as left behind; and samples_since_fired, 5 before."""
+    """Return the entries of codes, `holders` as the kernels leave it, and samples_since_fired, which was 5 before."""
     batch = len(codes)
     values, latents = packing.split_codes(codes)
     ranks = torch.full((hidden, batch), 200, dtype=torch.uint8, device=DEVICE)
@@ -253,7 +254,7 @@ def test_decoding_many_levels_gives_the_same_by_walking_back(levels):
 
 
 def pre_gradient(codes: Tensor, W_dec: Tensor, G: Tensor, hidden: int, levels: tuple[int, ...]) -> Tensor:
-    """[batch, hidden_dim]: G · w wherever a latent is active, the plain way."""
+    """Return the gradient [batch, hidden_dim] in the plain way: G · w wherever a latent is active."""
     values, latents = packing.split_codes(codes)
     expected = torch.zeros(len(codes), hidden, dtype=torch.float64, device=DEVICE)
     for rank in range(levels[-1]):
@@ -296,14 +297,14 @@ def test_the_backward_pass_sums_each_latents_rows_part_by_part(batch, levels, pa
     for rank in range(levels[-1]):
         level = sum(rank >= k for k in levels[:-1])
         expected.index_add_(0, latents[:, rank].long(), values[:, rank, None].double() * rounded_G[level])
-    # Bytes are summed up with 1 added to 2⁻¹⁵ of each, so some bits go; eight-bit rounding costs fifty times that.
+    # The kernel sums 1 + 2⁻¹⁵ of each byte, which loses some bits. Rounding to eight bits costs fifty times as much.
     assert difference(W_grad, expected) < 1e-4
     assert difference(grad_pre[:, :batch], expected_pre.T) < BF16_TOLERANCE
     assert difference(pre_sum, expected_pre.sum(dim=0)) < BF16_TOLERANCE
 
 
 def update_case(hidden: int, width: int, n_parts: int = 6):
-    """Moments, gradients with parts, and hyperparameters of one step; latent 3 has three parts, latent 7 none."""
+    """Return the inputs and the expected gradients of one step. Latent 3 has three parts, and latent 7 has none."""
     part = 4
     moments = [
         adam.AdamParameter(
@@ -359,7 +360,7 @@ def test_adam_updates_everything_and_keeps_decoder_rows_at_unit_norm(normalize):
     if normalize:
         along = (W_dec_gradient * W_dec.value).sum(dim=1, keepdim=True)
         W_dec_gradient = W_dec_gradient - along * W_dec.value.double()
-    # The schedule says learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t): with t = 1, 0.02 and 0.3 are these.
+    # The schedule holds learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t). With t = 1, these are 0.02 and 0.3.
     settings = {"lr": 0.02 * (1 - 0.9), "beta1": 0.9, "beta2": 1 - 0.3**2, "eps": 1e-6, "step": 1}
     hyper.betas[1] = 1 - 0.3**2
     expected = [
@@ -422,7 +423,7 @@ def test_the_dead_are_listed_and_each_row_uses_its_largest_aux_k(n_dead, aux_k):
     expected = (since[:120] >= 100).nonzero().flatten()
     assert buffers.n_dead.item() == len(expected)
     assert torch.equal(buffers.latents[: len(expected)].long(), expected)
-    pre_acts = (randn(5, 128) * 2).round().div(2).bfloat16()  # many ties
+    pre_acts = (randn(5, 128) * 2).round().div(2).bfloat16()  # the rounding makes many ties
     aux_loss.select_codes(pre_acts, buffers, aux_k)
     if len(expected):
         acts = buffers.acts[:, : len(expected)].float()
@@ -455,7 +456,7 @@ def test_the_auxiliary_loss_and_its_gradients_are_those_of_the_plain_one(batch, 
     aux_loss.residual_gradient(G, scales, error.square().sum(dim=1).float(), packed, aux, buffers)
     aux_loss.add_gradients(packed, buffers, grad_pre, gradients)
 
-    # The same by autograd, from the rounded pre_acts on, so that both choose the same latents.
+    # The expected values come from autograd, from the rounded pre_acts on, so that both choose the same latents.
     is_dead = since >= 100
     leaf, decoder = pre_acts.double().requires_grad_(), W_dec.clone().requires_grad_()
     expected = aux_loss_from_pre_acts(leaf, -error, is_dead, decoder, aux_k)
@@ -465,7 +466,7 @@ def test_the_auxiliary_loss_and_its_gradients_are_those_of_the_plain_one(batch, 
         got = gradients.W_dec.double() - before[0]
         assert difference(got, decoder.grad) < 2 * BF16_TOLERANCE
         got = (grad_pre.float() - before[2].float())[:, :batch].T
-        scale = before[2].float().abs().max() * 2**-8  # what was there before is rounded again with the sum
+        scale = before[2].float().abs().max() * 2**-8  # the previous content is rounded again with the sum
         assert (got.double() - leaf.grad).abs().max() < scale + 2 * BF16_TOLERANCE * leaf.grad.abs().max()
         assert difference(gradients.pre_sum - before[1], leaf.grad.sum(dim=0)) < 3 * BF16_TOLERANCE
     else:
@@ -474,7 +475,7 @@ def test_the_auxiliary_loss_and_its_gradients_are_those_of_the_plain_one(batch, 
 
 
 def aux_loss_from_pre_acts(pre_acts: Tensor, residual: Tensor, is_dead: Tensor, W_dec: Tensor, aux_k: int) -> Tensor:
-    """`loss.aux_loss` for pre_acts and a residual that are given."""
+    """Return `loss.aux_loss` for given pre_acts and a given residual."""
     latents = is_dead.nonzero().flatten()
     if not len(latents):
         return residual.new_zeros(())
@@ -500,7 +501,7 @@ def test_rows_are_fetched_in_order_and_the_last_one_fills_a_batch(with_order):
         expected = (x[order] if with_order else x)[numbers] - bias[:input_dim]
         assert torch.equal(start[:, :input_dim], -expected)
         assert difference(centred[:, :input_dim], expected) < BF16_TOLERANCE
-        assert start[:, input_dim:].isnan().all()  # padding is left alone
+        assert start[:, input_dim:].isnan().all()  # padding is not written
         assert not cursors.any()
 
 
@@ -524,7 +525,7 @@ def test_rows_beyond_the_windows_end_do_not_count_in_validation():
 
 
 def compile_three(monkeypatch) -> list[str]:
-    """Compile three kernels side by side; what that asked for, in its order."""
+    """Compile three kernels in parallel, and return what was asked for, in its order."""
     cache = importlib.import_module("triton.runtime.cache")
     asked: list[str] = []
     monkeypatch.setattr(cache, "triton_key", lambda: asked.append("hash"), raising=False)
@@ -558,7 +559,7 @@ def test_what_tells_a_triton_from_another_are_the_digests_of_its_files(tmp_path,
     assert launch._installed_triton() is None
     record = tmp_path / "triton-3.9.0.dist-info" / "RECORD"
     record.parent.mkdir()
-    record.write_text("triton-3.9.0.dist-info/METADATA,sha256=a,1\n")  # as of one that is installed to be edited
+    record.write_text("triton-3.9.0.dist-info/METADATA,sha256=a,1\n")  # an editable installation has such a RECORD
     assert launch._installed_triton() is None
     keys = []
     for digest in ("b", "c", "b"):

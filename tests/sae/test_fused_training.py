@@ -1,4 +1,4 @@
-"""Training with the fused step: as by autograd up to bfloat16, repeatable, without traces of other trials."""
+"""Tests that the fused step trains like autograd up to bfloat16, is repeatable, and keeps no traces of other trials."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ FUSED = kernels.EngineChoice(None, "fused", "")
 
 
 def rows(n: int, input_dim: int = 16, seed: int = 0) -> Tensor:
-    """Sparse combinations of 24 directions."""
+    """Return standardised rows that are sparse combinations of 24 directions."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(24, input_dim, generator=generator), dim=1)
     codes = torch.rand(n, 24, generator=generator) * (torch.rand(n, 24, generator=generator) < 0.15)
@@ -38,7 +38,7 @@ def rows(n: int, input_dim: int = 16, seed: int = 0) -> Tensor:
 
 
 def config(**changes: object) -> TrainingConfig:
-    # So few rows because a step takes seconds in Triton's interpreter.
+    # There are so few rows because a step takes seconds in Triton's interpreter.
     settings = {"k_levels": [2, 4], "expansion_factor": 2, "batch_size": 8, "epochs": 2, "learning_rate": 3e-3,
                 "aux_k": 8, "dead_after_samples": 8, "encoder_init": "scaled", "seed": 1}  # fmt: skip
     return TrainingConfig.model_validate(settings | changes)
@@ -88,7 +88,7 @@ def same_bits(a: TrainState | dict[str, Any], b: TrainState | dict[str, Any]) ->
 
 @pytest.fixture(scope="module")
 def first_epoch() -> dict[str, Any]:
-    """The state after the first epoch, as it is saved."""
+    """State after the first epoch, as it is saved."""
     return train(config(), until=1).state_dict()
 
 
@@ -103,7 +103,7 @@ def test_the_fused_step_trains_as_autograd_does(undisturbed):
         assert got.keys() == wanted.keys()
         for key in ("r2_k2", "r2_k4", "train_loss", "val_loss"):
             assert got[key] == pytest.approx(wanted[key], abs=0.02), key
-        assert got["aux_loss"] == pytest.approx(wanted["aux_loss"], abs=0.2)  # one latent more or less is dead
+        assert got["aux_loss"] == pytest.approx(wanted["aux_loss"], abs=0.2)  # one latent more or less may be dead
         assert got["dead_ratio"] == pytest.approx(wanted["dead_ratio"], abs=0.05)
         assert got["l0_k4"] == pytest.approx(wanted["l0_k4"], abs=0.2)
         assert got["samples_seen"] == wanted["samples_seen"]
@@ -190,7 +190,7 @@ def test_gradients_of_a_whole_step_are_those_of_autograd(changes):
     settings = config(k_levels=changes["k_levels"], weighting=changes["weighting"])
     torch.manual_seed(0)
     model = MSAE(input_dim, hidden_dim, changes["k_levels"])
-    for parameter in (model.W_enc, model.W_dec):  # what the products read, so that nothing is rounded twice
+    for parameter in (model.W_enc, model.W_dec):  # the products read bfloat16, so that nothing is rounded twice
         parameter.data = parameter.data.bfloat16().float()
     model.W_enc.data += 0.125 * torch.randn(hidden_dim, input_dim).bfloat16().float()
     model.W_enc.data = model.W_enc.data.bfloat16().float()
@@ -222,7 +222,7 @@ def test_gradients_of_a_whole_step_are_those_of_autograd(changes):
     step.set_window(x, torch.arange(batch, device=DEVICE))
     step.train(dead_possible=True)
 
-    # Which latents a row uses is the kernel's choice, proven elsewhere; the rest is autograd in float64.
+    # The kernel chooses which latents a row uses, which other tests check. The rest comes from autograd in float64.
     taken, latents = packing.split_codes(step.codes[:, : loss_levels[-1]])
     W_enc, W_dec = (p.detach().double().requires_grad_() for p in (model.W_enc, model.W_dec))
     bias = torch.zeros(input_dim, dtype=torch.float64, device=DEVICE, requires_grad=True)

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from msae_sweep.sae.kernels import reference, sparse_cpu, top_k_cpu
 
-# batch, input_dim, hidden_dim, k_levels: one row, one latent a row, all latents, sizes that are no power of two
+# Each row is batch, input_dim, hidden_dim, k_levels. There are cases with one row, with one latent per row, with all
+# latents, and with sizes that are no power of two.
 SHAPES = [
     (33, 7, 40, [1, 3, 20, 40]),
     (1, 5, 6, [2]),
@@ -12,7 +13,7 @@ SHAPES = [
     (17, 3, 9, [1]),
     (5, 1, 3, [3]),
 ]
-# Shapes that the CPU kernel takes in groups of latents, in slabs of levels, or both
+# The CPU kernel takes these shapes in groups of latents, in slabs of levels, or both.
 GROUPED_SHAPES = [
     (21, 6, 96, [1, 3]),
     (9, 5, 1000, [2, 7, 30]),
@@ -32,7 +33,7 @@ def gradients(reconstruct, x, tensors, k_levels, weights):
 
 
 def naive(x, W_enc, W_dec, pre_bias, k_levels):
-    """The notebook's way: a top-k and a dense decode of its own for every level."""
+    """Reconstruct x in the notebook's way, with a separate top-k and a dense decode for every level."""
     x_hats = []
     for k in k_levels:
         pre_acts = torch.relu((x - pre_bias) @ W_enc.T)
@@ -68,7 +69,7 @@ def test_the_sparse_kernel_equals_the_reference_with_every_gradient(batch, input
     weights = torch.randn(len(k_levels), batch, input_dim, dtype=dtype)
     expected, expected_gradients = gradients(reference.reconstruct, x, tensors, k_levels, weights)
     result, result_gradients = gradients(sparse_cpu.reconstruct, x, tensors, k_levels, weights)
-    # float32: sums of up to batch · k products in another order
+    # In float32, sums of up to batch · k products are taken in another order.
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
     torch.testing.assert_close(result.x_hats, expected.x_hats, **tolerance)
     torch.testing.assert_close(result.values, expected.values, **tolerance)
@@ -88,7 +89,7 @@ def test_the_sparse_kernel_equals_the_reference_where_latents_are_silent_or_tied
         W_enc.data = -W_enc.data.abs()
         pre_bias.data.zero_()
     else:
-        # Tied latents with equal decoder rows: whichever of them is taken, the reconstruction is the same.
+        # Tied latents have equal decoder rows, so the reconstruction is the same, whichever of them is taken.
         W_enc.data = W_enc.data[:1].expand(20, 6).clone()
         W_dec.data = W_dec.data[:1].expand(20, 6).clone()
     weights = torch.randn(2, 12, 6, dtype=torch.float64)
@@ -98,7 +99,7 @@ def test_the_sparse_kernel_equals_the_reference_where_latents_are_silent_or_tied
     torch.testing.assert_close(result.x_hats, expected.x_hats)
     torch.testing.assert_close(result_gradients[2], expected_gradients[2])
     assert all(gradient.isfinite().all() for gradient in result_gradients)
-    if case != "ties":  # which of the tied latents gets the gradient is free
+    if case != "ties":  # any of the tied latents may get the gradient
         torch.testing.assert_close(result_gradients, expected_gradients)
 
 
@@ -119,7 +120,7 @@ def test_the_sparse_kernel_hides_no_nan(where, nan, dtype):
     torch.manual_seed(5)
     x, tensors = torch.randn(12, 6, dtype=dtype), parameters(6, 64, dtype)
     named = dict(zip(("x", "W_enc", "W_dec", "pre_bias"), (x, *tensors), strict=True))
-    # One number of the decoder may meet no active latent, so there a column.
+    # A single number of the decoder may meet no active latent, so a whole column is set there.
     named[where].data[(slice(None), 1) if where == "W_dec" else (0,)] = nan
     weights = torch.ones(2, 12, 6, dtype=dtype)
     expected, _ = gradients(reference.reconstruct, x, tensors, [2, 4], weights)
@@ -163,7 +164,7 @@ def test_the_top_k_equals_torchs(hidden_dim, k, case):
 @pytest.mark.parametrize("rows", [1, 4, 10, 100])
 def test_encoding_in_chunks_of_rows_changes_nothing(rows, monkeypatch):
     torch.manual_seed(8)
-    centred, W_enc = torch.randn(10, 5).round(), torch.randn(64, 5).round()  # whole numbers: sums are exact
+    centred, W_enc = torch.randn(10, 5).round(), torch.randn(64, 5).round()  # with whole numbers, sums are exact
     monkeypatch.setattr(top_k_cpu, "CHUNK_SIZE", rows * 64)
     values, indices = top_k_cpu.encode(centred, W_enc, 4)
     expected_values, expected_indices = top_k_cpu.top_k(centred @ W_enc.T, 4)

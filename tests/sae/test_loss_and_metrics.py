@@ -82,7 +82,7 @@ def test_r2_is_zero_for_the_mean_predictor_and_one_for_a_perfect_one():
 
 def test_splitting_batches_differently_changes_nothing():
     torch.manual_seed(0)
-    x = torch.randn(101, 5) + torch.arange(101).unsqueeze(1) / 50  # a drift: batch means differ
+    x = torch.randn(101, 5) + torch.arange(101).unsqueeze(1) / 50  # the drift makes batch means differ
     x_hats = x + torch.randn(2, 101, 5)
     whole = split(x, x_hats).compute()
     for batches in (2, 7, 101):

@@ -106,7 +106,7 @@ def test_a_saved_model_loads_to_identical_outputs(tmp_path, form):
 
 def test_the_model_file_has_the_notebooks_keys(tmp_path):
     model_file.save(random_file(), tmp_path / "m.pt")
-    # What the notebook's own code does; the file is ours, so unpickling it is safe.
+    # The notebook's own code does the same. The file is ours, so unpickling it is safe.
     raw = torch.load(tmp_path / "m.pt", weights_only=False)
     assert set(raw) == {"model_state_dict", "config", "normalization", "history"}
     assert raw["config"] == {"input_dim": 8, "hidden_dim": 24, "k_levels": [2, 4, 8], "weighting": "reverse"}
@@ -117,7 +117,7 @@ def test_the_model_file_has_the_notebooks_keys(tmp_path):
 
 
 def foreign(**changed: torch.Tensor) -> dict:
-    """The same model as a class with torch Linears would save it, history in NumPy's numbers."""
+    """Return the same model as a class with torch Linears would save it, with NumPy's numbers in its history."""
     file = random_file()
     weights = file.model.state_dict()
     tensors = {
@@ -146,7 +146,7 @@ def test_a_notebooks_own_names_and_orientations_are_understood(tmp_path):
         torch.save(saved, tmp_path / "m.pt")
         loaded = model_file.load(tmp_path / "m.pt")
         torch.testing.assert_close(loaded.standardised()(raw), expected.standardised()(raw))
-        model_file.save_safetensors(loaded, tmp_path / "m.safetensors")  # its history is plain
+        model_file.save_safetensors(loaded, tmp_path / "m.safetensors")  # this needs a history of plain numbers
         assert loaded.history == {"train_loss": [1.0, 0.5], "val_r2": {"r2_k2": [0.1, 0.2]}}
 
 
@@ -197,7 +197,7 @@ def test_a_file_of_something_else_is_refused_in_one_line(tmp_path):
             model_file.load(tmp_path / name)
         assert "\n" not in str(caught.value)
         assert name in str(caught.value)
-        assert "weights_only" not in str(caught.value)  # torch advises to switch the safety off
+        assert "weights_only" not in str(caught.value)  # torch's message advises to switch the safety off
 
 
 def test_the_standardised_model_works_in_raw_units():

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Rows:
-    """The least that `fit` asks of batches."""
+    """Batches with only what `fit` asks of them."""
 
     def __init__(self, x: Tensor, batch_size: int) -> None:
         self.x, self.n_rows, self.batch_size = x, len(x), batch_size
@@ -31,7 +31,7 @@ class Rows:
 
 
 def planted(rows: int = 2200, seed: int = 0) -> tuple[Rows, Rows]:
-    """Rows of four active directions out of 32 in 16 dimensions, standardised."""
+    """Return training and validation rows with four active directions out of 32 in 16 dimensions, standardised."""
     generator = torch.Generator().manual_seed(seed)
     dictionary = torch.nn.functional.normalize(torch.randn(32, 16, generator=generator), dim=1)
     active = torch.rand(rows, 32, generator=generator).argsort(dim=1) < 4
@@ -144,7 +144,7 @@ def test_latents_that_never_fire_count_as_dead_and_aux_k_wakes_them():
     for aux_k in (0, 16):
         settings = config(epochs=12, aux_k=aux_k, aux_coefficient=1.0, dead_after_samples=400)
         state = TrainState.create(settings, 16, seed=0, device=CPU)
-        # Half of the dictionary looks away from the data: its pre_acts are small and never among the top 8.
+        # Half of the encoder is scaled down: its pre_acts are small and never among the top 8.
         state.model.W_enc.data[:32] *= 1e-3
         ratios[aux_k] = [p.metrics["dead_ratio"] for p in fit(state, rows, validation, settings)]
     assert ratios[0][0] > 0.4

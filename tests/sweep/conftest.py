@@ -1,4 +1,4 @@
-"""What sweeps in the tests' own process do differently."""
+"""Fixture for sweeps that run in the tests' own process."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,10 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def sender_in_a_thread() -> Iterator[None]:
-    """Spares every sweep the imports of a sender's process, 2.8 s; those that tests start as commands have one."""
+    """Run the sender in a thread, which saves every sweep the 2.8 s that the imports of a sender's process take.
+
+    Sweeps that tests start as commands still have a sender's process.
+    """
     from msae_sweep.track.sender_process import SenderThread
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A small sweep of planted data, in the tests' own process and Ray."""
+"""A small sweep of planted data that runs in the tests' own process and Ray."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ ONE_WORKER = "resources.max_concurrent=1"
 
 
 def database(folder: Path) -> str:
-    """Tracking URI of a SQLite file in `folder`, empty unless it is there."""
+    """Return the tracking URI of a SQLite file in `folder`. An empty one is created unless it exists."""
     if not (folder / "mlflow.db").exists():
         shutil.copy(empty_database(), folder / "mlflow.db")
     return f"sqlite:///{folder}/mlflow.db"
@@ -41,17 +41,17 @@ def config(folder: Path, *overrides: str) -> SweepConfig:
 
 
 def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = False) -> Any:
-    """Run one. Where a test looks at what it leaves (`drawn`) it does all that a sweep does.
+    """Run a small sweep. With `drawn`, for tests that look at its outputs, it does everything that a sweep does.
 
-    Elsewhere its report is not written and the notebook's figure not drawn, which takes 8 s, and MLflow is sent what
-    happened by a thread instead of a process, which would import for 5 s of two cores. One trial runs at a time unless
-    `overrides` say otherwise: a second worker costs more seconds to start than all trials take.
+    Otherwise its report is not written, the notebook's figure is not drawn, which takes 8 s, and events are sent to
+    MLflow by a thread instead of a process, whose imports would take 5 s of two cores. One trial runs at a time unless
+    `overrides` say otherwise, because starting a second worker takes more seconds than all trials.
     """
     return run_quietly(config(folder, ONE_WORKER, *overrides), folder, resume=resume, drawn=drawn)
 
 
 def run_quietly(config: SweepConfig, folder: Path, *, resume: bool = False, drawn: bool = False) -> Any:
-    """Run a sweep as `sweep` describes, from any configuration; what it prints is appended to `folder`/log."""
+    """Run a sweep of any configuration as `sweep` does. Its output is appended to `folder`/log."""
     from msae_sweep.sweep import run
     from msae_sweep.track import tracker
     from msae_sweep.track.sender_process import SenderThread
@@ -65,7 +65,7 @@ def run_quietly(config: SweepConfig, folder: Path, *, resume: bool = False, draw
 
 
 def results(summary: dict[str, Any]) -> dict[str, Any]:
-    """A summary without what clocks say."""
+    """Return a summary without the values that depend on the clock."""
     stripped = json.loads(json.dumps(summary))
     stripped.pop("seconds")
     for block in stripped["blocks"].values():

@@ -1,4 +1,4 @@
-"""The display of a running sweep: which trials run, how fast, and how the others ended."""
+"""Tests of the display of a running sweep: which trials run, how fast, and how the others ended."""
 
 import io
 import sys
@@ -58,7 +58,7 @@ def test_the_live_view_shows_which_trials_run_with_epoch_and_objective():
     shown, records, console = display()
     run(shown, records[0], 4, objective=0.6123)
     records[2].status = "running"
-    run(shown, records[4], 1)  # at the first rung, where records[2] has not come
+    run(shown, records[4], 1)  # it waits at the first rung, which records[2] has not reached
     text = drawn(shown, console)
     rows = {line.split()[1]: line for line in text[text.index("Running") :].splitlines() if "block" in line}
     assert "4/12" in rows[records[0].trial_id]

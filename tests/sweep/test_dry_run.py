@@ -1,4 +1,4 @@
-"""The plan of a sweep: what `run` would do, without Ray and without a trace."""
+"""Tests of the plan of a sweep, which shows what `run` would do, without Ray and without leaving a trace."""
 
 import io
 import subprocess
@@ -20,7 +20,7 @@ from msae_sweep.sweep_folder.folder import SweepFolder
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch, tmp_path):
-    """As on one machine where no Ray runs, and where none may be started."""
+    """Simulate a machine where no Ray runs, and fail if one is started."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)

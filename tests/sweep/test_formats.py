@@ -1,4 +1,4 @@
-"""Folders that other versions wrote: older ones are read and resumed, newer ones are refused in one line."""
+"""Tests of folders that other versions wrote: older ones are read and resumed, newer ones are refused in one line."""
 
 import json
 import shutil
@@ -14,8 +14,11 @@ from msae_sweep.sweep.resume import load_config
 from msae_sweep.sweep_folder.folder import SweepFolder
 
 FORMAT_1 = Path(__file__).parents[1] / "sweep_folder" / "format_1"
-"""`sweep/`: the folder of a sweep that version 0.1.0 at commit 2ff3a9c wrote, whose driver was killed when two of four
-trials had ended and a third one had saved its state. `summary.json`: from the same sweep, undisturbed."""
+"""Folder with the files of a sweep that version 0.1.0 at commit 2ff3a9c wrote.
+
+`sweep/` is the sweep's folder. Its driver was killed when two of four trials had ended and a third one had saved its
+state. `summary.json` comes from the same sweep, undisturbed.
+"""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A sweep whose driver or workers are killed, in processes of its own, ends as the undisturbed one."""
+"""Tests that a sweep in separate processes whose driver or workers are killed ends like the undisturbed one."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.Popen:
     with open(folder / "out", "ab") as out:
         return subprocess.Popen(
             command, cwd=folder, stdout=out, stderr=out, start_new_session=True,
-            # A Ray of its own, not the test session's.
+            # Start a separate Ray instead of using the test session's.
             env={**os.environ, "RAY_ADDRESS": "local"},
         )  # fmt: skip
 
@@ -60,8 +60,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_driver_and_then_a_worker_are_killed_and_it_ends_as_the_undisturbed_sweep(undisturbed, tmp_path):
-    # One worker, whose start costs less than a second one gains, and the rest of the sweep in this process: the slow
-    # tests have two workers, and a process for every driver.
+    # There is one worker, because starting a second one takes longer than it saves, and this process resumes the
+    # sweep. The slow tests have two workers, and a process for every driver.
     ended = killed_after_a_trial(tmp_path, ONE_WORKER, during=check_listening)
     loss = threading.Thread(target=lose_a_worker, args=(tmp_path,))
     loss.start()
@@ -100,7 +100,7 @@ def test_a_lost_worker_costs_no_trial(undisturbed, tmp_path):
 def killed_after_a_trial(
     folder: Path, *changes: str, during: Callable[[subprocess.Popen], None] = lambda process: None
 ) -> dict[Path, int]:
-    """Start a sweep and kill its driver when a trial has ended; when each model that is there then was written."""
+    """Start a sweep and kill its driver when a trial has ended. Return when each model that exists then was written."""
     process = launch(folder, "run", "space.yaml", *options([*CHANGES, *changes]))
     wait_until(lambda: finished_trials(folder), process)
     during(process)
@@ -117,7 +117,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def told_to_end(driver: subprocess.Popen, folder: Path) -> None:
-    """Send a driver SIGTERM, as schedulers of clusters do, while a trial runs."""
+    """Send SIGTERM to a driver while a trial runs, as the schedulers of clusters do."""
     wait_until(lambda: workers_of(driver.pid), driver)
     driver.terminate()
     assert driver.wait(timeout=120) == 143
@@ -129,14 +129,14 @@ def told_to_end(driver: subprocess.Popen, folder: Path) -> None:
 
 
 def check_listening(driver: subprocess.Popen) -> None:
-    """A Ray that a command starts listens on loopback alone, and serves no pages of metrics."""
+    """Assert that a Ray that a command starts listens on loopback alone and serves no pages of metrics."""
     listens = listening(driver.pid)
     assert {address for address, _ in listens} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert not {port for _, port in listens} & {44217, 44227}, "Ray's pages of metrics ask for no token"
 
 
 def listening(driver: int) -> set[tuple[str, int]]:
-    """Addresses and ports on which a driver and its Ray wait for connections."""
+    """Return the addresses and ports on which a driver and its Ray wait for connections."""
     found = set()
     for process in (psutil.Process(driver), *psutil.Process(driver).children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -146,7 +146,7 @@ def listening(driver: int) -> set[tuple[str, int]]:
 
 
 def lose_workers(driver: subprocess.Popen, folder: Path) -> None:
-    """Kill the trials' workers as soon as one of them has saved a state, and let the driver go on to the end."""
+    """Kill the trials' workers as soon as one of them has saved a state, and let the driver run to its end."""
     kill_workers(driver.pid, folder, lambda condition: wait_until(condition, driver))
     driver.wait(timeout=240)
     assert re.search(r"^block\d+-\d+ starts again from its last state: The actor", output(folder), re.MULTILINE)
@@ -185,7 +185,7 @@ def written_since(file: Path, since: float) -> bool:
 
 
 def check_end(driver: subprocess.Popen, folder: Path, ended: dict[Path, int], undisturbed: dict[str, Any]) -> None:
-    """It ends well, as the undisturbed sweep did, and wrote no model again of those that were there."""
+    """Assert that a sweep ends like the undisturbed one, and has not written any of the existing models again."""
     assert driver.wait(timeout=240) == 0, output(folder)[-3000:]
     check_summary(folder, ended, undisturbed)
 
@@ -199,12 +199,12 @@ def check_summary(folder: Path, ended: dict[Path, int], undisturbed: dict[str, A
 
 
 def output(folder: Path) -> str:
-    """What drivers printed."""
+    """Return the output of the drivers."""
     return (folder / "out").read_text()
 
 
 def workers_of(driver: int) -> list[psutil.Process]:
-    """Every trial worker of one driver's Ray."""
+    """Return every trial worker of one driver's Ray."""
     children = psutil.Process(driver).children(recursive=True)
     return [child for child in children if "Trainable" in command_line(child)]
 

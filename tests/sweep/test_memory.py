@@ -1,4 +1,4 @@
-"""A sweep that certainly cannot fit is refused before it starts, and no other one is."""
+"""Tests that a sweep that certainly cannot fit is refused before it starts, and that no other sweep is."""
 
 import shutil
 from collections import namedtuple
@@ -31,7 +31,7 @@ def test_a_models_size_is_that_of_its_tensors():
 
 @pytest.fixture
 def one_machine(monkeypatch, tmp_path):
-    """A machine of 8 GiB without a GPU and with 1 GiB of free disk, on which Ray has not started."""
+    """Simulate a machine with 8 GiB of memory, no GPU and 1 GiB of free disk, on which Ray has not started."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -41,7 +41,7 @@ def one_machine(monkeypatch, tmp_path):
 
 
 def test_a_model_above_the_largest_device_is_refused_and_one_below_is_not(one_machine):
-    # 2 × 256 × hidden_dim parameters of 16 bytes: 2^20 latents are 8 GiB.
+    # The model has 2 × 256 × hidden_dim parameters of 16 bytes, so 2^20 latents take 8 GiB.
     memory.check_memory_and_disk(config("training.expansion_factor=4095"), [block()])
     with pytest.raises(ConfigError, match=r"1,048,576 latents of width 256 \(block 5\).*take 8\.0 GiB .* has 8\.0 GiB"):
         memory.check_memory_and_disk(config("training.expansion_factor=4096"), [block()])
@@ -56,7 +56,7 @@ def test_a_cluster_may_have_larger_devices_than_this_machine(one_machine, monkey
 def test_only_what_will_be_proposed_counts(one_machine):
     wide = "space.expansion_factor={uniform: [1, 4200]}"
     few = config(wide, "search.trials_per_block=1")
-    memory.check_memory_and_disk(few, [block()])  # its one trial is small
+    memory.check_memory_and_disk(few, [block()])  # the only trial is small
     with pytest.raises(ConfigError, match="lower expansion_factor"):
         memory.check_memory_and_disk(config(wide, "search.trials_per_block=1", "search.algorithm=optuna"), [block()])
 
@@ -71,7 +71,7 @@ def test_shards_that_the_disk_cannot_hold_are_refused_but_not_those_that_are_the
         memory.check_memory_and_disk(there, [block(rows + 1)])
     monkeypatch.setattr(memory.shards, "prepared_manifests", lambda data, storage: {5: {}})
     memory.check_memory_and_disk(there, [block(rows + 1)])
-    # How many rows are dropped, nobody knows yet; and how much room a store has, neither.
+    # It is not known yet how many rows will be dropped, nor how much room a store has.
     memory.check_memory_and_disk(config(f"storage={tmp_path}", "data.drop_nonfinite=true"), [block(rows + 1)])
     memory.check_memory_and_disk(config("storage=s3://bucket/sweeps"), [block(rows + 1)])
 

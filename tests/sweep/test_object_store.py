@@ -1,4 +1,4 @@
-"""A sweep whose activations and sweep folder lie in an object store comes out as on a disk, killed or not."""
+"""Tests that a sweep with activations and folder in an object store has the same result as on a disk, killed or not."""
 
 import json
 import os
@@ -59,13 +59,13 @@ def launch(folder: Path, command: str, *arguments: str) -> subprocess.Popen:
             [sys.executable, "-m", "msae_sweep", command, *arguments,
              "--tracking-uri", database(folder)],
             cwd=folder, stdout=out, stderr=out, start_new_session=True,
-            # A Ray of its own, not the test session's.
+            # Start a separate Ray instead of using the test session's.
             env={**os.environ, "RAY_ADDRESS": "local"},
         )  # fmt: skip
 
 
 def results(summary: dict[str, Any]) -> dict[str, Any]:
-    """A summary without what clocks and places say."""
+    """Return a summary without the values that depend on the clock or on locations."""
     stripped = json.loads(json.dumps(summary))
     stripped.pop("seconds")
     for block in stripped["blocks"].values():
@@ -78,7 +78,7 @@ def results(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """What MLflow has of every trial: its status, all metrics of every epoch, and whether its model is there."""
+    """Return what MLflow has of every trial: its status, all metrics of every epoch, and whether its model is there."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
@@ -150,7 +150,7 @@ def test_a_sweep_in_a_store_killed_and_resumed_elsewhere_ends_as_the_undisturbed
         assert name in left
     assert not any(name.endswith("state.pt") for name in left)
 
-    # No key, nor the secret, in anything that the sweep left or said.
+    # Neither the key nor the secret may be in anything that the sweep wrote or printed.
     said = (tmp_path / "out").read_bytes() + b"".join(left.values())
     said += b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     for secret in object_store.secrets:
@@ -159,7 +159,7 @@ def test_a_sweep_in_a_store_killed_and_resumed_elsewhere_ends_as_the_undisturbed
 
 
 def test_what_a_store_has_is_the_sweep_as_it_stood_at_some_moment(object_store, tmp_path):
-    """The journal's lines are there before the record that follows from them, in pieces that make up the whole."""
+    """Journal lines are in the store before the record that follows from them, in pieces that make up the whole."""
     shared = StoragePath(object_store.bucket) / "moments" / "sweep"
     folder = SweepFolder(tmp_path / "copy", shared)
     folder.create()
@@ -246,14 +246,14 @@ def test_a_sweep_in_a_store_has_one_driver_and_a_dead_one_is_told_from_a_living(
         ):
             pass
     assert not place.exists()
-    # Killed on another machine: its file stays, and does not change.
+    # The driver was killed on another machine: its file remains and does not change.
     place.write(json.dumps({"driver": elsewhere, "beat": "1"}).encode())
     started = time.monotonic()
     with driver_lock.hold_lock(place):
         assert time.monotonic() - started >= 1.0
         wait_for(lambda: elsewhere.encode() not in place.read())
     monkeypatch.undo()
-    # Killed on this one: known at once.
+    # The driver was killed on this machine, which is known at once.
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     place.write(json.dumps({"driver": f"process {gone.pid} on {socket.gethostname()}", "beat": "1"}).encode())

@@ -24,7 +24,7 @@ INFOS = [BlockInfo(block, "here", 100, 64, "float32", False) for block in (5, 20
 
 
 class Shards:
-    """A stand-in for `data.prepare.shards` whose blocks are ready when the test says so."""
+    """Stand-in for `data.prepare.shards` whose blocks are ready when the test sets their events."""
 
     def __init__(self) -> None:
         self.ready = {5: threading.Event(), 20: threading.Event()}

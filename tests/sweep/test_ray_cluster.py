@@ -1,4 +1,4 @@
-"""Which Ray a command connects to, and that what is wrong with a cluster is one line within seconds."""
+"""Tests that a command connects to the right Ray, and that a problem with a cluster is one line within seconds."""
 
 import signal
 import socket
@@ -16,7 +16,7 @@ from msae_sweep.sweep import ray_cluster
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """No Ray, no address, a home of its own."""
+    """Simulate a machine without a running Ray and without RAY_ADDRESS, and with a new home folder."""
     monkeypatch.setattr(ray_cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_cluster, "CLUSTER_SECONDS", 0.2)
     monkeypatch.setattr(ray_cluster, "_session", None)
@@ -26,7 +26,7 @@ def alone(tmp_path, monkeypatch):
 
 
 class Init:
-    """Stands for ray.init; knows what it was called with."""
+    """Replacement for ray.init that records the options of its call."""
 
     def __init__(self, session: Path) -> None:
         self.session, self.options = session, {}
@@ -83,7 +83,7 @@ def test_nothing_of_a_cluster_is_ended_or_removed(init, monkeypatch):
 
 def test_sigterm_is_taken_back_from_ray(tmp_path, monkeypatch):
     def init(**options):
-        # As Ray's C++ part does, without Python's knowledge.
+        # Ray's C++ part does the same, without Python's knowledge.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return SimpleNamespace(address_info={"session_dir": str(tmp_path)})
 
@@ -104,7 +104,7 @@ def refusal(monkeypatch, address: str) -> str:
 
 
 def test_a_cluster_that_does_not_answer_is_refused(monkeypatch):
-    with socket.socket() as nobody:  # a port that is taken, so that nobody else listens there
+    with socket.socket() as nobody:  # this port is taken, so that no other process listens there
         nobody.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
         assert refusal(monkeypatch, address).startswith(f"RAY_ADDRESS {address}: no Ray cluster there: ")

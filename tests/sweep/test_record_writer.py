@@ -20,7 +20,7 @@ def test_posting_does_not_wait_for_the_disk_until_too_much_waits():
     with RecordWriter(begun.set) as writing:
         begun.wait()
         writing.post(disk_is_back.wait)
-        while writing.n_waiting:  # until the thread has taken it
+        while writing.n_waiting:  # wait until the thread has taken it
             pass
         for _ in range(record_writer.MOST_WAITING):
             writing.post(lambda: None)
@@ -63,7 +63,7 @@ def test_nobody_waits_while_the_sweep_has_not_begun_and_nothing_is_written_befor
         written.append("begin")
 
     with RecordWriter(begin) as writing:
-        for i in range(3 * record_writer.MOST_WAITING):  # would hang if one of them waited
+        for i in range(3 * record_writer.MOST_WAITING):  # this would hang if one of them waited
             writing.post(lambda i=i: written.append(i))
         assert written == []
         data_is_ready.set()

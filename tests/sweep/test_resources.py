@@ -1,4 +1,4 @@
-"""What a trial holds, where nodes may join and where they may not."""
+"""Tests of the resources that a trial holds, on clusters where nodes may join and where they may not."""
 
 import pytest
 import ray
@@ -17,14 +17,14 @@ def config(*changes: str) -> SweepConfig:
 
 @pytest.fixture
 def in_a_cluster(monkeypatch):
-    """As in a Ray job: nodes may join."""
+    """Simulate a Ray job, in whose cluster nodes may join."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.setattr(resources, "POLL_SECONDS", 0.01)
 
 
 @pytest.fixture
 def with_nodes(monkeypatch):
-    """Makes Ray tell of other nodes: at each question those of the next list, and then always those of the last."""
+    """Function that makes Ray report other nodes: one list for each call, and the last list for all later calls."""
 
     def tell(*answers: list[dict[str, float]]) -> None:
         rest = list(answers)
@@ -77,7 +77,7 @@ def test_auto_in_a_cluster_says_that_it_found_no_gpu(in_a_cluster, with_nodes):
     assert resources.gpus_per_trial(config(), said.append) == 0
     assert len(said) == 1
     assert "resources.gpu: auto, and the cluster has no GPU now: all trials train on CPUs" in said[0]
-    # Who asked for the CPU is told nothing.
+    # A sweep that asks for the CPU gets no message.
     assert resources.gpus_per_trial(config("training.device=cpu"), said.append) == 0
     assert len(said) == 1
 

@@ -17,7 +17,7 @@ ASHA = AshaConfig(grace_epochs=1, reduction_factor=3)
 
 
 def candidates(*objectives: float | None) -> dict[str, Candidate]:
-    """Trials t0, t1, … with their objective at rung 1; None has not reached it yet."""
+    """Return trials t0, t1, … with their objective at rung 1. None means that a trial has not reached it yet."""
     return {f"t{i}": Candidate(i, {} if o is None else {1: o}) for i, o in enumerate(objectives)}
 
 
@@ -53,7 +53,7 @@ def test_a_predecessor_that_ended_below_the_rung_is_not_waited_for():
 
 
 class Controller:
-    """As much of Tune's controller as the scheduler touches, over trials that train one epoch at a time."""
+    """Stand-in for Tune's controller with only what the scheduler uses. Its trials train one epoch at a time."""
 
     def __init__(self, scheduler: BlockAsha, curves: dict[str, list[float]], slots: int, rng: random.Random) -> None:
         self.scheduler, self.curves, self.slots, self.rng = scheduler, curves, slots, rng
@@ -97,7 +97,7 @@ class Controller:
             self.scheduler.on_trial_complete(self, trial, result)
             trial.status, trial.outcome = "TERMINATED", ("completed", trial.epoch)
             return
-        if self.rng.random() < 0.05:  # the worker is lost after its report was on the way; the trial is queued again
+        if self.rng.random() < 0.05:  # the worker is lost after its report was sent, and the trial is queued again
             self.scheduler.on_trial_error(self, trial)
             self.scheduler.on_trial_add(self, trial)
             trial.status, trial.epoch = "PENDING", trial.epoch - 1
@@ -130,7 +130,7 @@ def test_what_is_stopped_does_not_depend_on_order_concurrency_or_lost_workers(se
 @pytest.mark.parametrize("seed", range(5))
 def test_a_report_states_the_verdicts_of_the_scheduler_where_trials_differ_in_their_epochs(seed):
     rng = random.Random(seed)
-    # Of 3 and 9 epochs too: their last epoch is a rung of the longer ones.
+    # Some trials have only 3 or 9 epochs: their last epoch is a rung of the longer trials.
     of_lengths = {
         name: curve[: rng.choice([3, 9, 10, 27])] for name, curve in curves(seed, 1, trials=40, epochs=27).items()
     }
@@ -181,7 +181,7 @@ def test_what_a_trial_reported_first_counts():
     assert scheduler.on_trial_result(None, lost, {"rungs": [[1, 0.5]]}) == "CONTINUE"
     scheduler.on_trial_error(None, lost)
     scheduler.on_trial_add(None, lost)
-    # Trained again, it comes out a little higher, as it may on a GPU.
+    # When it is trained again, its objective is a little higher, as may happen on a GPU.
     assert scheduler.on_trial_result(None, lost, {"rungs": [[1, 0.7]]}) == "CONTINUE"
     assert scheduler.on_trial_result(None, other, {"rungs": [[1, 0.6]]}) == "CONTINUE"
 
@@ -191,7 +191,7 @@ def test_a_resumed_trial_is_judged_where_it_stands_and_others_by_all_that_it_rep
     for i in range(3):
         scheduler.add_trial("block5", f"t{i}", i, {1: 0.1, 3: 0.9}, ended=True)
     resumed, later = tune_trial("t3", 3), tune_trial("t4", 4)
-    # Before it was interrupted it had reached rung 3, where its verdict is to stop; its state is of an earlier epoch.
+    # Before the interruption, the trial had reached rung 3, where it has to stop. Its state is from an earlier epoch.
     scheduler.add_trial("block5", "t3", 3, {1: 0.2, 3: 0.3})
     for trial in (resumed, later):
         scheduler.on_trial_add(None, trial)
@@ -226,7 +226,7 @@ def test_without_asha_nothing_is_stopped():
 @pytest.mark.slow
 def test_a_worker_that_is_starting_is_not_killed_for_one_that_is_free(ray_session, tmp_path):
     class SlowToStart(tune.Trainable):
-        """Of trials that take a tenth of a second; every worker but the first takes seconds to come up."""
+        """Trial that takes a tenth of a second. Every worker but the first takes seconds to start."""
 
         def setup(self, config, *, folder):
             self.folder = folder
@@ -249,7 +249,7 @@ def test_a_worker_that_is_starting_is_not_killed_for_one_that_is_free(ray_sessio
         def load_checkpoint(self, checkpoint):
             pass
 
-    connect()  # is there already; keeps Tune quiet
+    connect()  # Ray is connected already; this call keeps Tune quiet
     trials = [{"trial_id": f"t{i}", "group": "t", "index": i, "turn": i} for i in range(100)]
     tune.Tuner(
         tune.with_resources(tune.with_parameters(SlowToStart, folder=tmp_path), {"cpu": 1}),

@@ -59,7 +59,7 @@ def test_quniform_is_low_and_steps_from_there_whoever_proposes(bounds, lattice):
     )
     search = BlockOptuna(config, [5], [], lambda record: record.params)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Optuna would say that it shortens a range
+        warnings.simplefilter("error")  # Optuna would warn if it shortened a range
         proposed = [search.suggest(str(i))["trial"]["aux_coefficient"] for i in range(60)]
     for values in (proposed, draws({"quniform": bounds}, 300)):
         assert sorted(set(np.round(values, 12))) == lattice

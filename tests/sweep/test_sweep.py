@@ -1,4 +1,4 @@
-"""A whole sweep on planted data: what it leaves, and that nothing about how it ran shows in the result."""
+"""Tests of a whole sweep on planted data: what it leaves, and that the result does not depend on how it ran."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 CTRL_C_HANDLERS: list[Any] = []
-"""Before and after the sweep of `finished`."""
+"""SIGINT handlers before and after the sweep of `finished`."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(autouse=True)
 def ctrl_c() -> Iterator[None]:
-    """Tests of other files, which use Ray Tune alone, leave its handler."""
+    """Set the default handler of SIGINT, because tests of other files that use Ray Tune alone leave Tune's."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -257,7 +257,7 @@ def test_mlflow_has_a_run_for_the_sweep_and_one_for_each_trial_with_every_epoch(
     assert finished.tracking.pending == 0
 
 
-@pytest.mark.slow  # the tests below that compare with `finished`, which had two workers, have one
+@pytest.mark.slow  # the tests below use one worker and compare with `finished`, which had two
 @pytest.mark.parametrize("concurrent", [1, 3])
 def test_the_result_does_not_depend_on_how_many_trials_run_at_once(finished, tmp_path, concurrent):
     other = sweep(tmp_path, f"resources.max_concurrent={concurrent}")
@@ -380,7 +380,7 @@ def test_a_driver_that_another_one_is_ahead_of_writes_nothing(finished, tmp_path
 
 
 def test_a_sweep_that_another_driver_began_meanwhile_is_left_alone(tmp_path, monkeypatch):
-    """Two commands of one name: what the second checked before it connected to Ray holds no more."""
+    """Two commands have one name: what the second one checked before it connected to Ray is no longer true."""
     other = tmp_path / "sweeps" / "small" / "sweep.yaml"
 
     def gpus(config, say) -> float:
@@ -400,7 +400,7 @@ def test_ray_tune_leaves_no_handler_that_would_swallow_a_later_ctrl_c(finished):
 
 
 def test_tune_has_a_folder_of_the_sweeps_own(finished):
-    """Its working folders lie in one place for all sweeps of a node, by the second in which they start and this."""
+    """Tune keeps the working folders of all sweeps of a node in one place, named by start second and this name."""
     identity = json.loads((finished.folder.path / "identity.json").read_text())
     assert [folder.name for folder in (finished.folder.path / "tune").iterdir()] == [identity["sweep_id"]]
 
@@ -409,7 +409,7 @@ def test_tune_has_a_folder_of_the_sweeps_own(finished):
 def test_interrupted_while_data_is_prepared_it_says_how_to_go_on(tmp_path, monkeypatch, number):
     def prepare(*args, on_progress, **options):
         is_waited_for.wait(60)
-        os.kill(os.getpid(), number)  # to the main thread, which waits for the data
+        os.kill(os.getpid(), number)  # the signal goes to the main thread, which waits for the data
         ended.wait(60)
         on_progress("of no interest any more")
 
@@ -455,7 +455,7 @@ ONE_EPOCH = ["search.trials_per_block=1", "training.epochs=1"]
 
 @pytest.fixture
 def repaired(tmp_path, monkeypatch):
-    """Data whose sweep was refused for a bad row and that was repaired since, and the same data, in two folders."""
+    """Two folders with the same data. The sweep of the first was refused for a bad row that is now repaired."""
     monkeypatch.setattr("msae_sweep.sweep.run.enough_free_cores", lambda config, gpus: True)
     rng = np.random.default_rng(0)
     good = {block: rng.standard_normal((600, 16), dtype=np.float32) for block in (5, 20)}
@@ -529,7 +529,7 @@ def test_a_worker_that_cannot_save_ends_the_sweep_in_one_line_and_no_trial_count
 
 
 def copy_of(finished: Any, folder: Path) -> Path:
-    """A finished sweep, to be damaged; its MLflow is another one, and empty."""
+    """Return a copy of a finished sweep that may be damaged. Its MLflow is another one, which is empty."""
     shutil.copytree(finished.folder.path.parent, folder / "sweeps")
     return folder / "sweeps" / "small"
 
@@ -542,7 +542,7 @@ def test_what_is_damaged_and_can_be_made_again_is_and_the_sweep_ends_as_before(f
     models = {trial_id: folder / "trials" / trial_id / "model.pt" for trial_id in (gone, spoilt, cut_off)}
     models[gone].unlink()
     models[cut_off].write_bytes(models[cut_off].read_bytes()[:3000])
-    # Found only when the best model is read at the end.
+    # This damage is found only when the best model is read at the end.
     content = models[spoilt].read_bytes()
     middle = len(content) // 2
     models[spoilt].write_bytes(content[:middle] + bytes(400) + content[middle + 400 :])
@@ -608,7 +608,7 @@ def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_t
 
 @pytest.mark.slow
 def test_a_diverged_and_an_oversized_trial_end_alone(tmp_path, monkeypatch):
-    # The estimate that would refuse this is a lower bound; trials between it and what they need must end alone.
+    # The estimate that would refuse this is a lower bound. Trials that pass it but need too much must end alone.
     monkeypatch.setattr("msae_sweep.sweep.memory._check_models", lambda *_: None)
     outcome = sweep(
         tmp_path, "data.blocks=[5]", "asha=null", "training.epochs=2", "search={algorithm: grid}",

@@ -1,4 +1,4 @@
-"""The estimate of the time left, in sweeps that are simulated with the product's own scheduler."""
+"""Tests of the estimate of the time left, in sweeps that are simulated with the product's own scheduler."""
 
 import heapq
 import random
@@ -29,7 +29,7 @@ asha: {asha}
 
 
 class Simulation:
-    """A sweep on `slots` workers in simulated time; keeps, at each report, what the estimate said."""
+    """Sweep on `slots` workers in simulated time, which records the estimate at each report."""
 
     def __init__(self, config, slots: int, seed: int) -> None:
         self.rng, self.now, self.config = random.Random(seed), 0.0, config
@@ -83,7 +83,7 @@ class Simulation:
                 heapq.heappush(free, (self.now, slot))
 
     def step(self, busy: list, trial, start: float, slot: int) -> None:
-        """Train to the next rung, the end, or for some seconds."""
+        """Train to the next rung, to the end, or for `REPORT_SECONDS`."""
         self.began = start if self.began is None else self.began
         epoch, seconds = trial.record.epochs, 0.0
         while True:
@@ -113,7 +113,7 @@ class Simulation:
             self.said.append((self.now, left))
 
     def off_by(self, share: float) -> float:
-        """Estimate over truth, at a share of the time from the first training step to the end."""
+        """Return estimate divided by truth, at a share of the time from the first training step to the end."""
         moment = self.began + share * (self.now - self.began)
         at, left = next((at, left) for at, left in self.said if at >= moment)
         return left / (self.now - at)
@@ -140,7 +140,7 @@ def test_the_estimate_is_within_a_factor_of_one_and_a_half(kind):
     ratios = {share: sorted(sweep.off_by(share) for sweep in sweeps) for share in SHARES}
     for share, found in ratios.items():
         assert 1 / 1.5 < found[len(found) // 2] < 1.5, (share, found)
-    # How many trials early stopping lets through is chance: not every single sweep can be foretold.
+    # The number of trials that early stopping lets through is random, so not every single sweep can be predicted.
     every = [ratio for found in ratios.values() for ratio in found]
     assert sum(1 / 1.5 < ratio < 1.5 for ratio in every) >= 0.75 * len(every), ratios
 
@@ -148,7 +148,7 @@ def test_the_estimate_is_within_a_factor_of_one_and_a_half(kind):
 def test_starting_up_counts_for_nothing_and_before_the_first_epoch_nothing_is_said():
     settings, slots = SWEEPS["nothing is stopped"]
     early = Simulation(settings, slots, 0)
-    assert early.said[0][0] > START_SECONDS  # none before
+    assert early.said[0][0] > START_SECONDS  # there is no estimate before
     late = TimeLeft(settings, 16, lambda: 1000.0)
     late.take(early.records)
     assert late.seconds(early.records) is None

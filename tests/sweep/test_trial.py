@@ -1,4 +1,4 @@
-"""One trial in a worker, driven as Ray Tune drives it, without Tune."""
+"""Tests of one trial in a worker, which is driven as Ray Tune drives it, but without Tune."""
 
 import copy
 import errno
@@ -51,7 +51,7 @@ def prepared(config, ray_session, tmp_path_factory) -> Any:
 
 
 class Workers:
-    """Makes trial workers over one sweep folder, and what Tune would tell them."""
+    """Factory of trial workers over one sweep folder, and of the configurations that Tune would give them."""
 
     def __init__(self, config: SweepConfig, prepared: Any, path: Path) -> None:
         self.config, self.prepared, self.folder = config, prepared, SweepFolder(path)
@@ -92,7 +92,7 @@ def to_the_end(worker: MSAETrial) -> list[dict[str, Any]]:
 
 
 def metrics(reports: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Every epoch's, without what the clock says."""
+    """Return the metrics of every epoch without those that depend on the clock."""
     points = [point for report in reports for point in report["points"]]
     return [{key: value for key, value in point.items() if key != "samples_per_second"} for point in points]
 
@@ -110,7 +110,7 @@ def test_a_trial_in_a_reused_worker_equals_the_same_trial_in_a_fresh_one(workers
     assert len({(block, t["expansion_factor"], t["weighting"]) for block, t in settings}) == 8
     reused = workers.worker(specs[0])
     for i, spec in enumerate(specs):
-        # Some are left in the middle, as when ASHA stops them or makes them wait.
+        # Some trials are left in the middle, as when ASHA stops them or makes them wait.
         if i:
             assert reused.reset(copy.deepcopy(spec))
             reused.train()
@@ -151,7 +151,7 @@ def test_a_long_trial_saves_its_state_every_checkpoint_seconds(workers):
     report = worker.train()
     saved = torch.load(workers.state_file(spec), weights_only=True)
     assert saved["train_state"]["points"] == report["points"]
-    # Lost here, it reports where it stands before it goes on.
+    # If the worker is lost here, the next one first reports where the trial stands before it continues.
     assert workers.worker(spec).train()["points"] == report["points"]
 
 
@@ -247,7 +247,7 @@ def test_a_trial_on_a_node_that_was_told_to_go_saves_its_state_whatever_its_sett
 
 
 class StillComing(dict):
-    """Blocks that are not ready when a worker starts."""
+    """Blocks of which none is ready when a worker starts."""
 
     def __contains__(self, block: object) -> bool:
         return False

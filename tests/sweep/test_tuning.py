@@ -1,4 +1,4 @@
-"""Which trials of a sweep come first."""
+"""Tests of the order in which a sweep's trials start."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ BLOCKS = (35, 5, 20)
 
 
 def order(tmp_path, monkeypatch, *, gpus: float, at_once: int) -> list[str]:
-    """The first trials of three blocks with four trials each, in the order of their turns."""
+    """Return the trials of three blocks, with four trials each, in the order of their turns."""
     config = parse("name: x\ndata: {path: planted}\nsearch: {trials_per_block: 4}\n", [])
     monkeypatch.setattr(tuning, "trials_at_once", lambda config, gpus: at_once)
     preparation: Any = SimpleNamespace(input_dims=dict.fromkeys(BLOCKS, 16))
@@ -41,6 +41,6 @@ def test_workers_on_gpus_begin_with_the_block_that_is_ready_first(tmp_path, monk
     first = [f"block35-{i:03d}" for i in range(min(at_once, 4))]
     assert trials[: len(first)] == first
     assert trials[len(first)] == "block5-000"
-    for block in BLOCKS:  # a trial is judged by those of smaller number in its block, and may wait for them
+    for block in BLOCKS:  # a trial is judged by those with a smaller number in its block, and may wait for them
         of_block = [trial for trial in trials if trial.startswith(f"block{block}-")]
         assert of_block == sorted(of_block)

@@ -1,4 +1,4 @@
-"""Early stopping seen afterwards: the same cutoffs and verdicts as while the sweep ran."""
+"""Tests that early stopping has the same cutoffs and verdicts when a sweep is summarised as while it ran."""
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_a_trial_that_patience_ended_is_not_counted_as_stopped():
 
 
 def test_an_epoch_that_is_no_rung_of_a_shorter_trial_sets_no_cutoff():
-    # t0 trains 2 epochs at the most, so epoch 2 is its end and no rung; t1 and t2 are judged there.
+    # t0 trains at most 2 epochs, so epoch 2 is its end and no rung; t1 and t2 are judged there.
     trials = [trial(0, 0.1, 0.9), trial(1, 0.2, 0.5, 0.6), trial(2, 0.3, 0.4, reason="asha at epoch 2")]
     ladder = summarise_stops(trials, ASHA, {"t0": 2, "t1": 3, "t2": 3})
     assert [(stop.trial_id, stop.rung, stop.cutoff) for stop in ladder.stops] == [("t2", 2, 0.5)]

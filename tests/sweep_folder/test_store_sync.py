@@ -1,4 +1,4 @@
-"""A `StoreSync` keeps the order of its uploads and always ends; a folder stands in for the store."""
+"""Tests that a `StoreSync` keeps the order of its uploads and always ends. A folder stands in for the store."""
 
 import threading
 

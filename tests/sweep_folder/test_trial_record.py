@@ -1,4 +1,4 @@
-"""A trial's record survives being written and read, with the keys that another version of the package added."""
+"""Tests that a trial's record can be written and read back, with keys that another version of the package added."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What Ray Tune sees of an object store."""
+"""Tests of the view of an object store that Ray Tune gets."""
 
 import pickle
 
@@ -11,7 +11,7 @@ def test_tune_makes_no_folders_and_asks_for_no_logs(tmp_path):
     store = tune_filesystem_view(LocalFileSystem())
     store.create_dir(str(tmp_path / "tune" / "block5-000"), recursive=True)
     assert not list(tmp_path.iterdir())
-    # Even if there were one: nothing was asked.
+    # The file is not found even if there is one, because the store is not asked.
     (tmp_path / "result.json").write_text("{}")
     assert store.get_file_info(str(tmp_path / "result.json")).type == FileType.NotFound
 

@@ -1,10 +1,10 @@
-"""MLflow's own pages in a real browser, on a sweep that was run: open, compare, filter, download a model.
+"""Check MLflow's own pages in a real browser, on a sweep that was run: open, filter, compare, download a model.
 
     python tests/track/check_ui.py SWEEP [--python PYTHON] [--chromium PATH] [--screenshots FOLDER]
 
-SWEEP is a finished sweep with several trials, some of weighting `reverse`, whose MLflow store is at hand. PYTHON has
-msae_sweep; this script itself needs playwright and a Chromium only, so that it can run in another environment.
-`test_ui_in_browser.py` runs it on a small sweep. Checked with MLflow 3.17.2.
+SWEEP is a finished sweep with several trials, some of them with weighting `reverse`, whose MLflow store can be reached.
+PYTHON is an interpreter that has msae_sweep; this script itself needs only playwright and a Chromium, so that it can
+run in another environment. `test_ui_in_browser.py` runs it on a small sweep. It was checked with MLflow 3.17.2.
 """
 
 import argparse
@@ -39,13 +39,13 @@ def main() -> int:
 
 
 def chromium() -> str | None:
-    """The browser that is installed, if one is."""
+    """Return the path of an installed browser, or None if there is none."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     return next(filter(None, map(shutil.which, names)), None)
 
 
 def check(sweep: Path, python: str, browser_path: str, screenshots: Path | None = None) -> Iterator[str]:
-    """Every step; yields what each saw."""
+    """Run every step and yield its observations."""
     from playwright.sync_api import sync_playwright
 
     trials = [json.loads(file.read_text()) for file in sorted(sweep.glob("trials/*/trial.json"))]
@@ -61,7 +61,7 @@ def check(sweep: Path, python: str, browser_path: str, screenshots: Path | None 
 
 @contextlib.contextmanager
 def served(python: str, sweep: Path) -> Iterator[str]:
-    """`msae-sweep ui` until the block is left, by Ctrl-C; its address."""
+    """Run `msae-sweep ui` and yield its address. Ctrl-C ends it when the block is left."""
     command = [python, "-m", "msae_sweep", "ui", str(sweep), "--no-browser"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -76,14 +76,14 @@ def served(python: str, sweep: Path) -> Iterator[str]:
 
 
 class Steps:
-    """The steps; each returns what it saw."""
+    """Steps of the check, each of which returns its observations as text."""
 
     def __init__(self, page: Any, url: str, trials: list[dict], sweep: Path, screenshots: Path | None) -> None:
         self.page, self.url, self.trials, self.sweep, self.screenshots = page, url, trials, sweep, screenshots
         self.levels = sorted({int(key[4:]) for t in trials for key in t["points"][-1] if key.startswith("r2_k")})
 
     def opens(self) -> str:
-        """At parallel coordinates over the settings and R² at every k, for the trials of this sweep alone."""
+        """Check that the page opens with parallel coordinates of settings and R² at every k, for this sweep alone."""
         self.page.goto(self.url)
         self.page.get_by_text("Trials compared").wait_for()
         chart = self.page.locator(".parcoords, [class*=parcoords]").first
@@ -91,7 +91,7 @@ class Steps:
         axes = chart.locator(".label").all_text_contents()
         wanted = ["block", "learning_rate", "expansion_factor", "weighting", "dead_ratio"]
         wanted += [f"r2_k{k}" for k in self.levels]
-        # MLflow shortens long names: expans...factor.
+        # MLflow shortens long names, such as expans...factor.
         patterns = [re.escape(axis).replace(r"\.\.\.", ".*") for axis in axes]
         assert len(axes) == len(wanted), axes
         assert all(re.fullmatch(pattern, name) for pattern, name in zip(patterns, wanted, strict=True)), axes
@@ -100,10 +100,10 @@ class Steps:
         return f"{len(self.trials)} trials on the axes {', '.join(axes)}"
 
     def filters(self) -> str:
-        """By a metric and a param, in MLflow's own words."""
+        """Filter by a metric and a param, in MLflow's own syntax."""
         largest = f"r2_k{self.levels[-1]}"
         last = {t["trial_id"]: t["points"][-1][largest] for t in self.trials if t["params"]["weighting"] == "reverse"}
-        # Between the middle two, so that some match and some do not.
+        # The bound lies between the middle two values, so that some trials match and some do not.
         ordered = sorted(last.values())
         bound = round((ordered[len(ordered) // 2 - 1] + ordered[len(ordered) // 2]) / 2, 4)
         bound = 0.85 if 0 < sum(value > 0.85 for value in ordered) < len(self.trials) else bound
@@ -119,7 +119,7 @@ class Steps:
         return f"{text}: {', '.join(sorted(found))}"
 
     def compares(self) -> str:
-        """Two runs side by side, of all that are there."""
+        """Select two of all runs and compare them side by side."""
         self.page.goto("about:blank")
         self.opens()
         boxes = self.page.locator(".ag-row .ag-selection-checkbox:visible")
@@ -132,7 +132,7 @@ class Steps:
         return self.page.url.partition("?")[0]
 
     def downloads_a_model(self) -> str:
-        """The model file of a run, the same bytes as in the sweep folder."""
+        """Download the model file of a run, and check that its bytes are those in the sweep folder."""
         self.page.go_back()
         link = self.page.get_by_role("link", name=re.compile(r"^block\d+-\d+$")).first
         trial_id = link.text_content()

@@ -1,4 +1,4 @@
-"""MLflow for tests: SQLite files copied from one that was made once, and a real server on loopback."""
+"""Fixtures for MLflow: SQLite files that are copied from one, made once, and a real server on loopback."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from servers import Mlflow
 
-# Before mlflow is imported anywhere: give up on a silent server soon.
+# Set this before mlflow is imported anywhere: clients then give up soon on a server that does not answer.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -21,7 +21,7 @@ def uri(empty_database, tmp_path) -> str:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, empty_database) -> Iterator[Mlflow]:
-    """One server for the whole session; a test that kills it starts it again."""
+    """MLflow server for the whole session. A test that kills it starts it again."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(empty_database, folder / "mlflow.db")
     with Mlflow(folder, f"sqlite:///{folder}/mlflow.db") as server:

@@ -1,4 +1,4 @@
-"""A small sweep told to a tracker, and what a tracking store then holds of it."""
+"""A small sweep that is reported to a tracker, and what a tracking store then holds of it."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def tracking(uri: str, **settings: Any) -> TrackingConfig:
 
 def start(folder: Path, uri: str, *, sweep_id: str = SWEEP_ID, sending: Any = SenderThread, **settings: Any) -> Tracker:
     folder.mkdir(parents=True, exist_ok=True)
-    # In a thread, which tests can reach into, and which spares each of them another process's imports.
+    # The sender runs in a thread, which tests can inspect, and which saves each of them the imports of another process.
     return Tracker.start(folder, tracking(uri, **settings), sweep_id=sweep_id, sending=sending)
 
 
@@ -98,7 +98,7 @@ def block_of(trial_id: str) -> int:
 
 
 def tell_trial(tracker: Tracker, folder: Path, trial_id: str, *, first_epoch: int = 1, clock_ms: int = 0) -> None:
-    """A whole trial, reported epoch by epoch; `clock_ms` shifts its times, as a resumed driver would."""
+    """Report a whole trial epoch by epoch. `clock_ms` shifts its times, as a resumed driver would."""
     tracker.trial_started(trial_id=trial_id, block=block_of(trial_id), params=params(block_of(trial_id)))
     for epoch in range(first_epoch, EPOCHS[trial_id] + 1):
         shifted = point(trial_id, epoch)
@@ -129,7 +129,7 @@ def tell_end(tracker: Tracker, folder: Path) -> None:
 
 
 def tell(tracker: Tracker, folder: Path) -> None:
-    """The whole sweep."""
+    """Report the whole sweep."""
     tell_start(tracker)
     for trial_id in STATUSES:
         tell_trial(tracker, folder, trial_id)
@@ -137,14 +137,14 @@ def tell(tracker: Tracker, folder: Path) -> None:
 
 
 def send(folder: Path, uri: str) -> SyncReport:
-    """The whole sweep, told and sent."""
+    """Report the whole sweep, send it, and return the sender's report."""
     tracker = start(folder, uri)
     tell(tracker, folder)
     return tracker.close(timeout_seconds=60)
 
 
 class Store:
-    """What a tracking store holds of one sweep."""
+    """Content of a tracking store for one sweep."""
 
     def __init__(self, uri: str, sweep_id: str = SWEEP_ID) -> None:
         self.client = connect(uri)
@@ -182,7 +182,7 @@ class Store:
 
 
 def assert_whole(store: Store) -> None:
-    """Every trial has one run under the sweep's, every epoch's metrics once, its status and at most one model."""
+    """Assert that every trial has one run under the sweep's, every epoch once, its status and at most one model."""
     assert len(store.runs) == 1 + len(STATUSES)
     for trial_id, status in STATUSES.items():
         run = store.trial(trial_id)

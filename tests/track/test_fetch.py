@@ -1,4 +1,4 @@
-"""A model comes out of MLflow as it went in, by every name that it has there; the README's Python runs."""
+"""Tests that a model comes out of MLflow unchanged by each of its names, and that the README's Python runs."""
 
 import re
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_a_run_whose_file_would_run_code_is_refused(uri, tmp_path, capsys):
 
 
 def test_the_readmes_python_runs(uri, tmp_path, monkeypatch):
-    """Each block of Python in the README, over files and a registry under the names that it uses."""
+    """Each block of Python in the README runs with files and a registry under the names that it uses."""
     send(tmp_path / "sent", uri)
     client = Store(uri).client
     client.create_registered_model("msae-block4")
@@ -97,7 +97,7 @@ def test_the_readmes_python_runs(uri, tmp_path, monkeypatch):
     names: dict[str, object] = {}
     try:
         for block in blocks:
-            # The small model has 24 latents, the README's 4096.
+            # The small model has 24 latents, whereas the README's has 4096.
             exec(block.replace("k=32", "k=3").replace("k=16", "k=2"), names)
     finally:
         mlflow.set_tracking_uri(None)

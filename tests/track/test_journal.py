@@ -101,7 +101,7 @@ def test_a_cursor_is_what_was_saved_and_a_broken_one_begins_anew(tmp_path):
 
 
 class FullAfter:
-    """A file whose disk takes `n_bytes` more, and then no more."""
+    """File whose disk takes `n_bytes` more bytes and is then full."""
 
     def __init__(self, file, n_bytes):
         self._file, self._left, self.name = file, n_bytes, file.name

@@ -1,4 +1,4 @@
-"""A logged model is the trial's model: in a fresh process, for any number of rows, and in the registry."""
+"""Tests that a logged model is the trial's model: in a fresh process, for any number of rows, and in the registry."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def load_in_fresh_process(uri, x, folder, *models):
 
 
 def test_in_a_fresh_process_it_gives_what_our_own_file_gives(uri, tmp_path):
-    """By run, by model id and by the registry's alias; without msae_sweep, without pickle."""
+    """The model is loaded by run, by model id and by the registry's alias, without msae_sweep and without pickle."""
     send(tmp_path / "sweep", uri)
     store = Store(uri)
     file = model_file.load(tmp_path / "sweep" / "trials" / "block5-000" / "model.pt")

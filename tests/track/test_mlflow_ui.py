@@ -1,4 +1,7 @@
-"""`msae-sweep ui`: the right page of the right server, which ends with it. In a browser: `test_ui_in_browser.py`."""
+"""Tests of `msae-sweep ui`: it shows the right page of the right server, and the server ends with it.
+
+`test_ui_in_browser.py` tests it in a browser.
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ from msae_sweep.track import mlflow_ui
 
 
 def state_behind(path: str, store: Store) -> dict:
-    """What the page reads from the experiment's tag that the address names."""
+    """Return the state that the page reads from the experiment's tag, which the address names."""
     fragment = urlparse(path).fragment
     assert fragment.startswith(f"/experiments/{store.experiment.experiment_id}/runs?")
     query = parse_qs(fragment.partition("?")[2])
@@ -42,7 +45,7 @@ def test_the_comparison_shows_the_trials_of_this_sweep_on_keys_that_they_have(ur
         if run.data.metrics:
             assert set(chart["selectedMetrics"]) <= set(run.data.metrics)
             assert state["orderByKey"].split("`")[1] in run.data.metrics or run.data.tags["status"] == "failed"
-    # Asked again it is the same page, not another tag.
+    # A second call returns the same page and adds no tag.
     assert mlflow_ui.comparison_path(tmp_path / "sweep", tracking(uri)) == path
 
 
@@ -98,7 +101,7 @@ mlflow_ui.serve(Path({str(tmp_path / "sweep")!r}), tracking)
         assert state_behind(url.geturl(), Store(uri))
         with urllib.request.urlopen(f"http://{url.netloc}/", timeout=30) as page:
             assert b"<html" in page.read()
-        # The password that a store's address may hold is on no command line.
+        # The password that a store's address may hold must be on no command line.
         servers = psutil.Process(process.pid).children(recursive=True)
         assert servers
         assert not any(uri in part for server in servers for part in server.cmdline())

@@ -1,4 +1,4 @@
-"""A model from elsewhere lies in MLflow as a trial's does: comparable, loadable, a version beside the champion."""
+"""Tests that an imported model is in MLflow like a trial's: comparable, loadable, and a version beside the champion."""
 
 import json
 import sys
@@ -88,7 +88,7 @@ def test_it_is_nested_in_the_sweep_that_it_is_compared_with_and_does_not_count_a
     sweep_run = Store(uri).sweep.info.run_id
     imported = register_import(what, tracking_uri=uri, experiment=EXPERIMENT, sweep_id=SWEEP_ID)
     assert connect(uri).get_run(imported.run_id).data.tags["mlflow.parentRunId"] == sweep_run
-    # What the sweep sends again later must not take it for a twin of its own run.
+    # When the sweep is sent again later, the imported run must not be taken for a duplicate of the sweep's own run.
     send(tmp_path / "again", uri)
     assert connect(uri).get_run(imported.run_id).info.lifecycle_stage == "active"
     with pytest.raises(TrackingError, match="has no run of that sweep"):
@@ -117,7 +117,7 @@ def command_line(monkeypatch, *arguments: object) -> int | None:
 
 @pytest.fixture
 def notebook(tmp_path, monkeypatch):
-    """A working folder with activations, the notebook's file, and no tracking URI set."""
+    """Model file of the notebook, in a working folder with activations, where no tracking URI is set."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     file = write_model(tmp_path / "msae_block5.pt", seed=9)

@@ -1,4 +1,4 @@
-"""The sender in a process of its own: what a sweep takes. Everything else of it is tested in a thread."""
+"""Tests of the sender in a process of its own, as a sweep uses it. Everything else about it is tested in a thread."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def senders(parent: int | None = None) -> list[psutil.Process]:
-    """Sender processes of a driver that are alive."""
+    """Return the sender processes of a driver that are alive."""
     found = psutil.Process(parent).children() if parent else psutil.process_iter()
     return [
         p
@@ -37,7 +37,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def scratch() -> list[str]:
-    """What senders keep beside a sweep's folder."""
+    """Return the names of the temporary folders that senders keep."""
     return [path.name for path in Path(tempfile.gettempdir()).glob("msae-sender-*")]
 
 
@@ -64,7 +64,7 @@ def test_what_is_told_reaches_mlflow(uri, tmp_path):
     assert os.getpgid(process.pid) != os.getpgid(0), "an interrupt from the terminal would reach it"
     tell(tracker, tmp_path / "sweep")
     wait_until(lambda: tracker.status.sent)
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ray's job server finds it nevertheless
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray's job server may still send these signals to it
         process.send_signal(number)
     assert senders(os.getpid()) == [process]
     report = tracker.close(timeout_seconds=60)
@@ -160,7 +160,7 @@ def test_what_fails_is_told_and_closing_does_not_wait_for_ever(tmp_path):
 
 
 class Elsewhere:
-    """A sweep folder that lies in a store: files come as copies when they are asked for, or not at all."""
+    """Sweep folder in an object store. Its files are fetched as copies when they are asked for, or not at all."""
 
     def __init__(self, folder: Path, gone: str = "") -> None:
         self.folder, self.gone, self.fetched = folder, gone, []

@@ -1,4 +1,4 @@
-"""Against a real MLflow server, over HTTP, with everything that can happen to a server or to a driver."""
+"""Tests against a real MLflow server, over HTTP, with everything that can happen to a server or to a driver."""
 
 import contextlib
 import shutil
@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def silent_uri():
-    """A server that accepts connections and never answers."""
+    """URI of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         accepted = []
 
@@ -95,12 +95,12 @@ def test_a_server_that_goes_and_comes_back_misses_nothing_and_doubles_nothing(se
 def test_a_silent_server_stops_no_call_and_sync_sends_everything_later(silent_uri, uri, tmp_path):
     folder = tmp_path / "sweep"
     tracker = start(folder, silent_uri)
-    tell(tracker, folder)  # returns although nothing was answered
+    tell(tracker, folder)  # this returns although the server answered nothing
     assert tracker.status.sent == 0
     report = tracker.close(timeout_seconds=0.1)
     assert report.pending == 21
     assert report.reason
-    # A copy, because the stuck sender holds the lock for as long as this process lives.
+    # A copy is sent, because the stuck sender holds the lock for as long as this process lives.
     shutil.copytree(folder, tmp_path / "later")
     assert sync(tmp_path / "later", uri, tracking(uri)).pending == 0
     assert_whole(Store(uri))
@@ -113,7 +113,7 @@ def test_the_end_of_a_sweep_says_that_it_waits_for_a_silent_server_and_gives_it_
     tracker = start(tmp_path / "sweep", silent_uri.replace("//", "//me:secret@"))
     tell(tracker, tmp_path / "sweep")
     said: list[str] = []
-    # Its three last tries would take longer than that.
+    # Outside of tests, the sender's three last tries take longer than this, so its limit must not end the wait here.
     monkeypatch.setattr(sender_module, "LAST_TRIES", 1000)
     report = tracker.close(timeout_seconds=600, say=said.append)
     assert report.pending == 21
@@ -180,7 +180,7 @@ def test_a_driver_killed_in_the_middle_of_sending_is_synced_and_resumed(uri, tmp
     command = [sys.executable, "-c", DRIVER.format(here=str(HERE)), str(folder), uri, method, str(number), when]
     assert subprocess.run(command).returncode == -signal.SIGKILL
     with open(folder / "journal" / "events.jsonl", "ab") as file:
-        file.write(b'{"seq": 99, "event": "metr')  # and in the middle of a line
+        file.write(b'{"seq": 99, "event": "metr')  # the driver was killed in the middle of a line, too
 
     assert sync(folder, uri, tracking(uri)).pending == 0
     store = Store(uri)
@@ -198,7 +198,7 @@ def test_a_driver_killed_in_the_middle_of_sending_is_synced_and_resumed(uri, tmp
 
 
 def test_a_call_costs_little_while_the_sender_is_stuck(silent_uri, tmp_path):
-    """Not a timing: a thousand calls return while one request of the sender has not."""
+    """A thousand calls return while one request of the sender has not. No time is measured."""
     tracker = start(tmp_path / "sweep", silent_uri)
     tell_start(tracker)
     tracker.trial_started(trial_id="block5-000", block=5, params=params(5))

@@ -1,4 +1,4 @@
-"""The tracking server of a cluster: `mlflow server` on PostgreSQL, with artifacts in an S3 store."""
+"""Tests of a cluster's tracking server: `mlflow server` on PostgreSQL, with artifacts in an S3 store."""
 
 import os
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def test_artifacts_reach_the_store_through_the_server_alone(server, store, tmp_p
 
 
 def tell_at_once(folder: Path, uri: str, sweep_id: str, n_trials: int, disturb=lambda epoch, tracker: None):
-    """Trials that run side by side, each epoch of all of them told before the next; returns the sender's report."""
+    """Report trials that run side by side, one epoch of all of them at a time, and return the sender's report."""
     tracker = start(folder, uri, sweep_id=sweep_id)
     tracker.sweep_started(name=sweep_id, params={}, tags={}, config_yaml=CONFIG_YAML, datasets={5: manifest(5)})
     names = [f"block5-{i:03d}" for i in range(n_trials)]

@@ -1,4 +1,4 @@
-"""What a sweep says to its tracker stands in MLflow (SQLite), whole and once."""
+"""Tests that everything a sweep reports to its tracker is in MLflow (SQLite), completely and exactly once."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ from msae_sweep.track.tracker import Tracker, sync
 
 @pytest.fixture(scope="module")
 def sent(empty_database, tmp_path_factory):
-    """A sweep that was told and sent in one go."""
+    """Tracking store of a sweep that was reported and sent in one go."""
     folder = tmp_path_factory.mktemp("sent")
     shutil.copy(empty_database, folder / "mlflow.db")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
@@ -62,7 +62,7 @@ def test_a_trial_has_all_its_params_defaults_too(sent):
 
 def test_the_series_is_left_as_it_was_and_the_best_epoch_stands_beside_it(sent):
     metrics = sent.trial("block5-000").data.metrics
-    assert metrics["objective"] == pytest.approx(0.05)  # the last epoch's
+    assert metrics["objective"] == pytest.approx(0.05)  # this is the last epoch's objective
     assert metrics["best_objective"] == pytest.approx(0.5)
     assert metrics["best_epoch"] == 5
     assert "best_learning_rate" not in metrics
@@ -101,7 +101,7 @@ def test_artifacts_lie_beside_the_database(sent):
 
 
 def test_sending_again_changes_nothing(uri, tmp_path):
-    """Also with the cursor lost, so that every event is sent a second time."""
+    """The cursor is lost, too, so that every event is sent a second time."""
     send(tmp_path / "sweep", uri)
     (tmp_path / "sweep" / "journal" / "cursor.json").unlink()
     report = sync(tmp_path / "sweep", uri, tracking(uri))
@@ -126,7 +126,7 @@ def test_a_resumed_sweep_goes_on_in_the_same_runs_and_repeats_no_epoch(uri, tmp_
 
     second = start(folder, uri)
     tell_start(second)
-    # Back at its checkpoint after epoch 1: epochs 2 and 3 come again, at another time.
+    # The trial is back at its checkpoint after epoch 1, so epochs 2 and 3 are reported again, at another time.
     tell_trial(second, folder, "block5-000", first_epoch=2, clock_ms=60_000)
     tell_trial(second, folder, "block20-000")
     tell_trial(second, folder, "block20-001")
@@ -268,7 +268,7 @@ def test_a_sweep_folder_that_was_moved_can_still_be_sent(uri, tmp_path, empty_da
 
 
 def test_twins_of_a_run_are_deleted_and_the_filled_one_stays(uri, tmp_path):
-    """A creation that the server carries out after the sender has given it up leaves a second, empty run."""
+    """If the server creates a run after the sender has given up the request, a second, empty run is left."""
     folder = tmp_path / "sweep"
     tracker = start(folder, uri)
     tell_start(tracker)
@@ -347,7 +347,7 @@ def test_progress_is_told_step_by_step(uri, tmp_path, monkeypatch):
 
 
 def test_epochs_of_all_trials_come_in_any_order(uri, tmp_path):
-    """Reports of concurrent trials are interleaved in the journal, and sent together by trial."""
+    """Reports of concurrent trials are interleaved in the journal, and are sent together by trial."""
     tracker = start(tmp_path / "sweep", uri)
     tell_start(tracker)
     trials = ("block5-000", "block5-001")

@@ -1,4 +1,4 @@
-"""A small sweep, looked at through MLflow's own pages in a real browser; `check_ui.py` has the steps."""
+"""Test of a small sweep in MLflow's own pages in a real browser. `check_ui.py` has the steps."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def test_the_trials_are_shown_filtered_compared_and_their_models_downloaded(tmp_
     if browser is None:
         pytest.skip("no Chromium on PATH")
     (tmp_path / "space.yaml").write_text(SPACE)
-    # A Ray of its own, not the test session's.
+    # Start a separate Ray instead of using the test session's.
     environment = {**os.environ, "RAY_ADDRESS": "local", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     subprocess.run([sys.executable, "-m", "msae_sweep", "run", "space.yaml"], cwd=tmp_path, env=environment, check=True)
     seen = list(check_ui.check(tmp_path / "sweeps" / "small", sys.executable, browser, tmp_path))

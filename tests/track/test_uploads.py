@@ -1,4 +1,4 @@
-"""Models are uploaded beside the events that follow them; nothing is taken for sent before it is."""
+"""Tests that models are uploaded beside the events that follow them, and that no event counts as sent before it is."""
 
 import threading
 
@@ -16,7 +16,7 @@ def entry(seq: int) -> Entry:
 
 
 class Held:
-    """An upload that takes until it is let go."""
+    """Upload that runs until the test lets it end."""
 
     def __init__(self) -> None:
         self.begun, self.may_end = threading.Event(), threading.Event()
@@ -85,7 +85,7 @@ def test_what_an_upload_fails_of_is_raised_and_the_rest_is_dropped_when_it_has_e
 
 @pytest.fixture
 def four_at_once(monkeypatch) -> None:
-    """As to a server, which a SQLite file is not."""
+    """Allow four uploads at a time, as for a server, although the store is a SQLite file."""
     monkeypatch.setattr(sender, "Uploads", lambda at_once: Uploads(4))
 
 
