@@ -61,7 +61,7 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
         if signals.sigterm_handled_here():
             stack.enter_context(patched("ray._private.utils", "set_sigterm_handler", lambda handler: None))
         try:
-            context = ray.init(**options)
+            context = _start_or_connect(options, say)
         except Exception as error:
             # ray.init raises many kinds: ValueError, ConnectionError, RuntimeError, and plain Exception.
             raise SweepError(f"{where}: {first_line(error)}") from error
@@ -71,6 +71,20 @@ def connect(say: Callable[[str], None] = lambda line: print(line, file=sys.stder
     if not address:
         _session = Path(context.address_info["session_dir"])
     _make_token_private()
+
+
+def _start_or_connect(options: dict[str, Any], say: Callable[[str], None]) -> Any:
+    """Call `ray.init`, and once more if Ray was too slow to start; its limit of 30 s cannot be set.
+
+    Starting takes that long only where other programs keep all cores busy.
+    """
+    try:
+        return ray.init(**options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+    say("Ray did not start within 30 s, because this machine is busy; trying again")
+    return ray.init(**options)
 
 
 def cluster_address() -> str | None:

@@ -420,6 +420,7 @@ def test_an_output_that_is_a_file_is_refused(network, records, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_what_a_killed_writer_left_half_is_taken_for_nothing_and_goes(extracted, network, records, tmp_path):
     chosen, _ = extracted
     other = settings(network, records, tmp_path / "out")

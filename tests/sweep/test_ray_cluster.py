@@ -165,6 +165,26 @@ def test_what_ray_says_when_it_does_not_start_is_one_line(monkeypatch, address, 
         ray_cluster.connect()
 
 
+@pytest.mark.parametrize("n_failures", [1, 2])
+def test_a_ray_that_is_slow_to_start_is_started_once_more(init, monkeypatch, n_failures):
+    failures = ["The current node timed out during startup. This could happen because"] * n_failures
+
+    def slow(**options):
+        if failures:
+            raise RuntimeError(failures.pop())
+        return init(**options)
+
+    monkeypatch.setattr(ray_cluster.ray, "init", slow)
+    said: list[str] = []
+    if n_failures == 1:
+        ray_cluster.connect(said.append)
+        assert init.options["address"] == "local"
+    else:
+        with pytest.raises(SweepError, match=r"^Ray does not start on this machine: The current node timed out"):
+            ray_cluster.connect(said.append)
+    assert said == ["Ray did not start within 30 s, because this machine is busy; trying again"]
+
+
 def test_a_token_that_others_can_read_is_made_private_and_that_is_said_once(init, tmp_path):
     token = tmp_path / "home" / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ import torch
 from planted_sweep import config, results, sweep
 
 from msae_sweep import signals
+from msae_sweep.cli import main
 from msae_sweep.data.sources.planted import PlantedSource
 from msae_sweep.errors import ConfigError, DataError, DeviceError, StorageError, SweepError
 from msae_sweep.sae import model_file
@@ -169,20 +169,18 @@ def test_what_a_worker_cannot_draw_is_drawn_here(monkeypatch):
     assert run_in_workers([])() == []
 
 
-def test_tune_does_not_import_mlflow_for_statistics():
-    script = """
-import sys
-import time
-from ray import tune
-from ray.air._internal import usage
-from msae_sweep.sweep.tuning import _without_usage_statistics
-before = usage.tag_callbacks
-with _without_usage_statistics():
-    usage.tag_callbacks([tune.Callback()])
-assert "mlflow" not in sys.modules
-assert usage.tag_callbacks is before
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+def test_tune_does_not_import_mlflow_for_statistics(monkeypatch):
+    from ray import tune
+    from ray.air._internal import usage
+
+    from msae_sweep.sweep.tuning import _without_usage_statistics
+
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    before = usage.tag_callbacks
+    with _without_usage_statistics():
+        usage.tag_callbacks([tune.Callback()])
+    assert "mlflow" not in sys.modules
+    assert usage.tag_callbacks is before
 
 
 def test_the_report_goes_with_the_sweeps_run_in_mlflow(finished):
@@ -573,13 +571,15 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_the_same_is_not(tmp_path):
+def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_the_same_is_not(
+    tmp_path, monkeypatch, capsys
+):
     rng = np.random.default_rng(0)
     chunks = tmp_path / "data" / "block5"
     chunks.mkdir(parents=True)
     x = rng.standard_normal((600, 16), dtype=np.float32)
     np.save(chunks / "chunk_0000.npy", x)
-    changes = [f"data.path={tmp_path}/data", "data.blocks=[5]", "search.trials_per_block=2", "training.epochs=1"]
+    changes = [f"data.path={tmp_path}/data", "data.blocks=[5]", "search.trials_per_block=1", "training.epochs=1"]
     first = sweep(tmp_path, *changes)
     left = {f: f.read_bytes() for f in first.folder.path.rglob("*") if f.is_file()}
 
@@ -591,11 +591,11 @@ def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_t
     with pytest.raises(SweepError, match=line):
         sweep(tmp_path, *changes, resume=True)
     assert {f: f.read_bytes() for f in first.folder.path.rglob("*") if f.is_file()} == left
-    evaluated = subprocess.run(
-        [sys.executable, "-m", "msae_sweep", "eval", str(first.folder.path)], capture_output=True, text=True
-    )
-    assert evaluated.returncode == 2
-    assert "and contains other rows: these are not the rows that" in evaluated.stderr
+    monkeypatch.setattr(sys, "argv", ["msae-sweep", "eval", str(first.folder.path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "and contains other rows: these are not the rows that" in capsys.readouterr().err
 
     np.save(chunks / "chunk_0000.npy", x)
     again = sweep(tmp_path, *changes, resume=True)

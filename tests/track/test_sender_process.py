@@ -200,6 +200,7 @@ def test_files_that_lie_elsewhere_are_fetched_by_the_driver(uri, tmp_path):
     assert not list(folder.glob("fetched-*")), "a copy outlived its upload"
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_loses_no_event(uri, tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()

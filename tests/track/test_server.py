@@ -169,10 +169,10 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("method", "number", "when"),
     [
-        pytest.param("create_run", 1, "after", marks=pytest.mark.slow),
+        ("create_run", 1, "after"),
         pytest.param("log_batch", 4, "after", marks=pytest.mark.slow),
         pytest.param("create_logged_model", 1, "after", marks=pytest.mark.slow),
-        ("finalize_logged_model", 2, "before"),
+        pytest.param("finalize_logged_model", 2, "before", marks=pytest.mark.slow),
     ],
 )
 def test_a_driver_killed_in_the_middle_of_sending_is_synced_and_resumed(uri, tmp_path, method, number, when):
