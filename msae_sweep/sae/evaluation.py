@@ -73,7 +73,7 @@ class EvaluationSums:
         elements = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cpu"])
         for rows in torch.split(x, max(1, elements // max(model.hidden_dim, model.input_dim))):
             self._add_moments(len(rows), *_moments(rows, self._mean.dtype))
-            self._add_ranks(model, rows)
+            self._add_errors_by_k(model, rows)
 
     def merge(self, other: "EvaluationSums") -> None:
         """Add the sums of `other`, which must have the same model and max_k; `other` is not changed."""
@@ -118,7 +118,7 @@ class EvaluationSums:
         self._mean += delta * share
         self.n_rows += n_rows
 
-    def _add_ranks(self, model: MSAE, x: Tensor) -> None:
+    def _add_errors_by_k(self, model: MSAE, x: Tensor) -> None:
         """Add the error at every k: x minus the contributions of its r largest latents is the error at k = r."""
         residual = x - model.pre_bias
         values, indices = _encode(residual, model.W_enc, self.max_k)

@@ -17,9 +17,11 @@ class SplitMetrics:
     Dividing the rows differently into batches changes only rounding. MPS has no float64, so sums are float32 there.
     """
 
-    def __init__(self, k_levels: Sequence[int], input_dim: int, total_variance: float, device: torch.device) -> None:
-        """Create metrics of no rows; `total_variance` is the denominator of R², Σ‖x − x̄‖²."""
-        self.k_levels, self.input_dim, self.total_variance = tuple(k_levels), input_dim, total_variance
+    def __init__(
+        self, k_levels: Sequence[int], input_dim: int, total_sum_of_squares: float, device: torch.device
+    ) -> None:
+        """Create metrics of no rows; `total_sum_of_squares` is the denominator of R², Σ‖x − x̄‖²."""
+        self.k_levels, self.input_dim, self.total_sum_of_squares = tuple(k_levels), input_dim, total_sum_of_squares
         self._dtype = sum_dtype(device)
         self._n_rows = 0
         self._squared_error = torch.zeros(len(self.k_levels), dtype=self._dtype, device=device)
@@ -44,7 +46,7 @@ class SplitMetrics:
 
     def compute(self) -> dict[str, float]:
         """Return `r2_k…`, `r2_mean` and `l0_k…`; R² is 0 for the mean predictor and has no lower bound."""
-        squared_error, total = self._squared_error.tolist(), self.total_variance
+        squared_error, total = self._squared_error.tolist(), self.total_sum_of_squares
         r2 = [1 - error / total if total > 0 else float("nan") for error in squared_error]
         l0 = [count / self._n_rows for count in self._active.tolist()]
         named = {f"r2_k{k}": value for k, value in zip(self.k_levels, r2, strict=True)}
@@ -53,7 +55,7 @@ class SplitMetrics:
 
 
 @torch.no_grad()
-def total_variance(batches: Iterable[Float[Tensor, "batch input_dim"]]) -> float:
+def total_sum_of_squares(batches: Iterable[Float[Tensor, "batch input_dim"]]) -> float:
     """Return Σ‖x − x̄‖² over all rows, x̄ per dimension, in float64: the denominator of R².
 
     The first row is subtracted from all rows, because with a mean far from 0, Σx² − (Σx)²/n would lose its digits to

@@ -23,7 +23,7 @@ class Batches(Protocol):
     def windows(self, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield one epoch window by window: rows [n, input_dim] and their order [m], m a multiple of batch_size."""
 
-    def expect(self, epoch: int, seed: int) -> None:
+    def prefetch_order(self, epoch: int, seed: int) -> None:
         """Draw now the order that `windows(epoch, seed)` will need, if it can be drawn in advance."""
 
     def epoch(self, epoch: int, seed: int) -> Iterator[Tensor]:

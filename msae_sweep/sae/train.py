@@ -15,7 +15,7 @@ from msae_sweep.errors import DeviceError
 from msae_sweep.sae import kernels, loss
 from msae_sweep.sae.engines.autograd import AutogradEngine, Engine
 from msae_sweep.sae.engines.step_cache import StepCache
-from msae_sweep.sae.metrics import objective, total_variance
+from msae_sweep.sae.metrics import objective, total_sum_of_squares
 from msae_sweep.sae.state import Batches, StopReason, TrainState
 
 __all__ = ["Batches", "Progress", "StepCache", "TrainState", "choose_device", "fit", "learning_rate_at"]
@@ -60,7 +60,7 @@ def fit(
         _synchronize(state.samples_since_fired.device)
         seconds = time.perf_counter() - started
         if variance is None:
-            variance = total_variance(validation.ordered())
+            variance = total_sum_of_squares(validation.ordered())
         split = engine.evaluate(validation, variance)
         metrics = split.compute()
         weights = loss.level_weights(len(config.levels), config.weighting).double()

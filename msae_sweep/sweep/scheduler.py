@@ -44,8 +44,8 @@ class Candidate:
 def judge(candidates: dict[str, Candidate], trial_id: str, rung: int, reduction_factor: int) -> Verdict:
     """Return the verdict on a trial that reached `rung`: it passes with an objective in the top 1/reduction_factor.
 
-    The cutoff is that quantile of its predecessors' objectives at the rung; without predecessors there, the trial
-    passes. While a predecessor may still reach the rung, the verdict is `wait`.
+    The cutoff is the (1 − 1/reduction_factor) quantile of its predecessors' objectives at the rung; without
+    predecessors there, the trial passes. While a predecessor may still reach the rung, the verdict is `wait`.
     """
     trial = candidates[trial_id]
     before = [e for e in candidates.values() if e.order < trial.order]
@@ -65,7 +65,7 @@ class _Group:
     def __init__(self) -> None:
         self.candidates: dict[str, Candidate] = {}
         self._ordered: list[Candidate] = []
-        self._heard: dict[int, int] = {}
+        self._n_decided: dict[int, int] = {}
         """Number of trials by rung, counted in order up to the first that has not ended and not reached the rung."""
         self._verdicts: dict[tuple[str, int], Verdict] = {}
 
@@ -79,17 +79,19 @@ class _Group:
 
     def forget(self) -> None:
         """Clear the counts by rung, because a trial that had ended continues; verdicts that were given stay valid."""
-        self._heard.clear()
+        self._n_decided.clear()
 
     def verdict(self, trial_id: str, rung: int, reduction_factor: int) -> Verdict:
         """Return the verdict of `judge`, from the cache if it was given before."""
         if (known := self._verdicts.get((trial_id, rung))) is not None:
             return known
-        heard = self._heard.get(rung, 0)
-        while heard < len(self._ordered) and (self._ordered[heard].ended or rung in self._ordered[heard].objectives):
-            heard += 1
-        self._heard[rung] = heard
-        if heard < len(self._ordered) and self._ordered[heard].order < self.candidates[trial_id].order:
+        n_decided = self._n_decided.get(rung, 0)
+        while n_decided < len(self._ordered) and (
+            self._ordered[n_decided].ended or rung in self._ordered[n_decided].objectives
+        ):
+            n_decided += 1
+        self._n_decided[rung] = n_decided
+        if n_decided < len(self._ordered) and self._ordered[n_decided].order < self.candidates[trial_id].order:
             return "wait"
         verdict = self._verdicts[trial_id, rung] = judge(self.candidates, trial_id, rung, reduction_factor)
         return verdict

@@ -161,8 +161,8 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
             self._begin()
         assert self._state is not None
         assert self._progress is not None
-        stands = self._state.stop_reason is not None or self._at_rung()
-        if stands and self._n_reported < self._state.epoch:
+        at_report_point = self._state.stop_reason is not None or self._at_rung()
+        if at_report_point and self._n_reported < self._state.epoch:
             # A trial that was lost or paused after saving its state first reports the epochs that it has finished.
             self._trained = None
             return self._state.stop_reason is not None, self._state.stop_reason or ""

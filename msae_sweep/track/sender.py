@@ -77,9 +77,9 @@ class Sender:
         self._cursor = self._load_cursor()
         self._lock: IO[str] | None = None
         self._uploads = Uploads(UPLOADS_AT_ONCE if uri.startswith("http") else 1)
-        self._refusing = threading.Lock()
-        self._told: set[tuple[int, str]] = set()
-        self._replay: EventHandlers | None = None
+        self._refusal_lock = threading.Lock()
+        self._recorded_refusals: set[tuple[int, str]] = set()
+        self._handlers: EventHandlers | None = None
         self._last_error = ""
 
     @property
@@ -109,7 +109,7 @@ class Sender:
                 self._send(on_progress)
             except Exception as error:
                 # No error is fatal here, because the events are on disk and the trials continue.
-                self._replay, self._last_error = None, one_line(error)
+                self._handlers, self._last_error = None, one_line(error)
                 failures += 1
                 on_progress(self.status)
                 if is_last and failures >= LAST_TRIES:
@@ -135,17 +135,17 @@ class Sender:
     def _send(self, on_progress: Callable[[TrackingStatus], None]) -> None:
         if self._lock is None:
             self._lock = journal.lock(self._folder)
-        if self._replay is None:
-            self._replay = self._connect()
+        if self._handlers is None:
+            self._handlers = self._connect()
         register_as = self._tracking.model_name if self._tracking.register_models else None
         try:
             for entries in self._groups():
                 if self._needs_all_before(entries):
-                    self._move_on(0, on_progress)
-                upload = self._replay.apply(entries, register_as=register_as)
+                    self._advance_cursor(0, on_progress)
+                upload = self._handlers.apply(entries, register_as=register_as)
                 self._uploads.add(entries[-1], upload)
-                self._move_on(self._uploads.at_once, on_progress)
-            self._move_on(0, on_progress)
+                self._advance_cursor(self._uploads.at_once, on_progress)
+            self._advance_cursor(0, on_progress)
         finally:
             # After a failure, no upload may still be running when the events are sent again.
             self._uploads.drop()
@@ -158,7 +158,7 @@ class Sender:
         of_trials = all(entry.kind in ("trial_started", "metrics", "trial_ended") for entry in entries)
         return not of_trials or self._uploads.concern({str(entry.event.get("trial_id")) for entry in entries})
 
-    def _move_on(self, at_most: int, on_progress: Callable[[TrackingStatus], None]) -> None:
+    def _advance_cursor(self, at_most: int, on_progress: Callable[[TrackingStatus], None]) -> None:
         """Move the cursor past the events that are sent, and wait while more than `at_most` uploads are running."""
         for entry in self._uploads.done(at_most):
             self._cursor.position, self._cursor.seq = entry.end, entry.seq
@@ -205,10 +205,10 @@ class Sender:
         """Record a part of an event that MLflow will never accept. Log a warning for the first one."""
         if _is_exiting():
             raise TrackingError("the process is ending")
-        with self._refusing:  # uploads call this from threads of their own
+        with self._refusal_lock:  # uploads call this from threads of their own
             # After a failed upload, the events that follow it are sent again, and their parts are rejected again.
-            if (entry.seq, part) not in self._told:
-                self._told.add((entry.seq, part))
+            if (entry.seq, part) not in self._recorded_refusals:
+                self._recorded_refusals.add((entry.seq, part))
                 self._write_refused(entry, part, reason)
 
     def _write_refused(self, entry: Entry, part: str, reason: str) -> None:

@@ -26,7 +26,7 @@ from msae_sweep.report.recommendation import baselines, recommendations
 from msae_sweep.report.score_figures import pareto_front
 from msae_sweep.report.sweep_data import read, read_all
 from msae_sweep.sae import model_file
-from msae_sweep.sae.metrics import total_variance
+from msae_sweep.sae.metrics import total_sum_of_squares
 from msae_sweep.sweep.space import plan
 
 ASHA = "{grace_epochs: 1, reduction_factor: 2}"
@@ -161,7 +161,7 @@ def test_a_curve_is_the_r2_of_the_validation_rows_at_every_k(sweep):
     for k, r2 in zip(curve.ks, curve.r2, strict=True):
         values, indices = code.topk(k, dim=1)
         x_hat = torch.zeros_like(code).scatter(1, indices, values) @ model.W_dec + model.pre_bias
-        expected = 1 - (x - x_hat).square().sum().item() / total_variance([x])
+        expected = 1 - (x - x_hat).square().sum().item() / total_sum_of_squares([x])
         assert r2 == pytest.approx(expected, abs=1e-5)
     assert sweep.read_json("results/r2_by_k.json")[group.best.trial_id]["n_rows"] == N_VAL
 

@@ -15,7 +15,7 @@ from msae_sweep.sae.evaluation import (
     matched_cosine,
 )
 from msae_sweep.sae.kernels import reference
-from msae_sweep.sae.metrics import SplitMetrics, total_variance
+from msae_sweep.sae.metrics import SplitMetrics, total_sum_of_squares
 from msae_sweep.sae.model import MSAE
 
 
@@ -38,7 +38,7 @@ def x() -> torch.Tensor:
 def test_every_k_equals_the_reference_with_every_level(x, max_k):
     model = trained()
     every = range(1, max_k + 1)
-    expected = SplitMetrics(every, 12, total_variance([x]), torch.device("cpu"))
+    expected = SplitMetrics(every, 12, total_sum_of_squares([x]), torch.device("cpu"))
     whole = reference.reconstruct(x, model.W_enc, model.W_dec, model.pre_bias, every)
     expected.update(x, whole)
     named = expected.compute()

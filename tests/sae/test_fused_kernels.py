@@ -228,11 +228,13 @@ def test_decoding_few_levels_gives_every_levels_gradient(levels):
     batch, hidden, width = 9, 64, 64
     codes, W_dec, start, scales, errors, G_expected = decode_case(batch, hidden, width, levels)
     G = poisoned_quads(batch, len(levels), width)
-    row_loss, last_error, grad_pre = nans(batch), nans(batch), nans(hidden, 16, dtype=torch.bfloat16)
-    decode.decode_few(start, codes, packing.pack_reference(W_dec), scales, G, row_loss, last_error, grad_pre, levels)
+    row_loss, last_squared_error, grad_pre = nans(batch), nans(batch), nans(hidden, 16, dtype=torch.bfloat16)
+    decode.decode_few(
+        start, codes, packing.pack_reference(W_dec), scales, G, row_loss, last_squared_error, grad_pre, levels
+    )
     assert difference(unquantized(G), G_expected.transpose(0, 1)) < INT8_TOLERANCE
     assert difference(row_loss, (scales[:, None] / 2 * errors.square().sum(dim=2)).sum(dim=0)) < 1e-5
-    assert difference(last_error, errors[-1].square().sum(dim=1)) < 1e-5
+    assert difference(last_squared_error, errors[-1].square().sum(dim=1)) < 1e-5
     assert not grad_pre.any()
 
 
@@ -243,12 +245,12 @@ def test_decoding_many_levels_gives_the_same_by_walking_back(levels):
     rank_scales = torch.tensor(fused_step.rank_scales(scales.tolist(), levels), device=DEVICE)
     level_of_rank = torch.tensor([sum(r >= n for n in levels[:-1]) for r in range(k)], dtype=torch.int32, device=DEVICE)
     G = poisoned_quads(batch, len(levels), width)
-    row_loss, last_error = nans(batch), nans(batch)
+    row_loss, last_squared_error = nans(batch), nans(batch)
     grad_pre = nans(hidden, 16, dtype=torch.bfloat16)
     packed = packing.pack_reference(W_dec)
-    decode.decode_many(start, codes, packed, rank_scales, level_of_rank, G, row_loss, last_error, grad_pre)
+    decode.decode_many(start, codes, packed, rank_scales, level_of_rank, G, row_loss, last_squared_error, grad_pre)
     assert difference(row_loss, (scales[:, None] / 2 * errors.square().sum(dim=2)).sum(dim=0)) < 1e-5
-    assert difference(last_error, errors[-1].square().sum(dim=1)) < 1e-5
+    assert difference(last_squared_error, errors[-1].square().sum(dim=1)) < 1e-5
     assert not grad_pre.any()
     assert difference(unquantized(G), G_expected.transpose(0, 1)) < INT8_TOLERANCE
 
@@ -344,7 +346,7 @@ def test_pre_biass_gradient_is_summed_and_the_counters_move_on():
     first = unquantized(G)[:, 0].double().sum(dim=0)
     assert difference(sums.sum(dim=0), first - pre_sum @ W_enc.value.double()) < 1e-5
     assert hyper.counters.tolist() == [5, 2]
-    assert hyper.now.tolist() == pytest.approx([0.02, 0.3, 1.0])
+    assert hyper.current.tolist() == pytest.approx([0.02, 0.3, 1.0])
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -362,7 +364,7 @@ def test_adam_updates_everything_and_keeps_decoder_rows_at_unit_norm(normalize):
         W_dec_gradient = W_dec_gradient - along * W_dec.value.double()
     # The schedule holds learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t). With t = 1, these are 0.02 and 0.3.
     settings = {"lr": 0.02 * (1 - 0.9), "beta1": 0.9, "beta2": 1 - 0.3**2, "eps": 1e-6, "step": 1}
-    hyper.betas[1] = 1 - 0.3**2
+    hyper.constants[1] = 1 - 0.3**2
     expected = [
         adam.adam_reference(moments, 0.25 * gradient, **settings)
         for moments, gradient in (
@@ -389,13 +391,13 @@ def test_adam_updates_everything_and_keeps_decoder_rows_at_unit_norm(normalize):
 def test_clipping_takes_the_norm_over_all_parameters(limit):
     hidden, width = 64, 64
     part, (_, W_dec, _), entries, gradients, hyper, W_dec_gradient, _ = update_case(hidden, width)
-    hyper.betas[3] = limit
+    hyper.constants[3] = limit
     grad_W_enc, sums, norms = randn(hidden, width, seed=40), randn(bias_gradient.N_SUMS, width, seed=41), nans(4)
     adam.clip_gradients(grad_W_enc, W_dec.value, entries, gradients, sums, norms, hyper, part, normalize=True)
     along = (W_dec_gradient * W_dec.value).sum(dim=1, keepdim=True)
     parts = (grad_W_enc, W_dec_gradient - along * W_dec.value.double(), sums.double().sum(dim=0))
     norm = sum(p.double().square().sum() for p in parts) ** 0.5
-    assert hyper.now[2].item() == pytest.approx(min(1.0, limit / (norm.item() + 1e-6)), rel=1e-5)
+    assert hyper.current[2].item() == pytest.approx(min(1.0, limit / (norm.item() + 1e-6)), rel=1e-5)
 
 
 def dead_case(batch: int, hidden: int, width: int, n_dead: int):

@@ -211,7 +211,7 @@ def test_gradients_of_a_whole_step_are_those_of_autograd(changes):
     weights = loss.level_weights(len(loss_levels), settings.weighting)
     step.level_scales.copy_(2 * weights / (batch * input_dim))
     step.rank_scales.copy_(torch.tensor(fused_step.rank_scales(step.level_scales.tolist(), loss_levels)))
-    step.hyper.betas.copy_(torch.tensor([0.9, 0.999, 1e-8, 1.0]))
+    step.hyper.constants.copy_(torch.tensor([0.9, 0.999, 1e-8, 1.0]))
     step.set_schedule(torch.tensor([[1e-3, 0.03]]))
     step.aux.dead_after.fill_(7)
     step.aux.coefficient.fill_(0.25)

@@ -3,7 +3,7 @@ import torch
 
 from msae_sweep.sae import loss
 from msae_sweep.sae.kernels import Reconstruction
-from msae_sweep.sae.metrics import SplitMetrics, objective, total_variance
+from msae_sweep.sae.metrics import SplitMetrics, objective, total_sum_of_squares
 from msae_sweep.sae.model import MSAE
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def reconstruction(x_hats: torch.Tensor, values: torch.Tensor | None = None) -> 
 
 def split(x, x_hats, k_levels=(2, 4), batches=1, values=None):
     cut = torch.arange(len(x)).tensor_split(batches)
-    metrics = SplitMetrics(k_levels, x.shape[1], total_variance(x[rows] for rows in cut), CPU)
+    metrics = SplitMetrics(k_levels, x.shape[1], total_sum_of_squares(x[rows] for rows in cut), CPU)
     for rows in cut:
         metrics.update(x[rows], reconstruction(x_hats[:, rows], None if values is None else values[rows]))
     return metrics

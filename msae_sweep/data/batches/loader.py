@@ -109,7 +109,7 @@ class ResidentBatches(WindowBatches):
         if not whole:
             return
         if self._drawn is None or self._drawn.of != (epoch, seed):
-            self.expect(epoch, seed)
+            self.prefetch_order(epoch, seed)
         assert self._drawn is not None
         drawn, self._drawn = self._drawn, None
         if drawn.done is not None:
@@ -120,7 +120,7 @@ class ResidentBatches(WindowBatches):
             drawn.order.record_stream(stream)
         yield Window(self.x, drawn.order[:whole])
 
-    def expect(self, epoch: int, seed: int) -> None:
+    def prefetch_order(self, epoch: int, seed: int) -> None:
         """Draw the order of an epoch's rows; on CUDA, on a stream of its own beside the current stream's work."""
         key, device = order_key(seed, epoch), self.x.device
         if device.type != "cuda":

@@ -92,7 +92,7 @@ class StreamedBatches(WindowBatches):
         other.batch_size = batch_size
         return other
 
-    def expect(self, epoch: int, seed: int) -> None:
+    def prefetch_order(self, epoch: int, seed: int) -> None:
         """Do nothing: while an epoch's last windows are used, the threads gather the next epoch's first anyway."""
 
     def windows(self, epoch: int, seed: int) -> Generator[Window, None, None]:

@@ -35,7 +35,7 @@ class WindowBatches(Protocol):
     def windows(self, epoch: int, seed: int) -> Generator[Window, None, None]:
         """Yield the rows of one epoch, shuffled, in full batches only; they depend on `epoch` and `seed` alone."""
 
-    def expect(self, epoch: int, seed: int) -> None:
+    def prefetch_order(self, epoch: int, seed: int) -> None:
         """Draw ahead what `windows(epoch, seed)` will need, if the implementation can do so."""
 
     def pieces(self) -> Generator[Tensor, None, None]:

@@ -7,10 +7,11 @@ from jaxtyping import Bool, Float, Float64, Int64
 
 
 def is_validation(ids: Int64[np.ndarray, " rows"], seed: int, val_split: float) -> Bool[np.ndarray, " rows"]:
-    """Return whether each row (or group) is held out for validation.
+    """Return whether each row is held out for validation.
 
-    The decision is a hash of (id, seed), so it depends neither on the order of the rows, nor on how they are cut into
-    ranges, nor on the node.
+    The ids are row numbers, or with `data.split_by: game_id` the rows' game numbers (`PreparationJob.read` in
+    `passes.py`), so that all rows of a game get the same decision. The decision is a hash of (id, seed), so it depends
+    neither on the order of the rows, nor on how they are cut into ranges, nor on the node.
     """
     with np.errstate(over="ignore"):
         seeded = _splitmix64(np.array([seed % 2**64], dtype=np.uint64))

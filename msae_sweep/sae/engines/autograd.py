@@ -29,7 +29,7 @@ class Engine(Protocol):
     def train_epoch(self, train: Batches, epoch: int, learning_rates: Sequence[float]) -> EpochResult:
         """Train one epoch, with one step for each learning rate, and return when the device has finished."""
 
-    def evaluate(self, validation: Batches, total_variance: float) -> SplitMetrics:
+    def evaluate(self, validation: Batches, total_sum_of_squares: float) -> SplitMetrics:
         """Return the metrics of the current weights over the whole split."""
 
 
@@ -65,10 +65,10 @@ class AutogradEngine:
         return EpochResult(train_loss_mean, aux_mean, 1 - fired.sum().item() / state.model.hidden_dim)
 
     @torch.no_grad()
-    def evaluate(self, validation: Batches, total_variance: float) -> SplitMetrics:
+    def evaluate(self, validation: Batches, total_sum_of_squares: float) -> SplitMetrics:
         """Return the metrics over the whole split; see `Engine.evaluate`."""
         model = self.state.model
-        split = SplitMetrics(model.k_levels, model.input_dim, total_variance, self.device)
+        split = SplitMetrics(model.k_levels, model.input_dim, total_sum_of_squares, self.device)
         with _precision(self.config, self.device):
             for x in validation.ordered():
                 split.update(x, self.reconstruct(x, model.W_enc, model.W_dec, model.pre_bias, model.k_levels))

@@ -34,15 +34,15 @@ class FusedEngine:
             normalize_decoder=config.normalize_decoder,
             clips=config.gradient_clip is not None,
         )
-        self.step = steps.get(shape, state.samples_since_fired.device)
+        self.fused_step = steps.get(shape, state.samples_since_fired.device)
         self._set_hyperparameters(shape)
-        self._take_state()
+        self._load_state()
         self._longest_silent = int(state.samples_since_fired.max())
         self._corrections: tuple[int, np.ndarray] | None = None
 
     def train_epoch(self, train: Batches, epoch: int, learning_rates: Sequence[float]) -> EpochResult:
         """Train one epoch; see `Engine.train_epoch`."""
-        step, state = self.step, self.state
+        step, state = self.fused_step, self.state
         schedule = _schedule(learning_rates, self._corrections_of(len(learning_rates)))
         done = 0
         for rows, order in train.windows(epoch, state.seed):
@@ -56,10 +56,10 @@ class FusedEngine:
         step.forget_window()
         if epoch < self.config.epochs:
             # The device is still busy with the queued steps, and can draw the next order concurrently.
-            train.expect(epoch + 1, state.seed)
+            train.prefetch_order(epoch + 1, state.seed)
         assert done == len(learning_rates), f"{done} batches, {len(learning_rates)} expected"
         state.step += done
-        self._hand_back()
+        self._store_state()
         # The copies are made anew every epoch, so that an epoch after a resume starts as after another epoch.
         step.copy_weights()
         hidden_dim = state.model.hidden_dim
@@ -76,10 +76,10 @@ class FusedEngine:
             dead_ratio=1 - n_fired / hidden_dim,
         )
 
-    def evaluate(self, validation: Batches, total_variance: float) -> SplitMetrics:
+    def evaluate(self, validation: Batches, total_sum_of_squares: float) -> SplitMetrics:
         """Return the metrics over the whole split; see `Engine.evaluate`."""
-        step, model = self.step, self.state.model
-        split = SplitMetrics(model.k_levels, model.input_dim, total_variance, step.device)
+        step, model = self.fused_step, self.state.model
+        split = SplitMetrics(model.k_levels, model.input_dim, total_sum_of_squares, step.device)
         step.error_sums.zero_()
         step.active_sums.zero_()
         n_rows = 0
@@ -93,19 +93,19 @@ class FusedEngine:
         return split
 
     def _set_hyperparameters(self, shape: Shape) -> None:
-        step, config = self.step, self.config
+        step, config = self.fused_step, self.config
         # The gradient of α · mean((x̂ − x)²) in x̂ is 2 α / (batch · input_dim) · (x̂ − x).
         weights = loss.level_weights(len(shape.loss_levels), config.weighting)
         scales = (2 * weights.double() / (shape.batch * shape.input_dim)).float()
         step.level_scales.copy_(scales)
         step.rank_scales.copy_(torch.tensor(rank_scales(scales.tolist(), shape.loss_levels)))
         clip = float("inf") if config.gradient_clip is None else config.gradient_clip
-        step.hyper.betas.copy_(torch.tensor([config.adam_beta1, config.adam_beta2, config.adam_eps, clip]))
+        step.hyper.constants.copy_(torch.tensor([config.adam_beta1, config.adam_beta2, config.adam_eps, clip]))
         step.aux.dead_after.fill_(self.dead_after_samples)
         step.aux.coefficient.fill_(config.aux_coefficient)
 
-    def _take_state(self) -> None:
-        step, state = self.step, self.state
+    def _load_state(self) -> None:
+        step, state = self.fused_step, self.state
         for name, parameter in state.model.named_parameters():
             padded = self._padded(name)
             for tensor in padded:
@@ -128,12 +128,12 @@ class FusedEngine:
 
     def _clear_sums(self) -> None:
         """Reset the sums that are accumulated over an epoch."""
-        self.step.hyper.totals.zero_()
-        self.step.fired.zero_()
+        self.fused_step.hyper.totals.zero_()
+        self.fused_step.fired.zero_()
 
     @torch.no_grad()
-    def _hand_back(self) -> None:
-        step, state = self.step, self.state
+    def _store_state(self) -> None:
+        step, state = self.fused_step, self.state
         for name, parameter in state.model.named_parameters():
             padded = self._padded(name)
             parameter.copy_(_inner(padded.value, parameter))
@@ -144,7 +144,7 @@ class FusedEngine:
 
     def _padded(self, name: str) -> adam.AdamParameter:
         """Return the padded tensors of the parameter `name` and of its moments."""
-        padded: adam.AdamParameter = getattr(self.step, name)
+        padded: adam.AdamParameter = getattr(self.fused_step, name)
         return padded
 
 
@@ -160,7 +160,10 @@ def _bias_corrections(n_steps: int, steps_before: int, config: TrainingConfig) -
 
 
 def _schedule(learning_rates: Sequence[float], corrections: np.ndarray) -> Tensor:
-    """Return learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t), [steps, 2], computed in float64 and stored in float32."""
+    """Return learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t), [steps, 2], computed in float64 and stored in float32.
+
+    `FusedStep.set_schedule` copies them to the device, where `_adam` in `kernels/adam.py` reads the step's row.
+    """
     schedule = corrections.astype(np.float32)
     schedule[:, 0] = np.asarray(learning_rates) / corrections[:, 0]
     return torch.from_numpy(schedule)

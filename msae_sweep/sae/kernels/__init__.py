@@ -30,7 +30,10 @@ class EngineChoice(NamedTuple):
 
 
 def choose_engine(device: torch.device, config: TrainingConfig, input_dim: int) -> EngineChoice:
-    """Return the fastest correct way on `device`; its reason is shown at start-up and stored with the run."""
+    """Return the fastest correct way on `device`, and why it was chosen.
+
+    `sweep/trial.py` reports the reason with a trial's first result; `sweep/callback.py` prints it and tags the run.
+    """
     if device.type == "cpu":
         if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
             return EngineChoice(sparse_cpu.reconstruct, "sparse_cpu", "MKL's sparse products")

@@ -25,11 +25,11 @@ class DeviceHyperparameters(NamedTuple):
 
     schedule: Float[Tensor, "steps 2"]
     """Row per step: learning_rate / (1 − β₁^t), and sqrt(1 − β₂^t)."""
-    betas: Float[Tensor, " 4"]
+    constants: Float[Tensor, " 4"]
     """β₁, β₂, eps, and the largest gradient norm (infinite where gradients are not clipped)."""
     counters: Int[Tensor, " 2"]
     """Number of steps done in this window, and number done since the schedule was last set."""
-    now: Float[Tensor, " 3"]
+    current: Float[Tensor, " 3"]
     """Current step's row of `schedule`, and the factor that clips its gradient."""
     totals: Float[Tensor, " 2"]
     """Sums over the epoch of the reconstruction loss and of the auxiliary loss, float64."""
@@ -47,7 +47,7 @@ def clip_gradients(
     *,
     normalize: bool,
 ) -> None:
-    """Write to `hyper.now` the factor that reduces the gradient norm over all parameters to the largest allowed one.
+    """Write to `hyper.current` the factor that reduces the norm of all gradients to the largest allowed one.
 
     With `normalize`, the decoder's gradient enters the norm without its component along the rows, which is projected
     out.
@@ -61,8 +61,8 @@ def clip_gradients(
     )  # fmt: skip
     launch(
         _clip_factor, (1,),
-        norms_ptr=norms, n_norms=len(norms), sums_ptr=sums, n_sums=len(sums), width=width, betas_ptr=hyper.betas,
-        now_ptr=hyper.now,
+        norms_ptr=norms, n_norms=len(norms), sums_ptr=sums, n_sums=len(sums), width=width,
+        constants_ptr=hyper.constants, current_ptr=hyper.current,
         SHARES=triton.next_power_of_2(len(sums)), COLUMNS=32, num_warps=8,
     )  # fmt: skip
 
@@ -98,7 +98,7 @@ def update_weights(
         count_ptr=entries.counts, more_parts_ptr=entries.more_parts, grad_W_dec_ptr=gradients.W_dec,
         grad_W_dec_parts_ptr=gradients.W_dec_parts, sums_ptr=sums, row_loss_ptr=row_loss,
         aux_losses_ptr=row_loss if aux_losses is None else aux_losses, batch=len(row_loss),
-        n_aux=0 if aux_losses is None else len(aux_losses), betas_ptr=hyper.betas, now_ptr=hyper.now,
+        n_aux=0 if aux_losses is None else len(aux_losses), constants_ptr=hyper.constants, current_ptr=hyper.current,
         totals_ptr=hyper.totals, encoder_copy_ptr=encoder_copy, decoder_copy_ptr=decoder_copy, hidden_dim=hidden_dim,
         HALF=width // 2, ROWS=rows, PART=part, NORMALIZE=normalize, SHARES=len(sums), num_warps=8,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def adam_reference(
 
 @triton.jit
 def _clip_factor(
-    norms_ptr, n_norms, sums_ptr, n_sums, width, betas_ptr, now_ptr, SHARES: tl.constexpr, COLUMNS: tl.constexpr
+    norms_ptr, n_norms, sums_ptr, n_sums, width, constants_ptr, current_ptr, SHARES: tl.constexpr, COLUMNS: tl.constexpr
 ):
     lane = tl.arange(0, 1024)
     share = tl.arange(0, SHARES)
@@ -135,7 +135,7 @@ def _clip_factor(
         inside = (share < n_sums)[:, None] & (j < width)[None, :]
         g = tl.sum(tl.load(sums_ptr + share[:, None] * width + j[None, :], mask=inside, other=0.0), 0)
         total += tl.sum(g * g)
-    tl.store(now_ptr + 2, tl.minimum(1.0, tl.load(betas_ptr + 3) / (tl.sqrt(total) + 1e-6)))
+    tl.store(current_ptr + 2, tl.minimum(1.0, tl.load(constants_ptr + 3) / (tl.sqrt(total) + 1e-6)))
 
 
 @triton.jit
@@ -190,15 +190,15 @@ def _gradient_norms(
 
 
 @triton.jit
-def _adam(place, value, mean_ptr, square_ptr, g, betas_ptr, now_ptr):
-    beta1 = tl.load(betas_ptr)
-    beta2 = tl.load(betas_ptr + 1)
-    g *= tl.load(now_ptr + 2)
+def _adam(place, value, mean_ptr, square_ptr, g, constants_ptr, current_ptr):
+    beta1 = tl.load(constants_ptr)
+    beta2 = tl.load(constants_ptr + 1)
+    g *= tl.load(current_ptr + 2)
     m = beta1 * tl.load(mean_ptr + place) + (1 - beta1) * g
     v = beta2 * tl.load(square_ptr + place) + (1 - beta2) * g * g
     tl.store(mean_ptr + place, m)
     tl.store(square_ptr + place, v)
-    return value - tl.load(now_ptr) * m / (tl.sqrt(v) / tl.load(now_ptr + 1) + tl.load(betas_ptr + 2))
+    return value - tl.load(current_ptr) * m / (tl.sqrt(v) / tl.load(current_ptr + 1) + tl.load(constants_ptr + 2))
 
 
 @triton.jit
@@ -212,8 +212,8 @@ def _add_up(values_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _update_bias(
-    pre_bias_ptr, mean_ptr, square_ptr, sums_ptr, row_loss_ptr, aux_losses_ptr, batch, n_aux, betas_ptr, now_ptr,
-    totals_ptr, HALF: tl.constexpr, SHARES: tl.constexpr,
+    pre_bias_ptr, mean_ptr, square_ptr, sums_ptr, row_loss_ptr, aux_losses_ptr, batch, n_aux, constants_ptr,
+    current_ptr, totals_ptr, HALF: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = min(32, max(1, 4096 // HALF))
     j = tl.arange(0, HALF)
@@ -226,14 +226,14 @@ def _update_bias(
     low = tl.sum(low, 0)
     high = tl.sum(high, 0)
     updated = _adam(
-        place=j, value=tl.load(pre_bias_ptr + j), mean_ptr=mean_ptr, square_ptr=square_ptr, g=low, betas_ptr=betas_ptr,
-        now_ptr=now_ptr,
+        place=j, value=tl.load(pre_bias_ptr + j), mean_ptr=mean_ptr, square_ptr=square_ptr, g=low,
+        constants_ptr=constants_ptr, current_ptr=current_ptr,
     )  # fmt: skip
     tl.store(pre_bias_ptr + j, updated)
     j += HALF
     updated = _adam(
-        place=j, value=tl.load(pre_bias_ptr + j), mean_ptr=mean_ptr, square_ptr=square_ptr, g=high, betas_ptr=betas_ptr,
-        now_ptr=now_ptr,
+        place=j, value=tl.load(pre_bias_ptr + j), mean_ptr=mean_ptr, square_ptr=square_ptr, g=high,
+        constants_ptr=constants_ptr, current_ptr=current_ptr,
     )  # fmt: skip
     tl.store(pre_bias_ptr + j, updated)
     tl.store(totals_ptr, tl.load(totals_ptr) + _add_up(row_loss_ptr, batch, 1024))
@@ -261,8 +261,8 @@ def _update_weights(
     aux_losses_ptr,
     batch,
     n_aux,
-    betas_ptr,
-    now_ptr,
+    constants_ptr,
+    current_ptr,
     totals_ptr,
     encoder_copy_ptr,
     decoder_copy_ptr,
@@ -282,8 +282,8 @@ def _update_weights(
     if program < 0:
         _update_bias(
             pre_bias_ptr=pre_bias_ptr, mean_ptr=pre_bias_mean_ptr, square_ptr=pre_bias_square_ptr, sums_ptr=sums_ptr,
-            row_loss_ptr=row_loss_ptr, aux_losses_ptr=aux_losses_ptr, batch=batch, n_aux=n_aux, betas_ptr=betas_ptr,
-            now_ptr=now_ptr, totals_ptr=totals_ptr, HALF=HALF, SHARES=SHARES,
+            row_loss_ptr=row_loss_ptr, aux_losses_ptr=aux_losses_ptr, batch=batch, n_aux=n_aux,
+            constants_ptr=constants_ptr, current_ptr=current_ptr, totals_ptr=totals_ptr, HALF=HALF, SHARES=SHARES,
         )  # fmt: skip
     elif program < n_programs:
         low = tl.load(W_dec_ptr + place)
@@ -293,12 +293,12 @@ def _update_weights(
             grad_parts_ptr=grad_W_dec_parts_ptr, W_low=low, W_high=high, HALF=HALF, PART=PART, NORMALIZE=NORMALIZE,
         )  # fmt: skip
         low = _adam(
-            place=place, value=low, mean_ptr=W_dec_mean_ptr, square_ptr=W_dec_square_ptr, g=g_low, betas_ptr=betas_ptr,
-            now_ptr=now_ptr,
+            place=place, value=low, mean_ptr=W_dec_mean_ptr, square_ptr=W_dec_square_ptr, g=g_low,
+            constants_ptr=constants_ptr, current_ptr=current_ptr,
         )  # fmt: skip
         high = _adam(
             place=place + HALF, value=high, mean_ptr=W_dec_mean_ptr, square_ptr=W_dec_square_ptr, g=g_high,
-            betas_ptr=betas_ptr, now_ptr=now_ptr,
+            constants_ptr=constants_ptr, current_ptr=current_ptr,
         )  # fmt: skip
         if NORMALIZE:
             # The clamp is the least normal float32: a row of zeros stays zero, as in MSAE.normalize_decoder_.
@@ -312,14 +312,14 @@ def _update_weights(
     else:
         low = _adam(
             place=place, value=tl.load(W_enc_ptr + place), mean_ptr=W_enc_mean_ptr, square_ptr=W_enc_square_ptr,
-            g=tl.load(grad_W_enc_ptr + place), betas_ptr=betas_ptr, now_ptr=now_ptr,
+            g=tl.load(grad_W_enc_ptr + place), constants_ptr=constants_ptr, current_ptr=current_ptr,
         )  # fmt: skip
         tl.store(W_enc_ptr + place, low)
         tl.store(encoder_copy_ptr + place, low.to(tl.bfloat16))
         place += HALF
         high = _adam(
             place=place, value=tl.load(W_enc_ptr + place), mean_ptr=W_enc_mean_ptr, square_ptr=W_enc_square_ptr,
-            g=tl.load(grad_W_enc_ptr + place), betas_ptr=betas_ptr, now_ptr=now_ptr,
+            g=tl.load(grad_W_enc_ptr + place), constants_ptr=constants_ptr, current_ptr=current_ptr,
         )  # fmt: skip
         tl.store(W_enc_ptr + place, high)
         tl.store(encoder_copy_ptr + place, high.to(tl.bfloat16))

@@ -77,7 +77,7 @@ def select_codes(pre_acts: BFloat16[Tensor, "rows hidden_dim"], dead: DeadLatent
 def residual_gradient(
     G: QuadWords,
     level_scales: Float[Tensor, " levels"],
-    last_error: Float[Tensor, " batch"],
+    last_squared_error: Float[Tensor, " batch"],
     W_dec: Int[Tensor, "hidden_dim half"],
     aux: AuxHyper,
     dead: DeadLatents,
@@ -88,9 +88,10 @@ def residual_gradient(
     columns = min(64, half)
     launch(
         _residual_gradient, (triton.cdiv(batch, TILE), half // columns),
-        G_ptr=G.words, G_scales_ptr=G.scales, level_scales_ptr=level_scales, last_error_ptr=last_error, W_dec_ptr=W_dec,
-        coefficient_ptr=aux.coefficient, latents_ptr=dead.latents, n_dead_ptr=dead.n_dead, acts_ptr=dead.acts,
-        dead_G_ptr=dead.G, losses_ptr=dead.losses, batch=batch, n_levels=n_levels, acts_stride=dead.acts.shape[1],
+        G_ptr=G.words, G_scales_ptr=G.scales, level_scales_ptr=level_scales, last_squared_error_ptr=last_squared_error,
+        W_dec_ptr=W_dec, coefficient_ptr=aux.coefficient, latents_ptr=dead.latents, n_dead_ptr=dead.n_dead,
+        acts_ptr=dead.acts, dead_G_ptr=dead.G, losses_ptr=dead.losses, batch=batch, n_levels=n_levels,
+        acts_stride=dead.acts.shape[1],
         HALF=half, ROWS=TILE, COLUMNS=columns, DEPTH=64, PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
 
@@ -109,14 +110,14 @@ def add_gradients(
     launch(
         _add_pre_gradients, (hidden_dim // TILE, row_tiles),
         W_dec_ptr=W_dec, latents_ptr=dead.latents, n_dead_ptr=dead.n_dead, acts_ptr=dead.acts, dead_G_ptr=dead.G,
-        pre_sums_ptr=dead.pre_sums, grad_pre_ptr=grad_pre, grad_pre_stride=grad_pre.shape[1], batch=batch,
+        dead_pre_sums_ptr=dead.pre_sums, grad_pre_ptr=grad_pre, grad_pre_stride=grad_pre.shape[1], batch=batch,
         acts_stride=hidden_dim,
         HALF=half, ROWS=TILE, LATENTS=TILE, DEPTH=min(64, half), PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
     launch(
         _add_decoder_gradients, (hidden_dim // 32, half // columns),
         latents_ptr=dead.latents, n_dead_ptr=dead.n_dead, acts_ptr=dead.acts, dead_G_ptr=dead.G,
-        pre_sums_ptr=dead.pre_sums, grad_W_dec_ptr=gradients.W_dec, pre_sum_ptr=gradients.pre_sum, batch=batch,
+        dead_pre_sums_ptr=dead.pre_sums, grad_W_dec_ptr=gradients.W_dec, pre_sum_ptr=gradients.pre_sum, batch=batch,
         acts_stride=hidden_dim, row_tiles=row_tiles,
         HALF=half, LATENTS=32, COLUMNS=columns, DEPTH=2 * TILE, PRODUCT=_product_type(W_dec.device), num_warps=4,
     )  # fmt: skip
@@ -186,7 +187,7 @@ def _residual_gradient(
     G_ptr,
     G_scales_ptr,
     level_scales_ptr,
-    last_error_ptr,
+    last_squared_error_ptr,
     W_dec_ptr,
     coefficient_ptr,
     latents_ptr,
@@ -226,7 +227,7 @@ def _residual_gradient(
         scale = 0.0
         lane = tl.arange(0, 1024)
         for first in range(0, batch, 1024):
-            scale += tl.sum(tl.load(last_error_ptr + first + lane, mask=first + lane < batch, other=0.0))
+            scale += tl.sum(tl.load(last_squared_error_ptr + first + lane, mask=first + lane < batch, other=0.0))
         inverse = tl.where(scale > 0, 1 / tl.maximum(scale, 1.1754943508222875e-38), 0.0)
         # G of the last level is c · (x̂ − x), so the residual is −G / c.
         to_residual = -1 / tl.load(level_scales_ptr + n_levels - 1)
@@ -248,7 +249,7 @@ def _add_pre_gradients(
     n_dead_ptr,
     acts_ptr,
     dead_G_ptr,
-    pre_sums_ptr,
+    dead_pre_sums_ptr,
     grad_pre_ptr,
     grad_pre_stride,
     batch,
@@ -280,7 +281,7 @@ def _add_pre_gradients(
         target = grad_pre_ptr + latent.to(tl.int64)[:, None] * grad_pre_stride + row[None, :]
         before = tl.load(target, mask=known & inside, other=0.0).to(tl.float32)
         tl.store(target, (before + grad).to(tl.bfloat16), mask=known & inside)
-        tl.store(pre_sums_ptr + tl.program_id(1) * acts_stride + place, tl.sum(grad, 1), mask=place < n)
+        tl.store(dead_pre_sums_ptr + tl.program_id(1) * acts_stride + place, tl.sum(grad, 1), mask=place < n)
 
 
 @triton.jit
@@ -289,7 +290,7 @@ def _add_decoder_gradients(
     n_dead_ptr,
     acts_ptr,
     dead_G_ptr,
-    pre_sums_ptr,
+    dead_pre_sums_ptr,
     grad_W_dec_ptr,
     pre_sum_ptr,
     batch,
@@ -325,5 +326,5 @@ def _add_decoder_gradients(
         if tl.program_id(1) == 0:
             total = tl.load(pre_sum_ptr + latent, mask=known, other=0.0)
             for i in range(row_tiles):
-                total += tl.load(pre_sums_ptr + i * acts_stride + place, mask=known, other=0.0)
+                total += tl.load(dead_pre_sums_ptr + i * acts_stride + place, mask=known, other=0.0)
             tl.store(pre_sum_ptr + latent, total, mask=known)

@@ -1,4 +1,7 @@
-"""Kernels of pre_bias's gradient: one sum over rows and levels after decoding, one over latents before encoding."""
+"""Kernels of pre_bias's gradient: one sum over rows and levels after decoding, one over latents before encoding.
+
+The first one also fetches the learning rate of the step from the schedule.
+"""
 
 import triton
 import triton.language as tl
@@ -22,14 +25,14 @@ N_SUMS = N_DECODING_SUMS + N_ENCODING_SUMS
 def sum_decoding_gradient(G: QuadWords, sums: Float[Tensor, "shares width"], hyper: DeviceHyperparameters) -> None:
     """Write pre_bias's gradient from its addition after decoding at every level: Σ_b G_0[b], in N_DECODING_SUMS shares.
 
-    The kernel also copies this step's row of the schedule to `hyper.now` and advances the counters, which nothing reads
-    any more in this step.
+    The kernel also copies this step's row of the schedule, with the learning rate, to `hyper.current`, where the
+    kernels of `adam.py` read it, and advances the counters, which nothing reads any more in this step.
     """
     batch, n_levels, quarter = G.words.shape
     launch(
         _sum_decoding_gradient, (N_DECODING_SUMS,),
         G_ptr=G.words, G_scales_ptr=G.scales, sums_ptr=sums, schedule_ptr=hyper.schedule, counters_ptr=hyper.counters,
-        now_ptr=hyper.now, batch=batch, n_levels=n_levels,
+        current_ptr=hyper.current, batch=batch, n_levels=n_levels,
         QUARTER=quarter, ROWS=max(1, min(16, 1024 // quarter)), num_warps=4,
     )  # fmt: skip
 
@@ -63,7 +66,7 @@ def _sum_decoding_gradient(
     sums_ptr,
     schedule_ptr,
     counters_ptr,
-    now_ptr,
+    current_ptr,
     batch,
     n_levels,
     QUARTER: tl.constexpr,
@@ -72,12 +75,12 @@ def _sum_decoding_gradient(
     program = tl.program_id(0)
     if program == 0:
         in_window = tl.load(counters_ptr)
-        in_epoch = tl.load(counters_ptr + 1)
-        tl.store(now_ptr, tl.load(schedule_ptr + 2 * in_epoch))
-        tl.store(now_ptr + 1, tl.load(schedule_ptr + 2 * in_epoch + 1))
-        tl.store(now_ptr + 2, 1.0)
+        in_schedule = tl.load(counters_ptr + 1)
+        tl.store(current_ptr, tl.load(schedule_ptr + 2 * in_schedule))
+        tl.store(current_ptr + 1, tl.load(schedule_ptr + 2 * in_schedule + 1))
+        tl.store(current_ptr + 2, 1.0)
         tl.store(counters_ptr, in_window + 1)
-        tl.store(counters_ptr + 1, in_epoch + 1)
+        tl.store(counters_ptr + 1, in_schedule + 1)
     HALF: tl.constexpr = 2 * QUARTER
     quarter = tl.arange(0, QUARTER)
     sum0 = tl.zeros((ROWS, QUARTER), tl.float32)

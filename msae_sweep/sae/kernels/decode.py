@@ -37,7 +37,7 @@ def decode_few(
     level_scales: Float[Tensor, " levels"],
     G: QuadWords,
     row_loss: Float[Tensor, " batch"],
-    last_error: Float[Tensor, " batch"],
+    last_squared_error: Float[Tensor, " batch"],
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
     k_levels: Sequence[int],
 ) -> None:
@@ -50,7 +50,7 @@ def decode_few(
     launch(
         _decode_few, (n_programs,),
         start_ptr=start, codes_ptr=codes, W_dec_ptr=W_dec, level_scales_ptr=level_scales, G_ptr=G.words,
-        G_scales_ptr=G.scales, row_loss_ptr=row_loss, last_error_ptr=last_error,
+        G_scales_ptr=G.scales, row_loss_ptr=row_loss, last_squared_error_ptr=last_squared_error,
         zero_words_ptr=grad_pre.view(torch.int32), n_zero_words=grad_pre.numel() // 2, share=share,
         HALF=half, K_PADDED=codes.shape[1], LEVELS=tuple(k_levels), UNROLL=16, num_warps=_warps(half),
     )  # fmt: skip
@@ -64,7 +64,7 @@ def decode_many(
     level_of_rank: Int[Tensor, " k"],
     G: QuadWords,
     row_loss: Float[Tensor, " batch"],
-    last_error: Float[Tensor, " batch"],
+    last_squared_error: Float[Tensor, " batch"],
     grad_pre: BFloat16[Tensor, "hidden_dim batch_stride"],
 ) -> None:
     """Write the same outputs as `decode_few`, for any number of levels.
@@ -77,8 +77,8 @@ def decode_many(
         _decode_many, (n_programs,),
         start_ptr=start, codes_ptr=codes, W_dec_ptr=W_dec, rank_scales_ptr=rank_scales, level_of_rank_ptr=level_of_rank,
         G_ptr=G.words, G_scales_ptr=G.scales, n_levels=G.words.shape[1], row_loss_ptr=row_loss,
-        last_error_ptr=last_error, zero_words_ptr=grad_pre.view(torch.int32), n_zero_words=grad_pre.numel() // 2,
-        share=share,
+        last_squared_error_ptr=last_squared_error, zero_words_ptr=grad_pre.view(torch.int32),
+        n_zero_words=grad_pre.numel() // 2, share=share,
         HALF=half, K_PADDED=codes.shape[1], K=len(rank_scales), UNROLL=16, BACK=8, num_warps=_warps(half),
     )  # fmt: skip
 
@@ -194,7 +194,7 @@ def _decode_few(
     G_ptr,
     G_scales_ptr,
     row_loss_ptr,
-    last_error_ptr,
+    last_squared_error_ptr,
     zero_words_ptr,
     n_zero_words,
     share,
@@ -223,7 +223,7 @@ def _decode_few(
         lows = lows + (low,)  # type: ignore[assignment]  # noqa: RUF005
         highs = highs + (high,)  # type: ignore[assignment]  # noqa: RUF005
     squares = low * low + high * high
-    tl.store(last_error_ptr + row, tl.sum(squares))
+    tl.store(last_squared_error_ptr + row, tl.sum(squares))
     g_low = tl.zeros((HALF,), tl.float32)
     g_high = tl.zeros((HALF,), tl.float32)
     loss = tl.zeros((HALF,), tl.float32)
@@ -299,7 +299,7 @@ def _decode_many(
     G_scales_ptr,
     n_levels,
     row_loss_ptr,
-    last_error_ptr,
+    last_squared_error_ptr,
     zero_words_ptr,
     n_zero_words,
     share,
@@ -319,7 +319,7 @@ def _decode_many(
     low, high = _add_ranks(
         row_codes_ptr=row_codes, W_dec_ptr=W_dec_ptr, j=j, low=low, high=high, FIRST=0, END=K, UNROLL=UNROLL, HALF=HALF,
     )  # fmt: skip
-    tl.store(last_error_ptr + row, tl.sum(low * low + high * high))
+    tl.store(last_squared_error_ptr + row, tl.sum(low * low + high * high))
     quarter = tl.arange(0, HALF // 2)
     loss = tl.zeros((HALF,), tl.float32)
     g_low = tl.zeros((HALF,), tl.float32)

@@ -102,7 +102,7 @@ class FusedStep:
             cursors=zeros(2, dtype=int32),
         )
         self.G = packing.QuadWords(zeros(batch, n_levels, half // 2, dtype=int32), zeros(batch, n_levels))
-        self.row_loss, self.last_error = zeros(batch), zeros(batch)
+        self.row_loss, self.last_squared_error = zeros(batch), zeros(batch)
         self.gradients = latent_gradients.Gradients(
             zeros(hidden, width), zeros(n_parts, width), zeros(hidden), zeros(n_parts)
         )
@@ -229,21 +229,23 @@ class FusedStep:
         )  # fmt: skip
         if self.many:
             decode.decode_many(
-                start=self.start, codes=self.codes, W_dec=self.decoder_copy, rank_scales=self.rank_scales,
-                level_of_rank=self.level_of_rank, G=self.G, row_loss=self.row_loss, last_error=self.last_error,
-                grad_pre=self.grad_pre,
+                start=self.start, codes=self.codes, rank_scales=self.rank_scales, level_of_rank=self.level_of_rank,
+                row_loss=self.row_loss, last_squared_error=self.last_squared_error, grad_pre=self.grad_pre,
+                W_dec=self.decoder_copy, G=self.G,
             )  # fmt: skip
         else:
             decode.decode_few(
                 start=self.start, codes=self.codes, W_dec=self.decoder_copy, level_scales=self.level_scales, G=self.G,
-                row_loss=self.row_loss, last_error=self.last_error, grad_pre=self.grad_pre,
+                row_loss=self.row_loss, last_squared_error=self.last_squared_error, grad_pre=self.grad_pre,
                 k_levels=shape.loss_levels,
             )  # fmt: skip
         with self._beside():
             bias_gradient.sum_decoding_gradient(self.G, self.bias_sums, self.hyper)
         latent_gradients.backward(self.G, self.decoder_copy, self.entries, self.gradients, self.grad_pre, self.part)
         if aux is not None:
-            aux_loss.residual_gradient(self.G, self.level_scales, self.last_error, self.decoder_copy, self.aux, aux)
+            aux_loss.residual_gradient(
+                self.G, self.level_scales, self.last_squared_error, self.decoder_copy, self.aux, aux
+            )
             aux_loss.add_gradients(self.decoder_copy, aux, self.grad_pre, self.gradients)
         with self._beside():
             bias_gradient.sum_encoding_gradient(
