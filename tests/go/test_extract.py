@@ -420,7 +420,6 @@ def test_an_output_that_is_a_file_is_refused(network, records, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.slow
 def test_what_a_killed_writer_left_half_is_taken_for_nothing_and_goes(extracted, network, records, tmp_path):
     chosen, _ = extracted
     other = settings(network, records, tmp_path / "out")
@@ -502,7 +501,6 @@ def test_another_network_or_other_games_are_refused_by_name(begun, records, tmp_
         folder.begin(identity)
 
 
-@pytest.mark.slow
 def test_an_extraction_goes_on_in_the_precision_it_began_with(network, records, tmp_path, monkeypatch):
     # The first call acts as on a GPU, where `auto` is fp16. The second one runs on a CPU, where it is fp32.
     other = settings(network, records, tmp_path / "out")

@@ -89,7 +89,6 @@ def test_every_kind_of_data_gives_what_the_rows_in_memory_give(tmp_path, found, 
     assert len(seen) >= N_ROWS * 8 * 12 // range_bytes
 
 
-@pytest.mark.slow
 def test_over_ray_it_is_the_same(tmp_path, ray_session, found, x, monkeypatch):
     from msae_sweep.sweep.ray_evaluation import sums_on_cluster
 

@@ -296,7 +296,6 @@ def test_a_fast_trial_waits_at_its_rung_for_a_slow_predecessor(tmp_path, monkeyp
     assert results(together.summary) == results(alone.summary)
 
 
-@pytest.mark.slow
 def test_a_block_swept_alone_has_the_same_trials(finished, tmp_path):
     alone = sweep(tmp_path, "data.blocks=[20]")
     assert results(alone.summary)["blocks"]["block20"] == results(finished.summary)["blocks"]["block20"]
@@ -474,14 +473,12 @@ def test_data_that_cannot_be_used_leaves_no_sweep_though_workers_started(repaire
     assert not (left / "trials").exists()
 
 
-@pytest.mark.slow
 def test_after_data_that_could_not_be_used_the_same_name_gives_the_sweep_of_the_repaired_data(repaired):
     mended, whole = (sweep(folder, f"data.path={folder}/data", *ONE_EPOCH) for folder in repaired)
     trials = [[b["trials"] for b in results(sw.summary)["blocks"].values()] for sw in (mended, whole)]
     assert trials[0] == trials[1]
 
 
-@pytest.mark.slow
 def test_a_sweep_folder_that_fills_up_ends_the_sweep_and_it_can_be_resumed(finished, tmp_path, monkeypatch):
     write, n_written = Path.write_bytes, []
 
@@ -606,7 +603,6 @@ def test_data_that_changed_since_is_refused_before_anything_runs_and_a_copy_of_t
     assert trials[0] == trials[1]
 
 
-@pytest.mark.slow
 def test_a_diverged_and_an_oversized_trial_end_alone(tmp_path, monkeypatch):
     # The estimate that would refuse this is a lower bound. Trials that pass it but need too much must end alone.
     monkeypatch.setattr("msae_sweep.sweep.memory._check_models", lambda *_: None)
@@ -664,7 +660,6 @@ def test_optuna_proposes_within_the_space_and_resumes(proposed):
     assert results(again.summary) == results(proposed.summary)
 
 
-@pytest.mark.slow
 def test_a_damaged_record_of_a_trial_that_optuna_proposed_is_proposed_again(proposed, tmp_path):
     record = copy_of(proposed, tmp_path) / "trials" / "block5-001" / "trial.json"
     record.write_text("{")

@@ -82,8 +82,7 @@ def test_no_user_or_password_is_shown(monkeypatch):
     assert said == ["http://127.0.0.1:9/"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_on_a_store_a_server_of_our_own_answers_on_loopback_until_it_is_ended(uri, tmp_path, end):
     send(tmp_path / "sweep", uri)
     command = f"""

@@ -57,7 +57,6 @@ def begin(folder: Path, uri: str) -> Tracker:
     return start(folder, uri, sending=SenderProcess)
 
 
-@pytest.mark.slow
 def test_what_is_told_reaches_mlflow(uri, tmp_path):
     tracker = begin(tmp_path / "sweep", uri)
     (process,) = senders(os.getpid())
@@ -138,7 +137,6 @@ def test_it_ends_with_its_driver_and_its_command_line_shows_no_password(uri, tmp
     assert_whole(Store(uri))
 
 
-@pytest.mark.slow
 def test_one_that_is_killed_while_all_is_closed_is_started_again_too(uri, tmp_path):
     tracker = begin(tmp_path / "sweep", uri)
     tell(tracker, tmp_path / "sweep")
@@ -183,7 +181,6 @@ class Elsewhere:
         return copy
 
 
-@pytest.mark.slow
 def test_files_that_lie_elsewhere_are_fetched_by_the_driver(uri, tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()
@@ -200,7 +197,6 @@ def test_files_that_lie_elsewhere_are_fetched_by_the_driver(uri, tmp_path):
     assert not list(folder.glob("fetched-*")), "a copy outlived its upload"
 
 
-@pytest.mark.slow
 def test_a_store_that_does_not_answer_loses_no_event(uri, tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()

@@ -70,7 +70,6 @@ def test_a_sweep_over_http_is_whole_and_its_model_loads(server, tmp_path, monkey
     torch.testing.assert_close(mlflow.pytorch.load_model("models:/msae-block5@champion")(x), ours(x))
 
 
-@pytest.mark.slow
 def test_a_server_that_goes_and_comes_back_misses_nothing_and_doubles_nothing(server, tmp_path):
     folder, sweep_id = tmp_path / "sweep", "comes-back"
     tracker = start(folder, server.uri, sweep_id=sweep_id)
@@ -172,7 +171,7 @@ time.sleep(60)
         ("create_run", 1, "after"),
         pytest.param("log_batch", 4, "after", marks=pytest.mark.slow),
         pytest.param("create_logged_model", 1, "after", marks=pytest.mark.slow),
-        pytest.param("finalize_logged_model", 2, "before", marks=pytest.mark.slow),
+        ("finalize_logged_model", 2, "before"),
     ],
 )
 def test_a_driver_killed_in_the_middle_of_sending_is_synced_and_resumed(uri, tmp_path, method, number, when):
