@@ -150,10 +150,6 @@ class StoragePath:
         """Return pyarrow's information on this path, such as `is_file`, `size` in bytes and `mtime_ns`."""
         return self._asked(lambda: self.filesystem.get_file_info(self.inside))
 
-    def children(self) -> list["StoragePath"]:
-        """Return the files and folders directly below, sorted by name. The list is empty if there is no folder."""
-        return sorted((self / info.base_name for info in self._below()), key=str)
-
     def folders(self) -> list["StoragePath"]:
         """Return the folders directly below, sorted by name."""
         return sorted((self / info.base_name for info in self._below() if info.type.name == "Directory"), key=str)

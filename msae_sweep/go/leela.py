@@ -12,7 +12,6 @@ batch of another size.
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msae_sweep.errors import ConfigError, first_line
-from msae_sweep.go.weights import BOARD, PLANES, Convolution, Weights, random_weights, read_weights
+from msae_sweep.go.weights import BOARD, PLANES, Convolution, Weights
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -170,23 +169,6 @@ class FullyConnected(nn.Module):
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch out"]:
         """Flatten all dimensions of `x` but the first, channel by channel, and apply the layer."""
         return F.linear(x.flatten(1).float(), self.weight, self.bias)
-
-
-def load_network(path: Path, device: torch.device | str = "cpu", precision: Precision = "auto") -> Network:
-    """Return the network stored in a file of Leela Zero's text weights.
-
-    Raises:
-        DataError: the file is not in this format, or it is damaged.
-        ConfigError: the device cannot compute in `precision`.
-    """
-    return Network(read_weights(path), device, precision)
-
-
-def random_network(
-    blocks: int, filters: int, seed: int, device: torch.device | str = "cpu", precision: Precision = "auto"
-) -> Network:
-    """Return a network of the given size with random weights."""
-    return Network(random_weights(blocks, filters, seed), device, precision)
 
 
 def gather_points(

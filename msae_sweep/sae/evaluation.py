@@ -4,7 +4,7 @@ An evaluation takes one pass over any number of rows in bounded memory. The sums
 over the whole, so the parts may be summed in different processes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -222,15 +222,6 @@ def level_stability(
     """
     weights = level_firing.double()
     return (weights @ matched.double().cpu() / weights.sum(dim=1)).tolist()
-
-
-def level_stabilities(model: MSAE, evaluation: Evaluation, others: Sequence[MSAE]) -> list[list[float]]:
-    """Return `level_stability` against each of `others`: one list per other model, one value per `evaluation.levels`.
-
-    Raises:
-        ValueError: one of `others` has a different input_dim.
-    """
-    return [level_stability(evaluation.level_firing, matched_cosine(model.W_dec, o.W_dec)) for o in others]
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ def test_a_place_in_a_store_is_used_as_a_folder_is(object_store, tmp_path):
         (root / "a" / "b.txt").write(b"hello")
         (root / "a" / "b.txt").write(b"hello again")
         (root / "c.txt").write(b"x" * 10)
-        assert [str(place)[len(str(root)) :] for place in root.children()] == ["/a", "/c.txt"]
-        assert [place.name for place in root.folders()] == ["a"]
+        assert [str(place)[len(str(root)) :] for place in root.folders()] == ["/a"]
+        assert [str(place)[len(str(root)) :] for place in root.files()] == ["/c.txt"]
         sizes = {place.relative_to(root).as_posix(): info.size for place, info in root.files(recursive=True).items()}
         assert sizes == {"a/b.txt": 11, "c.txt": 10}
         assert (root / "a").is_folder()
@@ -32,7 +32,8 @@ def test_a_place_in_a_store_is_used_as_a_folder_is(object_store, tmp_path):
             (root / "none").read()
         pickle.loads(pickle.dumps(root / "a")).delete()
         (root / "never there").delete()
-        assert [place.name for place in root.children()] == ["c.txt"]
+        assert not root.folders()
+        assert [place.name for place in root.files()] == ["c.txt"]
 
 
 def test_a_store_that_takes_its_time_is_waited_for(object_store):

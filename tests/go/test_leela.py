@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from msae_sweep.errors import ConfigError
 from msae_sweep.go import leela
-from msae_sweep.go.leela import Network, gather_points, load_network, random_network, spatial_mean
-from msae_sweep.go.weights import Convolution, Weights, random_weights
+from msae_sweep.go.leela import Network, gather_points, spatial_mean
+from msae_sweep.go.weights import Convolution, Weights, random_weights, read_weights
 
 
 def random_planes(n: int) -> Tensor:
@@ -74,7 +74,7 @@ def test_integer_weights_whose_scale_lies_in_the_variance_are_the_same_network()
 
 
 def test_without_heads_nothing_behind_the_last_tap_is_computed():
-    network = random_network(5, 8, seed=0)
+    network = Network(random_weights(5, 8, seed=0))
     ran = []
     for number, block in enumerate(network.blocks, start=1):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -90,7 +90,7 @@ def test_without_heads_nothing_behind_the_last_tap_is_computed():
 
 
 def test_a_block_that_is_not_there_is_said_in_one_line():
-    network = random_network(5, 8, seed=0)
+    network = Network(random_weights(5, 8, seed=0))
     for block in (0, 6, -1):
         with pytest.raises(ConfigError, match=f"block {block}: this network has blocks 1 to 5"):
             network(random_planes(1), taps=(block,))
@@ -108,7 +108,7 @@ def random_network_of(version: int) -> Network:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float16, torch.float64])
 def test_planes_may_be_of_any_type(dtype):
-    network, planes = random_network(1, 8, seed=0), random_planes(2)
+    network, planes = Network(random_weights(1, 8, seed=0)), random_planes(2)
     expected = network(planes.float(), taps=(1,)).activations[1]
     torch.testing.assert_close(network(planes.to(dtype), taps=(1,)).activations[1], expected)
 
@@ -133,7 +133,7 @@ def test_gathered_points_and_means_are_those_of_the_board(layout):
 
 
 def test_a_cpu_takes_plain_operations_in_float32_and_says_why():
-    choice = random_network(1, 8, seed=0).choice
+    choice = Network(random_weights(1, 8, seed=0)).choice
     assert (choice.name, choice.dtype) == ("plain", torch.float32)
     assert choice.reason == "fp32 on cpu; fused convolutions need cuDNN"
 
@@ -160,7 +160,7 @@ def test_fused_operations_are_called_as_cudnn_has_them(monkeypatch):
         assert [a.name for a in schema.arguments][1:] == list(parameters)[1:]
         monkeypatch.setattr(torch, name, own)
     assert leela.fused_hindrance(torch.device("cpu"), torch.bfloat16, 8) is None
-    network, planes = random_network(2, 8, seed=0), random_planes(2)
+    network, planes = Network(random_weights(2, 8, seed=0)), random_planes(2)
     expected = network(planes, taps=(2,)).activations[2]
     for block in network.blocks:
         block.choice = network.choice._replace(conv_relu=leela.cudnn_conv_relu, conv_add_relu=leela.cudnn_conv_add_relu)
@@ -281,7 +281,7 @@ def reference_of(folder: Path, records: dict[int, bytes], name: str) -> Referenc
 
 @pytest.mark.parametrize("name", ["lz-6x64", pytest.param("lz-40x256", marks=pytest.mark.slow)])
 def test_real_networks_give_what_an_independent_loader_computed(networks_and_games, records, name):
-    network = load_network(networks_and_games / "weights" / f"{name}.txt.gz")
+    network = Network(read_weights(networks_and_games / "weights" / f"{name}.txt.gz"))
     reference_of(networks_and_games, records, name).compare(network)
 
 
@@ -320,7 +320,7 @@ def accuracy(network: Network, games: Iterable[Game], order: list[int] | None = 
 
 @pytest.fixture(scope="module")
 def small_network(networks_and_games: Path) -> Network:
-    return load_network(networks_and_games / "weights" / "lz-6x64.txt.gz")
+    return Network(read_weights(networks_and_games / "weights" / "lz-6x64.txt.gz"))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from model_files import example_model_file, raw_rows, sweep
 from rich.console import Console
+from sender_thread import SenderThread
 
 from msae_sweep.cli import main
 from msae_sweep.data.prepare.split import is_validation
@@ -25,7 +26,6 @@ from msae_sweep.models.evaluation_figure import evaluation_figure
 from msae_sweep.models.find import FoundModel
 from msae_sweep.sae import evaluation as of_model
 from msae_sweep.sae import model_file
-from msae_sweep.track.sender_process import SenderThread
 
 CPU = torch.device("cpu")
 N_ROWS = 1000

@@ -10,7 +10,6 @@ from msae_sweep.sae.evaluation import (
     EvaluationSums,
     decoder_coherence,
     evaluate,
-    level_stabilities,
     level_stability,
     matched_cosine,
 )
@@ -172,7 +171,10 @@ def test_stability_weighs_latents_by_how_often_they_fire_at_the_level():
 def test_a_model_is_stable_against_itself_and_less_so_against_another_seed(x):
     model = trained()
     found = evaluate(model, [x])
-    itself, other = level_stabilities(model, found, [model, trained(seed=1)])
+    itself, other = (
+        level_stability(found.level_firing, matched_cosine(model.W_dec, against.W_dec))
+        for against in (model, trained(seed=1))
+    )
     assert itself == pytest.approx([1.0] * 3, abs=1e-6)
     assert all(0 < level < 0.95 for level in other)
 

@@ -11,7 +11,7 @@ def sender_in_a_thread() -> Iterator[None]:
 
     Sweeps that tests start as commands still have a sender's process.
     """
-    from msae_sweep.track.sender_process import SenderThread
+    from sender_thread import SenderThread
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("msae_sweep.track.tracker.SenderProcess", SenderThread)

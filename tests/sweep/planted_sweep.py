@@ -52,9 +52,10 @@ def sweep(folder: Path, *overrides: str, resume: bool = False, drawn: bool = Fal
 
 def run_quietly(config: SweepConfig, folder: Path, *, resume: bool = False, drawn: bool = False) -> Any:
     """Run a sweep of any configuration as `sweep` does. Its output is appended to `folder`/log."""
+    from sender_thread import SenderThread
+
     from msae_sweep.sweep import run
     from msae_sweep.track import tracker
-    from msae_sweep.track.sender_process import SenderThread
 
     with open(folder / "log", "a") as log, pytest.MonkeyPatch.context() as patch:
         if not drawn:

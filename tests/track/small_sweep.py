@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from sender_thread import SenderThread
 
 from msae_sweep.config import TrackingConfig, TrainingConfig
 from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sae.model_file import ModelFile
 from msae_sweep.track.connection import connect
-from msae_sweep.track.sender_process import SenderThread
 from msae_sweep.track.tracker import SyncReport, Tracker
 
 EXPERIMENT = "study"
