@@ -109,7 +109,7 @@ def test_a_sender_that_is_killed_is_started_again_and_nothing_is_lost_or_doubled
 DRIVER = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {here!r})
+sys.path[:0] = {here!r}
 import small_sweep
 from msae_sweep.track.sender_process import SenderProcess
 folder = Path(sys.argv[1])
@@ -122,7 +122,13 @@ time.sleep(60)
 
 def test_it_ends_with_its_driver_and_its_command_line_shows_no_password(uri, tmp_path):
     folder = tmp_path / "sweep"
-    command = [sys.executable, "-c", DRIVER.format(here=str(HERE)), str(folder), "http://me:secret@127.0.0.1:9"]
+    command = [
+        sys.executable,
+        "-c",
+        DRIVER.format(here=[str(HERE), str(HERE.parent)]),
+        str(folder),
+        "http://me:secret@127.0.0.1:9",
+    ]
     environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as driver:
         assert driver.stdout.readline() == "told\n"

@@ -137,7 +137,7 @@ def test_a_server_that_never_was_is_given_up_soon_and_said(tmp_path):
 DRIVER = """
 import os, signal, sys, threading, time
 from pathlib import Path
-sys.path.insert(0, {here!r})
+sys.path[:0] = {here!r}
 import mlflow, small_sweep
 folder, uri, method, number, when = Path(sys.argv[1]), *sys.argv[2:]
 told, calls, original = threading.Event(), [], getattr(mlflow.MlflowClient, method)
@@ -176,7 +176,16 @@ time.sleep(60)
 )
 def test_a_driver_killed_in_the_middle_of_sending_is_synced_and_resumed(uri, tmp_path, method, number, when):
     folder = tmp_path / "sweep"
-    command = [sys.executable, "-c", DRIVER.format(here=str(HERE)), str(folder), uri, method, str(number), when]
+    command = [
+        sys.executable,
+        "-c",
+        DRIVER.format(here=[str(HERE), str(HERE.parent)]),
+        str(folder),
+        uri,
+        method,
+        str(number),
+        when,
+    ]
     assert subprocess.run(command).returncode == -signal.SIGKILL
     with open(folder / "journal" / "events.jsonl", "ab") as file:
         file.write(b'{"seq": 99, "event": "metr')  # the driver was killed in the middle of a line, too
