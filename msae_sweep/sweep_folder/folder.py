@@ -2,13 +2,14 @@
 
 {storage}/{name}/
     sweep.yaml                          the resolved search-space file
-    identity.json  data.json            format, command, versions and times of each run; manifest of each block's data
+    identity.json                       format of the folder; command, versions and times of each run
+    data.json  origins.json             each block's manifest; files, sizes and times of its source (see `changes.py`)
     trials/{trial_id}/trial.json        settings, status and every epoch's metrics (driver)
-    trials/{trial_id}/state.pt          training state, while the trial is unfinished (trial)
+    trials/{trial_id}/state.pt          training state, until the trial has ended without failing (trial)
     trials/{trial_id}/model.pt          best weights so far, in the notebook's format (trial)
     journal/                            events for MLflow, and how far they have been sent
     tune/                               Ray Tune's own files, which are never read back
-    summary.json  results/  figures/  models/
+    summary.json  results/  figures/  models/  report/
 
 In an object store the layout is the same, except that journal/events.jsonl is stored in pieces (`store_sync.py`).
 """

@@ -50,7 +50,7 @@ class FusedEngine:
             for _ in range(len(order) // self.batch_size):
                 if done % SCHEDULE_STEPS == 0:
                     step.set_schedule(schedule[done : done + SCHEDULE_STEPS])
-                # Until the latent that has been silent longest can be dead, none can; after that the device decides.
+                # As long as the latent that has been silent longest is not dead, none is; then the device decides.
                 step.train(dead_possible=self._longest_silent + done * self.batch_size >= self.dead_after_samples)
                 done += 1
         step.forget_window()
@@ -162,7 +162,8 @@ def _bias_corrections(n_steps: int, steps_before: int, config: TrainingConfig) -
 def _schedule(learning_rates: Sequence[float], corrections: np.ndarray) -> Tensor:
     """Return learning_rate / (1 − β₁^t) and sqrt(1 − β₂^t), [steps, 2], computed in float64 and stored in float32.
 
-    `FusedStep.set_schedule` copies them to the device, where `_adam` in `kernels/adam.py` reads the step's row.
+    `FusedStep.set_schedule` copies them to the device. Each step, a kernel of `kernels/bias_gradient.py` copies the
+    step's row to where `_adam` in `kernels/adam.py` reads it.
     """
     schedule = corrections.astype(np.float32)
     schedule[:, 0] = np.asarray(learning_rates) / corrections[:, 0]
