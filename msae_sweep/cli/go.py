@@ -7,31 +7,33 @@ import typer
 
 from msae_sweep.cli.console import open_console
 
+Games = Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")]
+PositionsPerGame = Annotated[int | None, typer.Option(min=1, help="Number of random positions per game; default: all.")]
+SkipFirst = Annotated[int, typer.Option(min=0, help="Number of first moves of a game that are skipped.")]
+NetworkPrecision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(help="Precision of the network; auto: fp16 on a GPU of compute capability 7.0 or higher, else fp32."),
+]
+FirstRow = Annotated[
+    Literal["top", "bottom"],
+    typer.Option(help="Board row that is the network's row 0; bottom for networks that Leela Zero itself trained."),
+]
+
 
 def extract(
     weights: Annotated[Path, typer.Option(metavar="NET", help="Leela Zero's text weights, plain or .gz.")],
-    games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
+    games: Games,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Activation folder to create or to resume.")],
     blocks: Annotated[str, typer.Option(help="Residual blocks to extract, numbered from 1.")] = "5,20,35",
-    positions_per_game: Annotated[
-        int | None, typer.Option(min=1, help="Number of random positions per game; default: all.")
-    ] = None,
-    skip_first: Annotated[int, typer.Option(min=0, help="Number of first moves of a game that are skipped.")] = 0,
+    positions_per_game: PositionsPerGame = None,
+    skip_first: SkipFirst = 0,
     points: Annotated[
         str, typer.Option(help="Rows per position: mean over the board, all 361 points, or a number of random points.")
     ] = "mean",
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Data type of the rows.")] = "float16",
     format: Annotated[str, typer.Option(help="File format: npy, h5, parquet, or several, e.g. npy,h5.")] = "npy",
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(
-            help="Precision of the network; auto: fp16 on a GPU of compute capability 7.0 or higher, else fp32."
-        ),
-    ] = "auto",
-    first_row: Annotated[
-        Literal["top", "bottom"],
-        typer.Option(help="Board row that is the network's row 0; bottom for networks that Leela Zero itself trained."),
-    ] = "top",
+    precision: NetworkPrecision = "auto",
+    first_row: FirstRow = "top",
     seed: Annotated[int, typer.Option(help="Seed for sampling positions and points.")] = 0,
 ) -> None:
     """Extract activations of a Leela Zero network on recorded games into a folder that `run` can read."""
@@ -73,7 +75,7 @@ def boards(
     weights: Annotated[
         Path, typer.Option(metavar="NET", help="Weights of the network whose activations the model was trained on.")
     ],
-    games: Annotated[Path, typer.Option(metavar="PATH", help="SGF records, archives of them, or a folder of both.")],
+    games: Games,
     block: Annotated[
         int | None, typer.Option(help="Residual block, numbered from 1; required if MODEL does not name it.")
     ] = None,
@@ -85,20 +87,10 @@ def boards(
     k: Annotated[
         int | None, typer.Option(help="Number of active latents per point; default: the model's largest level.")
     ] = None,
-    positions_per_game: Annotated[
-        int | None, typer.Option(min=1, help="Number of random positions per game; default: all.")
-    ] = None,
-    skip_first: Annotated[int, typer.Option(min=0, help="Number of first moves of a game that are skipped.")] = 0,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(
-            help="Precision of the network; auto: fp16 on a GPU of compute capability 7.0 or higher, else fp32."
-        ),
-    ] = "auto",
-    first_row: Annotated[
-        Literal["top", "bottom"],
-        typer.Option(help="Board row that is the network's row 0; bottom for networks that Leela Zero itself trained."),
-    ] = "top",
+    positions_per_game: PositionsPerGame = None,
+    skip_first: SkipFirst = 0,
+    precision: NetworkPrecision = "auto",
+    first_row: FirstRow = "top",
     seed: Annotated[int, typer.Option(help="Seed for sampling positions.")] = 0,
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.")

@@ -1,6 +1,7 @@
 """Commands on one model: export, eval, import. Each command imports its modules when it runs."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -98,7 +99,7 @@ def evaluate(
     if out is not None:
         check_file("--out", out)
     report = _evaluate(
-        what=what,
+        what,
         data=data,
         block=block,
         against=against or [],
@@ -106,7 +107,7 @@ def evaluate(
         max_k=max_k,
         device=device,
         cluster=cluster,
-        overrides=overrides or [],
+        overrides=overrides,
         tracking_uri=tracking_uri,
     )
     open_console().print(evaluate.render(report), highlight=False)
@@ -172,17 +173,7 @@ def import_(
         sweep_id = json.loads((folder.path / "identity.json").read_text(encoding="utf-8"))["sweep_id"]
     uri = resolve_uri(tracking_uri or tracking.uri)
     report = _evaluate(
-        what=str(file),
-        data=data,
-        block=block,
-        against=[],
-        rows=rows,
-        max_k=None,
-        device=device,
-        cluster=cluster,
-        overrides=overrides or [],
-        tracking_uri=None,
-        sweep=sweep,
+        str(file), data=data, block=block, rows=rows, device=device, cluster=cluster, overrides=overrides, sweep=sweep
     )
     open_console().print(evaluate.render(report), highlight=False)
     measured = f"{report.evaluation.n_rows} {report.plan.side} rows of {report.plan.info.where}"
@@ -206,15 +197,16 @@ def import_(
 
 def _evaluate(
     what: str,
+    *,
     data: str | None,
     block: int | None,
-    against: list[str],
     rows: Literal["all", "training", "validation"] | None,
-    max_k: int | None,
     device: str,
     cluster: bool,
-    overrides: list[str],
-    tracking_uri: str | None,
+    overrides: list[str] | None,
+    against: Sequence[str] = (),
+    max_k: int | None = None,
+    tracking_uri: str | None = None,
     sweep: str | None = None,
 ) -> "EvaluationReport":
     from functools import partial
@@ -224,6 +216,7 @@ def _evaluate(
     from msae_sweep.models import evaluate
     from msae_sweep.models.find import find, names_a_folder
 
+    overrides = overrides or []
     side = rows or ("validation" if data is None else "all")
     config = evaluate.data_config_for(what if sweep is None else str(sweep), data, overrides)
     # Unless MODEL is a folder, --block selects only the data's block: a model may be evaluated on another block.
