@@ -18,7 +18,7 @@ ORDER = [
     ["track"],
     ["sae", "data", "sweep_folder"],
     ["config"],
-    ["format_version", "paths", "patching", "signals"],
+    ["format_version", "paths", "patching", "signals", "stderr_filter"],
     ["errors"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -23,6 +23,7 @@ from msae_sweep.go.records import ReadUnit, Record, RefusedRecord, read_unit
 from msae_sweep.go.replay import replay
 from msae_sweep.go.sampling import Chunk, Sampling, sampled_points
 from msae_sweep.go.sgf import Game, read_games, refuse_duplicates
+from msae_sweep.stderr_filter import without_line
 
 BATCH = {"cuda": 2048, "cpu": 32}
 """Positions per forward pass. On one H200, 2048 was the fastest of the measured sizes, at 20,290 positions/s."""
@@ -216,7 +217,12 @@ def run_actor_on_chunks(
             compute=pool,
             **resources,
         )
-        yield from results.iter_rows()
+        rows = iter(results.iter_rows())
+        # Ray's C++ prints this for every pool of actors that may be restarted. The driver holds the arguments.
+        with without_line(b"has constructor arguments in the object store and max_restarts > 0"):
+            first = next(rows)
+        yield first
+        yield from rows
     except ray.exceptions.RayTaskError as error:
         # Our own errors are raised unwrapped, because Ray's traceback of the worker would hide the message.
         if isinstance(error.cause, MsaeSweepError | OSError):
