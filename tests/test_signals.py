@@ -87,7 +87,8 @@ def busy(config):
     atexit.register(print, "tidied up", flush=True)
     try:
         print("ready", flush=True)
-        time.sleep(600)
+        while True:  # a signal that comes just before a long sleep would be handled after it only
+            time.sleep(0.1)
     except KeyboardInterrupt as interrupt:
         interrupt.add_note("the same command goes on")
         raise
