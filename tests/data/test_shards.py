@@ -11,6 +11,7 @@ from msae_sweep.config import DataConfig
 from msae_sweep.data.prepare import shards
 from msae_sweep.data.prepare.shard_folder import ShardFolder
 from msae_sweep.data.prepare.split import RunningMoments, is_validation, standardise
+from msae_sweep.data.sources.catalog import open_source
 from msae_sweep.errors import DataError, SweepError
 from msae_sweep.paths import StoragePath
 
@@ -289,6 +290,16 @@ def test_another_question_or_other_data_is_another_key(ray_session, tmp_path, ro
         change = {}
     prepare(path, tmp_path / "storage", **change)
     assert len(list((tmp_path / "storage" / "prepared").iterdir())) == 2
+
+
+def test_shards_of_another_format_are_never_taken_for_ones_of_this_format(tmp_path, rows, monkeypatch):
+    config = DataConfig(path=str(write_npy(tmp_path / "data", rows)))
+    source = open_source(config)
+    info = source.infos()[5]
+    key = shards._key(source, info, config)
+    assert shards._key(source, info, config) == key
+    monkeypatch.setattr(shards, "PREPARED_SHARDS", shards.PREPARED_SHARDS + 1)
+    assert shards._key(source, info, config) != key
 
 
 def test_nonfinite_rows_are_named_by_file_and_rows(ray_session, tmp_path, rows):
