@@ -98,6 +98,8 @@ def load(path: str | Path, content: bytes | None = None) -> ModelFile:
         unknown, told = re.search(r"GLOBAL (\S+)", str(error)), re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
         reason = f"it contains {unknown[1]}" if unknown else (told[1] if told else first_line(error))
         raise DataError(f"{path}: not a model file that can be read safely: {reason}") from None
+    if isinstance(raw, dict) and "model_state_dict" in raw and "normalization" not in raw:
+        raise DataError(f"{path}: has no normalization, like the notebook's msae_best.pt; give msae_block….pt")
     try:
         config = raw["config"]
         shapes = parameter_shapes(config["input_dim"], config["hidden_dim"])

@@ -246,6 +246,16 @@ def test_a_file_of_something_else_is_refused_in_one_line(tmp_path):
         assert "weights_only" not in str(caught.value)  # torch's message advises to switch the safety off
 
 
+def test_a_checkpoint_without_normalization_is_named_for_what_it_is(tmp_path):
+    saved = foreign()
+    del saved["normalization"]
+    torch.save(saved, tmp_path / "msae_best.pt")
+    with pytest.raises(
+        DataError, match=r"msae_best\.pt: has no normalization, like the notebook's msae_best\.pt; give"
+    ):
+        model_file.load(tmp_path / "msae_best.pt")
+
+
 def test_the_standardised_model_works_in_raw_units():
     file, raw = random_file(), torch.randn(20, 8)
     mean, std = torch.from_numpy(file.mean), torch.from_numpy(file.std)
