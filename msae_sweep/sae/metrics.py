@@ -11,14 +11,19 @@ from msae_sweep.sae.kernels import Reconstruction
 
 
 class SplitMetrics:
-    """R², L0 and mean squared error over a split, accumulated batch by batch in float64.
+    """R², L0, mean squared error and activation counts over a split, accumulated batch by batch in float64.
 
     R²_k = 1 − Σ‖x − x̂_k‖² / Σ‖x − x̄‖² over all rows, x̄ per dimension; it is never an average of per-batch ratios.
     Dividing the rows differently into batches changes only rounding. MPS has no float64, so sums are float32 there.
     """
 
     def __init__(
-        self, k_levels: Sequence[int], input_dim: int, total_sum_of_squares: float, device: torch.device
+        self,
+        k_levels: Sequence[int],
+        input_dim: int,
+        hidden_dim: int,
+        total_sum_of_squares: float,
+        device: torch.device,
     ) -> None:
         """Create metrics of no rows; `total_sum_of_squares` is the denominator of R², Σ‖x − x̄‖²."""
         self.k_levels, self.input_dim, self.total_sum_of_squares = tuple(k_levels), input_dim, total_sum_of_squares
@@ -26,19 +31,38 @@ class SplitMetrics:
         self._n_rows = 0
         self._squared_error = torch.zeros(len(self.k_levels), dtype=self._dtype, device=device)
         self._active = torch.zeros(len(self.k_levels), dtype=torch.int64, device=device)
+        self.activation_counts = torch.zeros(hidden_dim, dtype=torch.int64, device=device)
+        """Number of rows in which each latent is active at the largest level."""
 
     @torch.no_grad()
     def update(self, x: Float[Tensor, "batch input_dim"], reconstruction: Reconstruction) -> None:
         """Add one batch and its reconstruction."""
         squared_error = (reconstruction.x_hats - x).square().sum(dim=(1, 2), dtype=self._dtype)
-        per_rank = (reconstruction.values > 0).sum(dim=0).cumsum(dim=0)  # [k]
-        self.add(len(x), squared_error, per_rank[[k - 1 for k in self.k_levels]])
+        active = reconstruction.values > 0
+        per_rank = active.sum(dim=0).cumsum(dim=0)  # [k]
+        counts = torch.zeros_like(self.activation_counts)
+        counts.scatter_add_(0, reconstruction.indices.flatten(), active.flatten().long())
+        self.add(len(x), squared_error, per_rank[[k - 1 for k in self.k_levels]], counts)
 
-    def add(self, n_rows: int, squared_error: Float[Tensor, " levels"], active: Int[Tensor, " levels"]) -> None:
-        """Add sums over `n_rows` rows: Σ‖x − x̂‖² and the number of active latents, both at every level."""
+    def add(
+        self,
+        n_rows: int,
+        squared_error: Float[Tensor, " levels"],
+        active: Int[Tensor, " levels"],
+        activation_counts: Int[Tensor, " hidden_dim"],
+    ) -> None:
+        """Add sums over `n_rows` rows.
+
+        Args:
+            n_rows: number of rows.
+            squared_error: Σ‖x − x̂‖² at every level.
+            active: number of active latents at every level.
+            activation_counts: number of rows in which each latent is active at the largest level.
+        """
         self._n_rows += n_rows
         self._squared_error += squared_error
         self._active += active
+        self.activation_counts += activation_counts
 
     def mean_squared_error(self) -> Float[Tensor, " levels"]:
         """Return the mean squared error per element at every level, as float64 on the CPU."""

@@ -60,6 +60,9 @@ class TrainState:
     points: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every finished epoch."""
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    best_counts: Tensor | None = None
+    """int64 [hidden_dim]: number of validation rows in which each latent was active in the best epoch's validation, at
+    the largest level. None before the first epoch, and in states that earlier versions saved."""
     best_epoch: int = 0
     """Epoch with the highest objective, 0 before the first."""
     stop_reason: StopReason | None = None
@@ -107,6 +110,7 @@ class TrainState:
             "step": self.step,
             "points": self.points,
             "best_weights": self.best_weights,
+            "best_counts": self.best_counts,
             "best_epoch": self.best_epoch,
             "stop_reason": self.stop_reason,
         }
@@ -122,6 +126,8 @@ class TrainState:
         self.seed, self.step, self.points = raw["seed"], raw["step"], list(raw["points"])
         self.samples_since_fired = raw["samples_since_fired"].to(device)
         self.best_weights = {name: tensor.to(device) for name, tensor in raw["best_weights"].items()}
+        counts = raw.get("best_counts")
+        self.best_counts = None if counts is None else counts.to(device)
         self.best_epoch, self.stop_reason = raw["best_epoch"], raw["stop_reason"]
 
     def best_model(self) -> MSAE:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from msae_sweep.config import TrainingConfig
 from msae_sweep.errors import DeviceError
@@ -76,7 +77,7 @@ def fit(
             "samples_seen": state.samples_seen + samples,
             "samples_per_second": samples / seconds,
         }
-        yield _finish_epoch(state, metrics, config)
+        yield _finish_epoch(state, metrics, split.activation_counts, config)
 
 
 def _engine(state: TrainState, train: Batches, config: TrainingConfig, steps: StepCache | None) -> Engine:
@@ -117,7 +118,9 @@ def choose_device(config: TrainingConfig, *, holds_gpu: bool) -> torch.device:
     return torch.device(config.device)
 
 
-def _finish_epoch(state: TrainState, metrics: dict[str, float], config: TrainingConfig) -> Progress:
+def _finish_epoch(
+    state: TrainState, metrics: dict[str, float], activation_counts: Tensor, config: TrainingConfig
+) -> Progress:
     epoch = int(metrics["epoch"])
     finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
     if len(finite) < len(metrics):
@@ -127,6 +130,7 @@ def _finish_epoch(state: TrainState, metrics: dict[str, float], config: Training
     state.points.append(metrics)
     if is_best:
         state.best_epoch = epoch
+        state.best_counts = activation_counts
         state.best_weights = {name: tensor.detach().clone() for name, tensor in state.model.state_dict().items()}
     if config.early_stopping_patience and epoch - state.best_epoch >= config.early_stopping_patience:
         state.stop_reason = "patience"

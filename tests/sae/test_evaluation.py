@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from msae_sweep.sae.evaluation import (
-    CHUNK_ELEMENTS,
     EvaluationSums,
-    activation_counts,
     decoder_coherence,
     evaluate,
     level_stability,
@@ -39,7 +37,8 @@ def x() -> torch.Tensor:
 def test_every_k_equals_the_reference_with_every_level(x, max_k):
     model = trained()
     every = range(1, max_k + 1)
-    expected = SplitMetrics(every, 12, total_sum_of_squares([x]), torch.device("cpu"))
+    total = total_sum_of_squares([x])
+    expected = SplitMetrics(every, 12, hidden_dim=48, total_sum_of_squares=total, device=torch.device("cpu"))
     whole = reference.reconstruct(x, model.W_enc, model.W_dec, model.pre_bias, every)
     expected.update(x, whole)
     named = expected.compute()
@@ -47,7 +46,7 @@ def test_every_k_equals_the_reference_with_every_level(x, max_k):
     torch.testing.assert_close(found.r2, [named[f"r2_k{k}"] for k in every], rtol=1e-5, atol=1e-5)
     assert found.l0 == [named[f"l0_k{k}"] for k in every]
     fired = torch.zeros(500, 48).scatter(1, whole.indices, (whole.values > 0).float()).sum(dim=0)
-    assert found.firing.tolist() == fired.tolist()
+    assert found.firing.tolist() == fired.tolist() == expected.activation_counts.tolist()
     assert found.dead_ratio == (fired == 0).double().mean().item() >= 3 / 48
     assert found.n_rows == 500
 
@@ -128,14 +127,6 @@ def test_rows_that_do_not_vary_have_no_r2_and_no_rows_leave_every_latent_dead():
     assert all(r2 != r2 for r2 in evaluate(trained(), [torch.ones(5, 12)]).r2)
     nothing = evaluate(trained(), [])
     assert (nothing.n_rows, nothing.dead_ratio, nothing.l0) == (0, 1.0, [0.0] * 8)
-
-
-def test_activation_counts_are_the_firings_at_the_largest_level(x, monkeypatch):
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 1000)
-    model = trained()
-    counts = activation_counts(model, torch.split(x, 100))
-    assert torch.equal(counts, evaluate(model, [x]).firing)
-    assert 0 < counts.max() <= len(x)
 
 
 def test_coherence_is_that_of_the_whole_matrix_of_cosines(monkeypatch):

@@ -526,6 +526,24 @@ def test_rows_beyond_the_windows_end_do_not_count_in_validation():
     assert counter.item() == 3
 
 
+@pytest.mark.parametrize("k", [1, 16, 50])
+def test_validation_counts_each_latents_active_rows_up_to_the_windows_end(k):
+    n, batch, hidden_dim = 21, 8, 64
+    window = torch.tensor([0, 0, n], device=DEVICE)
+    counts = torch.ones(hidden_dim, dtype=torch.int32, device=DEVICE)
+    expected = counts.clone()
+    for step in (0, 2):  # the last batch has five rows inside the window
+        counter = torch.tensor([step], dtype=torch.int32, device=DEVICE)
+        # Half of the entries are negative, so rows have fewer codes than k where k is 50.
+        codes = topk.top_codes_reference(randn(batch, hidden_dim, seed=step).bfloat16(), k)
+        padded = torch.zeros(batch, topk.padded_k(k), dtype=torch.int32, device=DEVICE)
+        padded[:, :k] = codes
+        values, latents = packing.split_codes(codes[: min(batch, n - step * batch)])
+        expected += torch.bincount(latents[values > 0], minlength=hidden_dim).int()
+        gather.count_active(window, counter, padded, counts)
+    assert torch.equal(counts, expected)
+
+
 def compile_three(monkeypatch) -> list[str]:
     """Compile three kernels in parallel, and return what was asked for, in its order."""
     cache = importlib.import_module("triton.runtime.cache")

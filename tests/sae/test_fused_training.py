@@ -107,6 +107,9 @@ def test_the_fused_step_trains_as_autograd_does(undisturbed):
         assert got["dead_ratio"] == pytest.approx(wanted["dead_ratio"], abs=0.05)
         assert got["l0_k4"] == pytest.approx(wanted["l0_k4"], abs=0.2)
         assert got["samples_seen"] == wanted["samples_seen"]
+    for state in (undisturbed, expected):
+        n_active = 9 * state.points[state.best_epoch - 1]["l0_k4"]
+        assert state.best_counts.sum().item() == pytest.approx(n_active), "counts of the best epoch's validation rows"
     assert undisturbed.points[-1]["aux_loss"] > 0, "no latent was dead, so the auxiliary loss was not compared"
 
 

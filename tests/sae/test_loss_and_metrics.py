@@ -16,7 +16,8 @@ def reconstruction(x_hats: torch.Tensor, values: torch.Tensor | None = None) -> 
 
 def split(x, x_hats, k_levels=(2, 4), batches=1, values=None):
     cut = torch.arange(len(x)).tensor_split(batches)
-    metrics = SplitMetrics(k_levels, x.shape[1], total_sum_of_squares(x[rows] for rows in cut), CPU)
+    total = total_sum_of_squares(x[rows] for rows in cut)
+    metrics = SplitMetrics(k_levels, x.shape[1], hidden_dim=8, total_sum_of_squares=total, device=CPU)
     for rows in cut:
         metrics.update(x[rows], reconstruction(x_hats[:, rows], None if values is None else values[rows]))
     return metrics

@@ -90,6 +90,7 @@ def test_stop_and_resume_gives_the_same_weights_bit_for_bit(changes):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
     for name, tensor in whole.best_weights.items():
         assert torch.equal(tensor, resumed.best_weights[name]), name
+    assert torch.equal(whole.best_counts, resumed.best_counts)
     same = [{k: v for k, v in p.items() if k != "samples_per_second"} for p in whole.points]
     assert same == [{k: v for k, v in p.items() if k != "samples_per_second"} for p in resumed.points]
     assert whole_progress[-1].stop_reason == rest[-1].stop_reason

@@ -68,7 +68,13 @@ class AutogradEngine:
     def evaluate(self, validation: Batches, total_sum_of_squares: float) -> SplitMetrics:
         """Return the metrics over the whole split; see `Engine.evaluate`."""
         model = self.state.model
-        split = SplitMetrics(model.k_levels, model.input_dim, total_sum_of_squares, self.device)
+        split = SplitMetrics(
+            k_levels=model.k_levels,
+            input_dim=model.input_dim,
+            hidden_dim=model.hidden_dim,
+            total_sum_of_squares=total_sum_of_squares,
+            device=self.device,
+        )
         with _precision(self.config, self.device):
             for x in validation.ordered():
                 split.update(x, self.reconstruct(x, model.W_enc, model.W_dec, model.pre_bias, model.k_levels))

@@ -79,9 +79,15 @@ class FusedEngine:
     def evaluate(self, validation: Batches, total_sum_of_squares: float) -> SplitMetrics:
         """Return the metrics over the whole split; see `Engine.evaluate`."""
         step, model = self.fused_step, self.state.model
-        split = SplitMetrics(model.k_levels, model.input_dim, total_sum_of_squares, step.device)
-        step.error_sums.zero_()
-        step.active_sums.zero_()
+        split = SplitMetrics(
+            k_levels=model.k_levels,
+            input_dim=model.input_dim,
+            hidden_dim=model.hidden_dim,
+            total_sum_of_squares=total_sum_of_squares,
+            device=step.device,
+        )
+        for sums in (step.error_sums, step.active_sums, step.activation_counts):
+            sums.zero_()
         n_rows = 0
         for piece in validation.pieces():
             step.set_window(piece, None)
@@ -89,7 +95,7 @@ class FusedEngine:
                 step.evaluate()
             n_rows += len(piece)
         step.forget_window()
-        split.add(n_rows, step.error_sums, step.active_sums)
+        split.add(n_rows, step.error_sums, step.active_sums, step.activation_counts[: model.hidden_dim])
         return split
 
     def _set_hyperparameters(self, shape: Shape) -> None:

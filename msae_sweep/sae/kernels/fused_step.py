@@ -124,6 +124,7 @@ class FusedStep:
         self.active = zeros(batch, len(shape.k_levels), dtype=int32)
         self.error_sums = zeros(len(shape.k_levels), dtype=torch.float64)
         self.active_sums = zeros(len(shape.k_levels), dtype=torch.int64)
+        self.activation_counts = zeros(hidden, dtype=int32)
 
         self._held: tuple[Tensor, Tensor | None] | None = None
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -163,7 +164,7 @@ class FusedStep:
             self._run("train", lambda: self._train(None))
 
     def evaluate(self) -> None:
-        """Add the errors and active latents of the window's next batch to `error_sums` and `active_sums`."""
+        """Add the window's next batch to `error_sums`, `active_sums` and `activation_counts`."""
         self._run("evaluate", self._evaluate)
 
     def capture(self) -> None:
@@ -302,6 +303,7 @@ class FusedStep:
     def _evaluate(self) -> None:
         self._encode(collect=False)
         decode.decode_errors(self.start, self.codes, self.decoder_copy, self.errors, self.active, self.shape.k_levels)
+        gather.count_active(self.window, self.eval_counter, self.codes, self.activation_counts)
         gather.add_errors(self.window, self.eval_counter, self.errors, self.active, self.error_sums, self.active_sums)
 
     def _used_columns(self) -> int:

@@ -1,4 +1,4 @@
-"""Kernels at the two ends of a captured graph: gathering a step's rows, and summing the errors of validation.
+"""Kernels at the two ends of a captured graph: gathering a step's rows, and summing errors and counts of validation.
 
 A graph always reads the same addresses, but the rows of each trial have a different address. So the graph finds them
 through `window`, int64 [3] on the device: the address of the rows, the address of their order (0: storage order), and
@@ -11,6 +11,7 @@ from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
 from msae_sweep.sae.kernels.launch import launch
+from msae_sweep.sae.kernels.packing import code_latent
 
 
 def fetch_rows(
@@ -57,6 +58,35 @@ def add_errors(
         active_sums_ptr=active_sums, batch=batch,
         N_LEVELS=n_levels, LEVELS=triton.next_power_of_2(n_levels), ROWS=256, num_warps=8,
     )  # fmt: skip
+
+
+def count_active(
+    window: Int[Tensor, " 3"],
+    counter: Int[Tensor, " 1"],
+    codes: Int[Tensor, "batch k_padded"],
+    counts: Int[Tensor, " hidden_dim"],
+) -> None:
+    """Add to `counts` in how many rows of batch number `counter` each latent is active (has a code).
+
+    Rows beyond the window's end are left out. Integers are added, so the order of the atomic additions changes nothing.
+    """
+    batch, k_padded = codes.shape
+    rows = max(1, 1024 // k_padded)
+    launch(
+        _count_active, (triton.cdiv(batch, rows),),
+        window_ptr=window, counter_ptr=counter, codes_ptr=codes, counts_ptr=counts, batch=batch,
+        K_PADDED=k_padded, ROWS=rows, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _count_active(window_ptr, counter_ptr, codes_ptr, counts_ptr, batch, K_PADDED: tl.constexpr, ROWS: tl.constexpr):
+    n_rows = tl.load(window_ptr + 2)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (row < batch) & (tl.load(counter_ptr).to(tl.int64) * batch + row < n_rows)
+    place = row.to(tl.int64)[:, None] * K_PADDED + tl.arange(0, K_PADDED)[None, :]
+    code = tl.load(codes_ptr + place, mask=inside[:, None], other=0)
+    tl.atomic_add(counts_ptr + code_latent(code), 1, mask=code != 0)
 
 
 @triton.jit
