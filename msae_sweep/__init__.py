@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msae_sweep.models.api import SAE, load
+    from msae_sweep.models.codes import Codes, open_codes
 
 __version__ = "0.1.0"
-__all__ = ["SAE", "__version__", "load"]
+__all__ = ["SAE", "Codes", "__version__", "load", "open_codes"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from msae_sweep.models import api
 
         return getattr(api, name)
+    if name in ("Codes", "open_codes"):
+        from msae_sweep.models import codes
+
+        return getattr(codes, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

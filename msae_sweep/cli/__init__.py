@@ -243,6 +243,7 @@ def track_sync(sweep: SweepPath, tracking_uri: TrackingUri = None) -> None:
 
 
 app.command()(models.export)
+app.command()(models.encode)
 app.command("eval")(models.evaluate)
 app.command("import")(models.import_)
 

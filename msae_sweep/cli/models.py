@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from msae_sweep.cli.console import open_console
+from msae_sweep.cli.console import open_console, rows_display
 from msae_sweep.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -119,6 +119,75 @@ def evaluate(
             evaluation_figure(report.evaluation, figure, report.found.where)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be written: {error.strerror}") from None
+
+
+def encode(
+    what: What,
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="Folder of Parquet files to create or to continue, e.g. codes.parquet; with --format notebook an .h5 "
+            "file, or a folder in which block{B}_features.h5 is created.",
+        ),
+    ],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="PATH", help="Activations; default: those of the sweep MODEL.")
+    ] = None,
+    block: Block = None,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="Latents per row, sorted by value; default: the model's largest level.")
+    ] = None,
+    format: Annotated[
+        Literal["parquet", "notebook"],
+        typer.Option(
+            help="parquet: sparse codes of every level up to k; notebook: all latents before any top-k, HDF5."
+        ),
+    ] = "parquet",
+    device: Device = "auto",
+    cluster: Cluster = False,
+    tracking_uri: StoreUri = None,
+) -> None:
+    """Encode all rows of a block: sparse codes that hold every level up to k, or the original series' dense file."""
+    import time
+    from functools import partial
+
+    from msae_sweep.models import dense_codes
+    from msae_sweep.models import encode as encoding
+    from msae_sweep.models.evaluate import check_unchanged, choose_evaluation_device, data_config_for
+    from msae_sweep.models.find import find, names_a_folder
+
+    if format == "notebook" and (k is not None or cluster):
+        raise ConfigError(f"--{'k' if k is not None else 'cluster'}: only for --format parquet; leave it out")
+    if cluster and device != "auto":
+        raise ConfigError(f"--device: {device} applies to this machine only; leave it out with --cluster")
+    config = data_config_for(what, data, ())
+    found = find(what, block if names_a_folder(what) else None, tracking_uri)
+    plan = encoding.make_encoding_plan(found, config, block, k)
+    if data is None:
+        check_unchanged(what, plan.rows, lambda line: print(line, file=sys.stderr))
+    model, started, was_complete = found.file.model, time.monotonic(), False
+    with rows_display(open_console()) as report:
+        if format == "notebook":
+            file = dense_codes.DenseFile(Path(out).expanduser(), plan)
+            dense_codes.write_dense(file, model, choose_evaluation_device(device), report)
+            text = f"{file.path}: {plan.rows.info.n_rows:,} rows x {model.hidden_dim:,} latents, before any top-k"
+        else:
+            folder = encoding.CodesFolder(out, plan)
+            if cluster:
+                from msae_sweep.sweep.ray_cluster import connect
+                from msae_sweep.sweep.ray_encoding import encode_on_cluster
+
+                connect()
+                encoded = partial(encode_on_cluster, model=model, folder=folder)
+            else:
+                here = choose_evaluation_device(device)
+                encoded = partial(encoding.encode_here, model=model, device=here, write=folder.write)
+            was_complete = not encoding.encode(folder, encoded, report)
+            text = f"{folder.place}: {plan.rows.info.n_rows:,} rows x {model.hidden_dim:,} latents, k = 1 to {plan.k}"
+    state = "was complete already" if was_complete else f"{time.monotonic() - started:.1f} s"
+    reader = "" if format == "notebook" else f'; msae_sweep.open_codes("{out}") reads it'
+    open_console().print(f"{text}, {state}{reader}", highlight=False, soft_wrap=True)
 
 
 def import_(

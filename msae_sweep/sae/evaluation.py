@@ -121,7 +121,7 @@ class EvaluationSums:
     def _add_errors_by_k(self, model: MSAE, x: Tensor) -> None:
         """Add the error at every k: x minus the contributions of its r largest latents is the error at k = r."""
         residual = x - model.pre_bias
-        values, indices = _encode(residual, model.W_enc, self.max_k)
+        values, indices = encode_sorted(residual, model.W_enc, self.max_k)
         active = values > 0
         self._active += active.sum(dim=0)
         low = 0
@@ -231,8 +231,10 @@ def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return mean, (x - mean).square_().sum(dim=0)
 
 
-def _encode(centred: Tensor, W_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the sorted values and latents of TopK_k(ReLU(centred W_encᵀ))."""
+def encode_sorted(
+    centred: Float[Tensor, "batch input_dim"], W_enc: Float[Tensor, "hidden_dim input_dim"], k: int
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """Return the values, descending, and the latents of TopK_k(ReLU(centred W_encᵀ)), without gradients."""
     if centred.device.type == "cpu":
         return top_k_cpu.encode(centred, W_enc, k)
     values, indices = torch.relu(centred @ W_enc.T).topk(k, dim=1, sorted=True)

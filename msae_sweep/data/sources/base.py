@@ -16,6 +16,11 @@ from jaxtyping import Float, Int64
 
 from msae_sweep.errors import DataError
 
+INDEX = {"game_id": ("game_id", "game_ids"), "position_id": ("position_id",), "ply": ("ply", "move_numbers"),
+         "point": ("point",)}  # fmt: skip
+"""Columns that tell where a row comes from, each with the names under which files hold it; the original series writes
+`game_ids` and `move_numbers`."""
+
 FLOATS = ("float16", "float32", "float64")
 """Names of the dtypes that activations may have."""
 
@@ -86,6 +91,14 @@ class Source(ABC):
     @abstractmethod
     def files(self, block: int) -> dict[str, list[int]]:
         """Return the files that the block's rows come from: name → [size in bytes, modification time in ns]."""
+
+    def index(self, row_range: RowRange) -> dict[str, np.ndarray]:
+        """Return the columns of `INDEX` that lie beside the rows, for the rows of one range.
+
+        Raises:
+            DataError: a column does not have one entry per row of the block.
+        """
+        return {}
 
     def given_stats(self, block: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the mean and std that came with the data, or None if there are none.

@@ -4,8 +4,10 @@ from functools import cached_property
 from typing import Any
 
 import h5py
+import numpy as np
 
 from msae_sweep.data.sources.base import (
+    INDEX,
     BlockInfo,
     RowRange,
     Rows,
@@ -20,7 +22,7 @@ from msae_sweep.data.sources.base import (
 from msae_sweep.errors import DataError, first_line
 from msae_sweep.paths import StoragePath
 
-_GAMES = ("game_id", "game_ids")
+_GAMES = INDEX["game_id"]
 """Names of the dataset with the game of each row."""
 
 
@@ -94,6 +96,20 @@ class Hdf5Source(Source):
                 where = row_range.name(0, row_range.stop - row_range.start - 1)
                 raise DataError(f"{where}: cannot be read: {first_line(error)}") from None
 
+    def index(self, row_range: RowRange) -> dict[str, np.ndarray]:
+        """See `Source.index`."""
+        found = {}
+        with self._open() as file:
+            n_rows = len(file[self._datasets[row_range.block]])
+            for column, names in INDEX.items():
+                dataset = self._beside(file, row_range.block, names)
+                if dataset is None:
+                    continue
+                if dataset.shape != (n_rows,):
+                    raise DataError(f"{self._path}:{dataset.name}: shape {dataset.shape}; must be ({n_rows},)")
+                found[column] = dataset[row_range.start : row_range.stop]
+        return found
+
     def fingerprint(self, block: int) -> str:
         """See `Source.fingerprint`."""
         file = self._path.info()
@@ -112,6 +128,10 @@ class Hdf5Source(Source):
             raise DataError(f"{self._path}: cannot be read as HDF5: {first_line(error)}") from None
 
     def _groups(self, file: h5py.File, block: int) -> h5py.Dataset | None:
+        return self._beside(file, block, _GAMES)
+
+    def _beside(self, file: h5py.File, block: int, names: tuple[str, ...]) -> h5py.Dataset | None:
+        """Return the first dataset of these names in the group of the block's dataset or at the root."""
         parent = self._datasets[block].rpartition("/")[0]
-        candidates = [f"{folder}{name}" for folder in ((f"{parent}/", "") if parent else ("",)) for name in _GAMES]
+        candidates = [f"{folder}{name}" for folder in ((f"{parent}/", "") if parent else ("",)) for name in names]
         return next((file[name] for name in candidates if isinstance(file.get(name), h5py.Dataset)), None)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msae_sweep.data.sources.base import (
+    INDEX,
     BlockInfo,
     RowRange,
     Rows,
@@ -104,6 +105,20 @@ class NpySource(Source):
             return Rows(x, None)
         return Rows(x, game_numbers(_read(groups, row_range.first_row, row_range.first_row + len(x))))
 
+    def index(self, row_range: RowRange) -> dict[str, np.ndarray]:
+        """See `Source.index`."""
+        n_rows = sum(chunk.n_rows for chunk in self._chunks[row_range.block])
+        stop = row_range.first_row + row_range.stop - row_range.start
+        found = {}
+        for column, names in INDEX.items():
+            file = self._beside(row_range.block, names)
+            if file is None:
+                continue
+            if file.shape != (n_rows,):
+                raise DataError(f"{file.file}: shape {file.shape}; must be ({n_rows},), one entry per row")
+            found[column] = _read(file, row_range.first_row, stop)
+        return found
+
     def fingerprint(self, block: int) -> str:
         """See `Source.fingerprint`."""
         stats = [(name, info.size, info.mtime_ns) for name, info in self._file_infos(block)]
@@ -141,9 +156,14 @@ class NpySource(Source):
         return mean, std
 
     def _group_file(self, block: int) -> "_Array | None":
-        for file in (self._folders[block] / "game_id.npy", self._path / "game_id.npy"):
-            if (info := file.info()).is_file:
-                return _header(file, info.size)
+        return self._beside(block, ("game_id",))
+
+    def _beside(self, block: int, names: tuple[str, ...]) -> "_Array | None":
+        """Return the header of the first file of these names in the block's folder or in the activation folder."""
+        for name in names:
+            for file in (self._folders[block] / f"{name}.npy", self._path / f"{name}.npy"):
+                if (info := file.info()).is_file:
+                    return _header(file, info.size)
         return None
 
 

@@ -12,6 +12,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from msae_sweep.data.sources.base import (
+    INDEX,
     BlockInfo,
     RowRange,
     Rows,
@@ -145,6 +146,15 @@ class ParquetSource(Source):
             if grouped:
                 groups.append(game_numbers(batch["game_id"].to_numpy(zero_copy_only=False)))
         return Rows(np.concatenate(x), np.concatenate(groups) if grouped else None)
+
+    def index(self, row_range: RowRange) -> dict[str, np.ndarray]:
+        """See `Source.index`."""
+        part = next(p for p in self._parts[row_range.block] if str(p.file) == row_range.file)
+        names = {column: name for column, known in INDEX.items() for name in known if name in part.schema.names}
+        if not names:
+            return {}
+        table = pa.Table.from_batches(_read(part, row_range, list(names.values())))
+        return {column: table[name].to_numpy() for column, name in names.items()}
 
     def fingerprint(self, block: int) -> str:
         """See `Source.fingerprint`."""
