@@ -15,7 +15,7 @@ from msae_sweep.report.curves import Curves
 from msae_sweep.report.next_space import Advice
 from msae_sweep.report.recommendation import Recommendation, same_validation_rows
 from msae_sweep.report.style import Drawing
-from msae_sweep.report.sweep_data import Sweep
+from msae_sweep.report.sweep_data import Sweep, Trial
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def trials_csv(sweeps: Sequence[Sweep]) -> str:
                         "epochs": record.epochs,
                         "seconds": round(record.seconds, 1),
                         **{("best_epoch" if k == "epoch" else k): v for k, v in trial.best.items()},
+                        **_gap(trial),
                     }
                 )
     columns = dict.fromkeys(key for row in rows for key in row)
@@ -96,6 +97,14 @@ def trials_csv(sweeps: Sequence[Sweep]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _gap(trial: Trial) -> dict[str, float]:
+    """Return the column with R² at the largest level minus R² at the smallest; none if there is no such gap."""
+    smallest, largest = (trial.best.get(f"r2_k{k}") for k in (trial.levels[0], trial.levels[-1]))
+    if smallest is None or largest is None or len(trial.levels) == 1:
+        return {}
+    return {"reconstruction_gap": largest - smallest}
 
 
 def _environment(*, autoescape: bool) -> Environment:
@@ -122,6 +131,7 @@ def _context(report: Report) -> dict[str, Any]:
         "states": states(report),
         "levels": sorted({k for answer in report.answers for k in answer.group.levels}),
         "same_levels": len({answer.group.levels for answer in report.answers}) == 1,
+        "further": {c.name: c.meaning for answer in report.answers for c in answer.group.further_criteria},
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": msae_sweep.__version__,
     }
