@@ -116,7 +116,7 @@ def evaluate(
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
         if figure is not None:
-            evaluation_figure(report.evaluation, figure, report.found.where)
+            evaluation_figure(report.evaluation, figure, report.found.where, report.pca_r2)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be written: {error.strerror}") from None
 

@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import msae_sweep
-from msae_sweep.report.curves import Curves
 from msae_sweep.report.next_space import Advice
+from msae_sweep.report.pca_baseline import PcaBaselines
 from msae_sweep.report.recommendation import Recommendation, same_validation_rows
 from msae_sweep.report.style import Drawing
 from msae_sweep.report.sweep_data import Sweep, Trial
@@ -38,8 +38,10 @@ class Report:
     sweeps: list[Sweep]
     answers: list[Recommendation]
     sections: list[Section]
-    curves: dict[str, Curves]
-    """R² curves by the sweep's label."""
+    components: dict[str, PcaBaselines]
+    """R² of principal components, by the sweep's label."""
+    limits: dict[str, dict[int, str]]
+    """What could not be measured and why, by the sweep's label and block."""
     advice: dict[str, Advice]
     """Advice on the next sweep, by the sweep's label."""
 
@@ -126,6 +128,7 @@ def _context(report: Report) -> dict[str, Any]:
         "sweeps": report.sweeps,
         "answers": report.answers,
         "sections": report.sections,
+        "components": {label: found.by_block for label, found in report.components.items()},
         "advice": report.advice,
         "comparison": _comparison(report),
         "states": states(report),

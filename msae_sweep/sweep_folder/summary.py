@@ -93,14 +93,21 @@ def trial_entry(record: TrialRecord) -> dict[str, Any]:
 
 
 def block_entry(
-    records: list[TrialRecord], k_levels: Mapping[str, Sequence[int]], manifest: Mapping[str, Any]
+    records: list[TrialRecord],
+    k_levels: Mapping[str, Sequence[int]],
+    manifest: Mapping[str, Any],
+    pca_r2: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Return a block's entry in `summary.json`.
 
     `best` is the best trial's trial_id, or None if no trial was completed or stopped early. `trials` begins with these
     trials, best first. `best_by_k_levels` holds the best trial for each set of levels, because objectives of different
-    levels cannot be compared.
+    levels cannot be compared. `pca_r2` holds R² of as many principal components as latents at every level of a trial.
+
+    Args:
+        pca_r2: R² of k = 1, 2, … principal components on the validation rows; empty if it was not measured.
     """
+    levels = sorted({k for record in records for k in k_levels[record.trial_id]})
     order = [record for record in ranked(records) if record.has_model]
     rest = [record for record in records if record not in order]
     best = order[0] if order else None
@@ -114,6 +121,7 @@ def block_entry(
         "best_by_k_levels": by_levels,
         "success_criteria": {c.name: {"value": c.value, "passed": c.passed} for c in criteria},
         "further_criteria": {c.name: {"value": c.value, "met": c.met, "meaning": c.meaning} for c in further},
+        "pca_r2": {f"k{k}": pca_r2[k - 1] for k in levels if k <= len(pca_r2)},
         "data": dict(manifest),
         "trials": [trial_entry(record) for record in (*order, *rest)],
     }
