@@ -52,7 +52,7 @@ def inspect(config: DataConfig) -> list[BlockReport]:
 def render(reports: list[BlockReport]) -> Group:
     """Return two tables with a row per block: the data's shape, and R² of principal components."""
     shape, spectrum = Table(title="Activations", title_justify="left"), Table(title_justify="left")
-    spectrum.title = "R² of k principal components, fitted to these rows themselves (standardised)"
+    spectrum.title = "R² of k principal components"
     columns = ("block", "rows", "dim", "dtype", "groups", "mean", "std", "constant", "non-finite", "zeros")
     for heading in columns:
         shape.add_column(heading, justify="right")
@@ -75,7 +75,7 @@ def render(reports: list[BlockReport]) -> Group:
         shape.add_row(*cells)
         shares = (f"{report.explained[k]:.4f}" if k in report.explained else "–" for k in COMPONENTS)
         spectrum.add_row(str(info.block), *shares)
-    return Group(shape, spectrum)
+    return Group(shape, spectrum, "The components are fitted to these rows themselves, standardised.")
 
 
 def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:
