@@ -1,5 +1,6 @@
 """Summarise a finished sweep in one dictionary: `summary.json`, and the notebook's `results/reconstruction.json`."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -145,3 +146,18 @@ def reconstruction(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for name, block in summary["blocks"].items()
         if (best := best_entry(block))
     }
+
+
+def hierarchy(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return `results/hierarchy.json` as notebook 03 of the original series writes it, but without `feature_stability`.
+
+    It maps `nestedness` to block → `k16_in_k32` …, `reconstruction_gap` to block → gap, and `reconstruction_r2` to
+    block → `k16` …. R² is on validation rows, and nestedness is not measured; see `NESTEDNESS`.
+    """
+    result: dict[str, dict[str, Any]] = {"nestedness": {}, "reconstruction_gap": {}, "reconstruction_r2": {}}
+    for name, r2 in reconstruction(summary).items():
+        levels = sorted(r2, key=lambda level: int(level[1:]))
+        result["nestedness"][name] = {f"{low}_in_{high}": NESTEDNESS for low, high in itertools.pairwise(levels)}
+        result["reconstruction_gap"][name] = r2[levels[-1]] - r2[levels[0]]
+        result["reconstruction_r2"][name] = {level: r2[level] for level in levels}
+    return result
