@@ -157,7 +157,9 @@ def hierarchy(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {"nestedness": {}, "reconstruction_gap": {}, "reconstruction_r2": {}}
     for name, r2 in reconstruction(summary).items():
         levels = sorted(r2, key=lambda level: int(level[1:]))
-        result["nestedness"][name] = {f"{low}_in_{high}": NESTEDNESS for low, high in itertools.pairwise(levels)}
+        result["nestedness"][name] = {
+            "_".join((low, "in", high)): NESTEDNESS for low, high in itertools.pairwise(levels)
+        }
         result["reconstruction_gap"][name] = r2[levels[-1]] - r2[levels[0]]
         result["reconstruction_r2"][name] = {level: r2[level] for level in levels}
     return result

@@ -143,6 +143,18 @@ def test_a_report_of_a_sweep_whose_rows_are_gone_has_no_components_and_says_why(
     assert "k principal components" not in (Path(written.where) / "figures" / "r2_by_k_block5.svg").read_text()
 
 
+def test_a_sweep_of_an_earlier_version_whose_summary_has_neither_components_nor_further_criteria_is_reported(tmp_path):
+    old = Path(__file__).parents[1] / "sweep_folder" / "format_1"
+    folder = Path(shutil.copytree(old / "sweep", tmp_path / "old"))
+    shutil.copy(old / "summary.json", folder / "summary.json")
+    block = json.loads((folder / "summary.json").read_text())["blocks"]["block5"]
+    assert not {"pca_r2", "further_criteria"} & block.keys()
+    written = report.write([folder])
+    assert any("without principal components" in note for note in written.notes)
+    twin = (Path(written.where) / "report.md").read_text(encoding="utf-8")
+    assert "Further criteria of the original series:" in twin
+
+
 def test_a_figure_ends_at_the_channels_where_k_goes_beyond_them():
     line = Line("a", Curve((8, 32), [0.5, 0.9], False), (8, 32))
     drawn = r2_by_k(5, [line], {}, None, [i / 16 for i in range(1, 17)])
