@@ -1,12 +1,20 @@
 import itertools
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from msae_sweep.config import SweepConfig, TrainingConfig, load, parse
 from msae_sweep.errors import ConfigError
 
 SPACES = sorted(Path(__file__).parents[1].glob("search_spaces/*.yaml"))
+
+NOTEBOOK_KEYS = (
+    "k_levels", "expansion_factor", "weighting", "batch_size", "learning_rate", "epochs", "early_stopping_patience",
+    "aux_k", "aux_coefficient", "adam_beta1", "adam_beta2", "adam_eps", "normalize_decoder",
+)  # fmt: skip
+"""Training keys of the notebook's CONFIG."""
 
 SPACE = """
 name: test
@@ -29,11 +37,12 @@ def parse_with(*overrides: str) -> SweepConfig:
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
 def test_every_shipped_search_space_is_valid(path):
     config = load(path)
-    assert {"learning_rate", "expansion_factor", "weighting"} & set(config.space)
+    varies = {"learning_rate", "expansion_factor", "weighting"} & set(config.space)
+    assert bool(varies) == (path.stem != "notebook")
 
 
-def test_the_shipped_spaces_are_the_three_that_the_readme_names():
-    assert {path.stem for path in SPACES} >= {"quickstart", "leela_zero", "baselines"}
+def test_the_shipped_spaces_are_the_four_that_the_readme_names():
+    assert {path.stem for path in SPACES} == {"quickstart", "leela_zero", "baselines", "notebook"}
 
 
 def test_leela_zero_has_the_notebooks_setting_at_its_centre():
@@ -45,6 +54,18 @@ def test_leela_zero_has_the_notebooks_setting_at_its_centre():
     assert config.data.blocks == (5, 20, 35)
     assert training.learning_rate == 8e-4
     assert 16 in config.space["expansion_factor"].values
+
+
+def test_the_notebooks_space_is_one_trial_a_block_with_its_setting_and_every_other_key_says_why():
+    path = next(path for path in SPACES if path.stem == "notebook")
+    config, text = load(path), path.read_text(encoding="utf-8")
+    assert config.space == {}
+    assert (config.n_trials_per_block(), config.asha, config.data.blocks) == (1, None, (5, 20, 35))
+    # All training keys but these have the defaults, which are the notebook's.
+    assert config.training == TrainingConfig(precision="fp32")
+    assert set(NOTEBOOK_KEYS) <= set(yaml.safe_load(text)["training"])
+    for key in ("precision", "search", "asha", "experiment", "register_models"):
+        assert re.search(rf"^ *# .*\n *{key}: ", text, re.MULTILINE), f"no line above {key} says why"
 
 
 def test_every_k_is_in_the_loss_and_four_of_them_measure_it():

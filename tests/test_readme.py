@@ -181,7 +181,10 @@ class World:
         assert options["data"] or options["what"] in self.sweeps
 
     def _export(self, options: dict[str, Any]) -> None:
-        self._model(options["what"], options["block"])
+        if str(options["out"]).endswith(".zip"):
+            assert options["what"] in self.sweeps, options["what"]
+        else:
+            self._model(options["what"], options["block"])
         self.files.add(str(options["out"]))
 
     def _import(self, options: dict[str, Any]) -> None:

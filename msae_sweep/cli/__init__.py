@@ -167,7 +167,7 @@ def inspect(
         str, typer.Argument(metavar="PATH", help="Activations: a folder, an .h5 or Parquet file, or `planted`.")
     ],
 ) -> None:
-    """Show statistics of each block of activations in PATH, and how much its principal components explain."""
+    """Show statistics of each block of activations in PATH, and the R² of its principal components."""
     from msae_sweep.config import DataConfig
     from msae_sweep.data import inspection
     from msae_sweep.data.sources.extraction_manifest import numbering_note

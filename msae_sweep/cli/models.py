@@ -44,7 +44,11 @@ def export(
     format: Annotated[str, typer.Option(help="File format: notebook, safetensors, saelens or sparsify.")],
     out: Annotated[
         Path,
-        typer.Option(metavar="PATH", help="File (notebook, safetensors) or folder (saelens, sparsify) to write."),
+        typer.Option(
+            metavar="PATH",
+            help="File (notebook, safetensors) or folder (saelens, sparsify) to write; with notebook, a .zip takes all "
+            "models, results and figures of the sweep MODEL.",
+        ),
     ],
     block: Block = None,
     k: Annotated[
@@ -52,7 +56,14 @@ def export(
     ] = None,
     tracking_uri: StoreUri = None,
 ) -> None:
-    """Write a model in a format that other tools read."""
+    """Write a model in a format that other tools read, or a sweep's models as the archive of the original notebook."""
+    if format == "notebook" and out.suffix == ".zip":
+        from msae_sweep.models.notebook_archive import export_archive
+
+        archive = export_archive(what, out, block=block, k=k)
+        left_out = f"; without {', '.join(archive.without)}, which the sweep has not written" if archive.without else ""
+        print(f"{archive.path}: {', '.join(archive.names)}{left_out}")
+        return
     from msae_sweep.models.export import LOADERS
     from msae_sweep.models.export import export as write
     from msae_sweep.models.find import find
@@ -116,7 +127,7 @@ def evaluate(
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(report.to_json(), indent=1, allow_nan=False), encoding="utf-8")
         if figure is not None:
-            evaluation_figure(report.evaluation, figure, report.found.where)
+            evaluation_figure(report.evaluation, figure, report.found.where, report.pca_r2)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be written: {error.strerror}") from None
 

@@ -11,7 +11,7 @@ from msae_sweep.data.sources.base import BlockInfo, Source
 from msae_sweep.data.sources.catalog import open_source, select_blocks
 
 COMPONENTS = (16, 32, 64, 128)
-"""Numbers of principal components whose share of the variance is shown; they are the notebook's k levels."""
+"""Numbers of principal components whose R² is shown; they are the notebook's k levels."""
 
 _SMALLEST_EXPONENT = -1074
 """Exponent of the smallest positive float64: every positive float64 is at least two to this power."""
@@ -34,7 +34,9 @@ class BlockReport(NamedTuple):
     zeros: float
     """Share of the finite rows' values that are exactly 0."""
     explained: dict[int, float]
-    """Share of the standardised rows' variance that the first n principal components explain, by n ≤ input_dim."""
+    """R² of the first k principal components of the standardised rows, by k ≤ input_dim: the share of the variance that
+    they explain. They are fitted to these rows themselves, so it is an upper bound: no other k directions that are the
+    same for every row explain more."""
 
 
 def inspect(config: DataConfig) -> list[BlockReport]:
@@ -48,13 +50,13 @@ def inspect(config: DataConfig) -> list[BlockReport]:
 
 
 def render(reports: list[BlockReport]) -> Group:
-    """Return two tables with a row per block: the data's shape, and the variance that principal components explain."""
+    """Return two tables with a row per block: the data's shape, and R² of principal components."""
     shape, spectrum = Table(title="Activations", title_justify="left"), Table(title_justify="left")
-    spectrum.title = "Share of the standardised rows' variance that the first principal components explain"
+    spectrum.title = "R² of k principal components"
     columns = ("block", "rows", "dim", "dtype", "groups", "mean", "std", "constant", "non-finite", "zeros")
     for heading in columns:
         shape.add_column(heading, justify="right")
-    for heading in ("block", *(str(n) for n in COMPONENTS)):
+    for heading in ("block", *(f"R² k={k}" for k in COMPONENTS)):
         spectrum.add_column(heading, justify="right")
     for report in reports:
         info = report.info
@@ -71,9 +73,9 @@ def render(reports: list[BlockReport]) -> Group:
             f"{report.zeros:.0%}",
         )
         shape.add_row(*cells)
-        shares = (f"{report.explained[n]:.1%}" if n in report.explained else "–" for n in COMPONENTS)
+        shares = (f"{report.explained[k]:.4f}" if k in report.explained else "–" for k in COMPONENTS)
         spectrum.add_row(str(info.block), *shares)
-    return Group(shape, spectrum)
+    return Group(shape, spectrum, "The components are fitted to these rows themselves, standardised.")
 
 
 def _inspect_block(source: Source, info: BlockInfo) -> BlockReport:

@@ -19,6 +19,7 @@ from msae_sweep.config import DataConfig, parse
 from msae_sweep.data.prepare.changes import describe_change
 from msae_sweep.data.prepare.passes import PreparationJob
 from msae_sweep.data.prepare.split import standardise
+from msae_sweep.data.principal_components import Scatter, components_r2
 from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.data.sources.catalog import open_source, select_blocks
 from msae_sweep.errors import ConfigError, DataError, DeviceError
@@ -37,6 +38,9 @@ from msae_sweep.sae.model import MSAE
 
 Side = Literal["all", "training", "validation"]
 
+MOST_CHANNELS_OF_PCA = 1024
+"""Largest width of rows whose principal components are measured. Each part's sums are then 8 MiB at most, which matters
+where tasks on a cluster send them to the driver."""
 RANGE_BYTES = 16 << 20
 """Size in bytes of a row range as float64. It bounds how much is read at a time."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
@@ -82,6 +86,16 @@ class EvaluationPlan(NamedTuple):
         return RangeRows(standardise(x[wanted & finite], self.mean, self.std), len(bad))
 
 
+class PartSums(NamedTuple):
+    """Sums over one part of a plan; picklable once `model` is on the CPU."""
+
+    model: EvaluationSums
+    rows: Scatter | None
+    """Sums from which the rows' principal components follow; None for rows of more than `MOST_CHANNELS_OF_PCA`."""
+    n_dropped: int
+    """Number of rows that were dropped because they contain NaN or Inf."""
+
+
 class EvaluationReport(NamedTuple):
     """Results of the evaluation of one model."""
 
@@ -92,6 +106,10 @@ class EvaluationReport(NamedTuple):
     coherence: Coherence
     stability: dict[str, list[float]]
     """Mean matched cosine with each other model at every level of the evaluation, by the other model's `where`."""
+    pca_r2: list[float]
+    """R² of k = 1, 2, … principal components of the evaluated rows themselves, up to the largest k evaluated or the
+    width of the rows. It is an upper bound: no other k directions that are the same for every row explain more. Empty
+    for rows of more than `MOST_CHANNELS_OF_PCA`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return all results for `--out`, such as R² and L0 at k = 1, 2, … and the firing frequency of every latent."""
@@ -110,6 +128,7 @@ class EvaluationReport(NamedTuple):
             "r2": [_number(value) for value in evaluation.r2],
             "l0": evaluation.l0,
             "r2_by_level": {k: _number(evaluation.r2[int(k) - 1]) for k in levels},
+            "pca_r2": [_number(value) for value in self.pca_r2],
             "l0_by_level": {k: evaluation.l0[int(k) - 1] for k in levels},
             "dead_ratio": evaluation.dead_ratio,
             "decoder_coherence": self.coherence._asdict(),
@@ -233,22 +252,25 @@ def choose_evaluation_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def local_sums(
-    plan: EvaluationPlan, model: MSAE, max_k: int, device: torch.device
-) -> Iterator[tuple[EvaluationSums, int]]:
-    """Yield the sums of each part and its number of dropped rows, computed in this process."""
+def local_sums(plan: EvaluationPlan, model: MSAE, max_k: int, device: torch.device) -> Iterator[PartSums]:
+    """Yield the sums of each part, computed in this process."""
     on_device = model.on(device)
     for i in range(plan.n_ranges):
-        part = plan.read(i)
-        sums = EvaluationSums(on_device, max_k, device)
-        sums.update(on_device, torch.from_numpy(part.x).to(device))
-        yield sums, part.n_dropped
+        yield part_sums(plan.read(i), on_device, max_k, device)
+
+
+def part_sums(part: RangeRows, model: MSAE, max_k: int, device: torch.device) -> PartSums:
+    """Return the sums of one part; `model` must be on `device`."""
+    sums = EvaluationSums(model, max_k, device)
+    sums.update(model, torch.from_numpy(part.x).to(device))
+    rows = Scatter.of(part.x) if part.x.shape[1] <= MOST_CHANNELS_OF_PCA else None
+    return PartSums(sums, rows, part.n_dropped)
 
 
 def evaluate(
     found: FoundModel,
     plan: EvaluationPlan,
-    parts: Callable[[EvaluationPlan, MSAE, int], Iterator[tuple[EvaluationSums, int]]],
+    parts: Callable[[EvaluationPlan, MSAE, int], Iterator[PartSums]],
     *,
     max_k: int | None = None,
     against: Sequence[FoundModel] = (),
@@ -257,7 +279,7 @@ def evaluate(
     """Evaluate a model on the rows of a plan.
 
     Args:
-        parts: function that yields the sums and dropped rows of the plan's parts, e.g. `local_sums` for one device.
+        parts: function that yields the sums of the plan's parts, e.g. `local_sums` for one device.
         max_k: largest k to evaluate; by default the model's largest level.
         against: models whose dictionaries are compared with this model's.
         on_progress: called with the number of parts that are done and the number of all parts.
@@ -276,9 +298,11 @@ def evaluate(
                 f"{other.where}: input_dim {other.file.model.input_dim} must be {model.input_dim}, as in {found.where}"
             )
     total, n_dropped = EvaluationSums(model, max_k), 0
-    for done, (sums, dropped) in enumerate(parts(plan, model, max_k), start=1):
-        total.merge(sums)
-        n_dropped += dropped
+    rows: Scatter | None = Scatter.empty(model.input_dim) if model.input_dim <= MOST_CHANNELS_OF_PCA else None
+    for done, part in enumerate(parts(plan, model, max_k), start=1):
+        total.merge(part.model)
+        rows = rows.merge(part.rows) if rows is not None and part.rows is not None else None
+        n_dropped += part.n_dropped
         on_progress(done, plan.n_ranges)
     if not total.n_rows:
         raise DataError(f"{plan.info.where}: no {'' if plan.side == 'all' else plan.side + ' '}rows to evaluate on")
@@ -287,7 +311,15 @@ def evaluate(
         other.where: level_stability(evaluation.level_firing, matched_cosine(model.W_dec, _in_units_of(found, other)))
         for other in against
     }
-    return EvaluationReport(found, plan, evaluation, n_dropped, decoder_coherence(model.W_dec), stability)
+    return EvaluationReport(
+        found=found,
+        plan=plan,
+        evaluation=evaluation,
+        n_dropped=n_dropped,
+        coherence=decoder_coherence(model.W_dec),
+        stability=stability,
+        pca_r2=components_r2(rows, rows)[:max_k].tolist() if rows is not None else [],
+    )
 
 
 def _in_units_of(found: FoundModel, other: FoundModel) -> torch.Tensor:
@@ -321,6 +353,7 @@ def render(report: EvaluationReport) -> Group:
     n_dead = int((evaluation.firing == 0).sum())
     lines = [
         "R²(k): " + " · ".join(f"{k} {evaluation.r2[k - 1]:.3f}" for k in curve),
+        *_components_line(report.pca_r2, curve),
         f"dead latents: {n_dead:,} of {model.hidden_dim:,} ({evaluation.dead_ratio:.1%}) fired for none of these rows "
         f"at k = {len(evaluation.r2)}; a sweep counts those that fired for no row of a whole training epoch",
         "firing frequency: "
@@ -334,6 +367,12 @@ def render(report: EvaluationReport) -> Group:
     if report.n_dropped:
         lines.append(f"{report.n_dropped:,} rows with NaN or Inf left out")
     return Group(title, table, *lines)
+
+
+def _components_line(pca_r2: Sequence[float], ks: Sequence[int]) -> list[str]:
+    """Return a line with R² of k principal components at the given k; no line if it was not measured."""
+    shown = " · ".join(f"{k} {pca_r2[k - 1]:.3f}" for k in ks if k <= len(pca_r2))
+    return [f"R²(k) of k principal components, fitted to these rows themselves: {shown}"] if pca_r2 else []
 
 
 def _number(value: float) -> float | None:

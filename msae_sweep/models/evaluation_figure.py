@@ -1,14 +1,15 @@
 """Figure of one model's evaluation: R² at every k, and the latents' firing frequencies."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from msae_sweep.errors import ConfigError
 from msae_sweep.sae.evaluation import Evaluation
 
 FORMATS = (".png", ".svg", ".pdf")
-BLUE, ORANGE = "#0072B2", "#D55E00"
-"""Colours from the palette of Okabe and Ito, which colour-blind readers can tell apart."""
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8a8a8a"
+"""Colours from the palette of Okabe and Ito, which colour-blind readers can tell apart, and grey."""
 
 
 def check_suffix(path: Path) -> None:
@@ -21,8 +22,12 @@ def check_suffix(path: Path) -> None:
         raise ConfigError(f"--figure: {path} must end in {', '.join(FORMATS)}")
 
 
-def evaluation_figure(evaluation: Evaluation, path: Path, title: str) -> None:
-    """Draw R²(k) with the levels marked, and a histogram of firing frequencies with a separate bar for dead latents."""
+def evaluation_figure(evaluation: Evaluation, path: Path, title: str, pca_r2: Sequence[float] = ()) -> None:
+    """Draw R²(k) with the levels marked, and a histogram of firing frequencies with a separate bar for dead latents.
+
+    Args:
+        pca_r2: R² of k = 1, 2, … principal components of the evaluated rows, drawn beside R²(k).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,7 +36,11 @@ def evaluation_figure(evaluation: Evaluation, path: Path, title: str) -> None:
     curve, histogram = figure.subplots(1, 2)
     figure.suptitle(title)
 
-    curve.plot(range(1, len(evaluation.r2) + 1), evaluation.r2, color=BLUE)
+    curve.plot(range(1, len(evaluation.r2) + 1), evaluation.r2, color=BLUE, label="k latents")
+    if pca_r2:
+        components = range(1, len(pca_r2) + 1)
+        curve.plot(components, pca_r2, color=GREY, linestyle="--", label="k principal components of these rows")
+        curve.legend(loc="lower right")
     marked = [evaluation.r2[k - 1] for k in evaluation.levels]
     curve.plot(evaluation.levels, marked, "o", color=BLUE)
     for k, r2 in zip(evaluation.levels, marked, strict=True):

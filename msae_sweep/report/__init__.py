@@ -1,9 +1,9 @@
 """The report of one or several sweeps: a self-contained HTML page, the same in Markdown, a CSV table, and figures.
 
-`sweep_data` reads sweeps, `curves` measures R² at every k, `recommendation` recommends an MSAE for each block, and
-`response_surface` and `next_space` propose what to run next. `figures`, `score_figures` and `style` draw the figures,
-`build` runs all of this, and `page` writes the result. Modules are imported only when they are needed, because torch
-and matplotlib take seconds to import.
+`sweep_data` reads sweeps, `curves` measures R² at every k and `pca_baseline` that of principal components,
+`recommendation` recommends an MSAE for each block, and `response_surface` and `next_space` propose what to run next.
+`figures`, `score_figures` and `style` draw the figures, `build` runs all of this, and `page` writes the result. Modules
+are imported only when they are needed, because torch and matplotlib take seconds to import.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def write(places: Sequence[str | Path], out: str | Path | None = None) -> Report
     """
     from msae_sweep.report.sweep_data import read_all
 
-    return _write(read_all(places), out, float("inf"))
+    return _write(read_all(places), out)
 
 
 def write_at_the_end(folder: "SweepFolder", draw: "Draw | None" = None) -> ReportFiles:
@@ -59,14 +59,13 @@ def write_at_the_end(folder: "SweepFolder", draw: "Draw | None" = None) -> Repor
     Args:
         draw: function that draws the figures; by default this process draws them.
     """
-    from msae_sweep.report.curves import MOST_PRODUCTS_AT_ONCE
     from msae_sweep.report.sweep_data import read
 
-    return _write([read(folder)], None, MOST_PRODUCTS_AT_ONCE, draw)
+    return _write([read(folder)], None, draw, at_the_end=True)
 
 
 def _write(
-    sweeps: "Sequence[Sweep]", out: str | Path | None, most_products: float, draw: "Draw | None" = None
+    sweeps: "Sequence[Sweep]", out: str | Path | None, draw: "Draw | None" = None, *, at_the_end: bool = False
 ) -> ReportFiles:
     from msae_sweep.errors import SweepError
     from msae_sweep.paths import StoragePath
@@ -86,7 +85,7 @@ def _write(
                 elsewhere.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SweepError(f"--out: {out} cannot be created: {error.strerror}") from None
-    report = build(sweeps, most_products, draw or draw_in_process)
+    report = build(sweeps, at_the_end=at_the_end, draw=draw or draw_in_process)
     files = {f"figures/{d.name}.svg": d.svg_file for d in report.drawings}
     files |= {f"figures/{d.name}.png": d.png_file for d in report.drawings}
     texts = {"report.md": page.markdown(report), "trials.csv": page.trials_csv(report.sweeps)}
@@ -105,9 +104,5 @@ def _write(
         for sweep, state in zip(report.sweeps, page.states(report), strict=True)
         if not sweep.is_whole
     ]
-    missing = [
-        f"block {block}: R² at the trained levels only; {why}"
-        for measured in report.curves.values()
-        for block, why in measured.missing.items()
-    ]
+    missing = [f"block {block}: {text}" for limits in report.limits.values() for block, text in limits.items()]
     return ReportFiles(where, [f"{advice.name}.yaml" for advice in report.advice.values()], [*unfinished, *missing])

@@ -7,10 +7,12 @@ from functools import partial
 from typing import NamedTuple
 
 from msae_sweep.report import figures, score_figures
-from msae_sweep.report.curves import Curves, curves
+from msae_sweep.report.curves import MOST_PRODUCTS_AT_ONCE, Curves, curves
 from msae_sweep.report.figures import Line
 from msae_sweep.report.next_space import Advice, advise
 from msae_sweep.report.page import Report, Section
+from msae_sweep.report.pca_baseline import MOST_PRODUCTS_AT_ONCE as MOST_PRODUCTS_OF_PCA
+from msae_sweep.report.pca_baseline import PcaBaselines, pca_baselines
 from msae_sweep.report.recommendation import Recommendation, baselines, matryoshka, recommendations
 from msae_sweep.report.response_surface import Response
 from msae_sweep.report.style import Draw, Drawing, Job, draw_in_process
@@ -29,13 +31,14 @@ class _Plan(NamedTuple):
     note: str = ""
 
 
-def build(sweeps: Sequence[Sweep], most_products: float = float("inf"), draw: Draw = draw_in_process) -> Report:
+def build(sweeps: Sequence[Sweep], *, at_the_end: bool = False, draw: Draw = draw_in_process) -> Report:
     """Build the report: choose the recommended trials, fit the responses, measure R² at every k, and draw the figures.
 
-    Besides `sweeps`, only prepared rows, models and the cache of measured curves are read.
+    Besides `sweeps`, only prepared rows, models and the caches of what was measured are read.
 
     Args:
-        most_products: largest number of multiplications for measuring R² at every k; see `curves`.
+        at_the_end: leave out measurements that would delay a sweep's end; see `MOST_PRODUCTS_AT_ONCE` in `curves` and
+            `pca_baseline`.
         draw: function that starts to draw figures. It is called first for the figures that do not need R² at every k,
             which is measured meanwhile.
     """
@@ -46,9 +49,16 @@ def build(sweeps: Sequence[Sweep], most_products: float = float("inf"), draw: Dr
     courses = {sweep.label: _course(sweep, many=many) for sweep in sweeps}
     fits = [_fits(sweep, advice[sweep.label], many=many) for sweep in sweeps if sweep.label in advice]
     begun = _begin([*_joined(scores), *_joined(courses), *fits], draw)
-    measured = {sweep.label: curves(sweep, most_products=most_products) for sweep in sweeps}
-    at_every_k = _curves(sweeps, found, measured)
-    weightings = {sweep.label: _weightings(sweep, measured[sweep.label], many=many) for sweep in sweeps}
+    most = MOST_PRODUCTS_AT_ONCE if at_the_end else float("inf")
+    measured = {sweep.label: curves(sweep, most_products=most) for sweep in sweeps}
+    most = MOST_PRODUCTS_OF_PCA if at_the_end else float("inf")
+    components = {
+        sweep.label: pca_baselines(sweep.folder, sweep.config.storage, sweep.manifests, most_products=most)
+        for sweep in sweeps
+    }
+    limits = {label: _limits(measured[label], components[label]) for label in measured}
+    at_every_k = _curves(sweeps, found, measured, components, limits)
+    weightings = {s.label: _weightings(s, measured[s.label], components[s.label], many=many) for s in sweeps}
     begun_later = _begin([at_every_k, *_joined(weightings)], draw)
     sections = begun() | begun_later()
     order = [
@@ -56,7 +66,8 @@ def build(sweeps: Sequence[Sweep], most_products: float = float("inf"), draw: Dr
         *(p for s in sweeps for plans in (scores, weightings, courses) for p in plans[s.label]),
         *fits,
     ]
-    return Report(list(sweeps), found, [sections[p.id] for p in order if sections[p.id].drawings], measured, advice)
+    shown = [sections[p.id] for p in order if sections[p.id].drawings]
+    return Report(list(sweeps), found, shown, components, limits, advice)
 
 
 def _joined(plans: dict[str, list[_Plan]]) -> Iterator[_Plan]:
@@ -83,7 +94,27 @@ def _is_matryoshka(group: Group) -> bool:
     return len(group.levels) > 1
 
 
-def _curves(sweeps: Sequence[Sweep], found: Sequence[Recommendation], measured: dict[str, Curves]) -> _Plan:
+def _limits(measured: Curves, components: PcaBaselines) -> dict[int, str]:
+    """Return what could not be measured and why, by block."""
+    texts: dict[int, str] = {}
+    for block in dict.fromkeys((*measured.missing, *components.missing)):
+        curve, pca = measured.missing.get(block), components.missing.get(block)
+        if curve == pca:
+            texts[block] = f"R² at the trained levels only, without principal components; {curve}"
+            continue
+        parts = [f"R² at the trained levels only; {curve}"] if curve else []
+        parts += [f"no principal components; {pca}"] if pca else []
+        texts[block] = "; ".join(parts)
+    return texts
+
+
+def _curves(
+    sweeps: Sequence[Sweep],
+    found: Sequence[Recommendation],
+    measured: dict[str, Curves],
+    components: dict[str, PcaBaselines],
+    limits: dict[str, dict[int, str]],
+) -> _Plan:
     jobs: list[Job] = []
     uneven: dict[str, list[str]] = defaultdict(list)
     many = len(sweeps) > 1
@@ -103,16 +134,18 @@ def _curves(sweeps: Sequence[Sweep], found: Sequence[Recommendation], measured: 
         if lines:
             stopped = {t.levels[0]: t.record.epochs for t in alone if t.record.status == "stopped_early"}
             baseline = {t.levels[0]: t.r2[0] for t in alone}
-            jobs.append(partial(figures.r2_by_k, answer.block, lines, baseline, stopped))
+            pca = components[answer.sweep.label].by_block.get(answer.block, ())
+            jobs.append(partial(figures.r2_by_k, answer.block, lines, baseline, stopped, pca))
         if lines and alone and (why := _uneven(sweeps, answer, alone)):
             uneven[why].append(str(answer.block))
     notes = [f"Block {', '.join(blocks)}: {why}" for why, blocks in uneven.items()]
-    for label, of_sweep in measured.items():
+    for label, of_sweep in limits.items():
         where = f"{label}, block" if many else "Block"
-        notes += [f"{where} {block}: R² at the trained levels only; {why}." for block, why in of_sweep.missing.items()]
+        notes += [f"{where} {block}: {text}." for block, text in of_sweep.items()]
     lead = (
         "For every k, the k strongest latents of a row reconstruct it, so one MSAE has an R² at every k. The figures "
-        "show the best MSAE of each block on its validation rows. Markers are the trained levels."
+        "show the best MSAE of each block on its validation rows. Markers are the trained levels. The dashed grey line "
+        "is what an MSAE must beat: k principal components of the training rows, measured on the same validation rows."
     )
     return _Plan("r2", "Variance explained with k latents", lead, jobs, note=" ".join(notes))
 
@@ -161,13 +194,17 @@ def _scores(sweep: Sweep, *, many: bool) -> list[_Plan]:
     )
 
 
-def _weightings(sweep: Sweep, measured: Curves, *, many: bool) -> list[_Plan]:
+def _weightings(sweep: Sweep, measured: Curves, components: PcaBaselines, *, many: bool) -> list[_Plan]:
     lead = (
         "The reverse weighting puts more weight on small k in training: it should be better at small k, and may be "
         "worse at large k."
     )
-    draw = partial(figures.weightings, curves=measured.by_trial)
-    return _plans(sweep, many, ("weighting", "Uniform and reverse weighting", lead, draw))
+    groups = [group for group in sweep.groups if _is_matryoshka(group)]
+    jobs: list[Job] = [
+        partial(figures.weightings, group, measured.by_trial, components.by_block.get(group.block, ()))
+        for group in groups
+    ]
+    return [_plan(sweep, many, "weighting", "Uniform and reverse weighting", lead, jobs)] if groups else []
 
 
 def _course(sweep: Sweep, *, many: bool) -> list[_Plan]:

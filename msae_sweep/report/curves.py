@@ -10,7 +10,7 @@ from torch import Tensor
 from msae_sweep.data.prepare.shard_folder import ShardFolder
 from msae_sweep.errors import DataError
 from msae_sweep.models.trial_models import load_model
-from msae_sweep.paths import StoragePath
+from msae_sweep.report.pca_baseline import find_shards
 from msae_sweep.report.sweep_data import Curve, Group, Sweep, Trial
 from msae_sweep.sae.evaluation import evaluate
 
@@ -52,7 +52,9 @@ def curves(sweep: Sweep, *, most_products: float = float("inf")) -> Curves:
             if not _fits(entry, trial, manifest):
                 entry = None
                 try:
-                    shards, manifest = _shards(sweep, manifest)
+                    if manifest is None:
+                        raise DataError("the sweep has not recorded which data it prepared")
+                    shards = find_shards(sweep.folder, sweep.config.storage, manifest)
                     spent += manifest["n_val"] * (trial.hidden_dim or 0) * 2 * manifest["input_dim"]
                     if spent > most_products:
                         raise DataError(
@@ -78,23 +80,6 @@ def _fits(entry: Mapping[str, Any] | None, trial: Trial, manifest: Mapping[str, 
         and entry["epoch"] == trial.best["epoch"]
         and (manifest is None or entry["data"] == manifest["key"])
     )
-
-
-def _shards(sweep: Sweep, manifest: Mapping[str, Any] | None) -> tuple[ShardFolder, dict[str, Any]]:
-    """Return the block's prepared shards and their manifest.
-
-    Raises:
-        DataError: the shards no longer exist, or the sweep did not record which data it prepared.
-    """
-    if manifest is None:
-        raise DataError("the sweep has not recorded which data it prepared")
-    name = f"block{manifest['block']}-{manifest['key']}"
-    # Look beside the sweep first, because it may have been moved or mounted elsewhere, and then where it was made.
-    for storage in dict.fromkeys((sweep.folder.storage, sweep.config.storage)):
-        shards = ShardFolder(StoragePath(storage) / "prepared" / name)
-        if (found := shards.manifest()) is not None:
-            return shards, found
-    raise DataError(f"the prepared rows ({name}) are no longer in {StoragePath(sweep.folder.storage) / 'prepared'}")
 
 
 def _measure(sweep: Sweep, trial: Trial, shards: ShardFolder, manifest: Mapping[str, Any]) -> dict[str, Any]:

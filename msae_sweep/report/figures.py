@@ -1,7 +1,7 @@
 """Figures of a report. Each figure has one panel and a sentence that says what to read from it."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,6 +9,8 @@ from msae_sweep.config import DEAD_RATIO_ALLOWED
 from msae_sweep.report.style import COLOURS, GREY, MARKERS, STYLES, Drawing, legend_below, panel, plain_log, to_drawing
 from msae_sweep.report.sweep_data import Curve, Group, Trial
 
+COMPONENTS = "k principal components"
+"""Name of the principal components in legends and tables."""
 MOST_ROWS = 40
 """Largest number of trials in the figure of early stopping."""
 
@@ -22,14 +24,19 @@ class Line(NamedTuple):
 
 
 def r2_by_k(
-    block: int, lines: Sequence[Line], baselines: Mapping[int, float], stopped: Mapping[int, int] | None = None
+    block: int,
+    lines: Sequence[Line],
+    baselines: Mapping[int, float],
+    stopped: Mapping[int, int] | None = None,
+    components: Sequence[float] = (),
 ) -> Drawing:
-    """Draw R² at every k of the best trials, and R² of the SAEs that were trained for one k alone.
+    """Draw R² at every k of the best trials, of SAEs that were trained for one k alone, and of principal components.
 
     Args:
         lines: curves of the best trials. The figure's sentence describes the first one.
         baselines: R² of the SAEs for one k alone, by k.
         stopped: last epoch of the SAEs for one k alone that early stopping ended, by k.
+        components: R² of k = 1, 2, … principal components; empty if it is not known.
     """
     figure, axes = panel()
     for i, (label, curve, levels) in enumerate(lines):
@@ -49,15 +56,18 @@ def r2_by_k(
         label = f"k = {k} alone, stopped at epoch {epoch}"
         axes.plot(k, baselines[k], "*", color="k", markerfacecolor="white", markersize=9, label=label)
     ks = sorted({k for line in lines for k in line.levels} | set(baselines))
+    components = components[: ks[-1]]
+    _draw_components(axes, components)
     plain_log(axes, [k for k in (1, 2, 4, 8) if k < ks[0]] + ks, base=2)
     axes.set(xlabel="k: latents in use per position", ylabel="R²: share of variance explained")
-    lowest = min(*(min(line.curve.r2) for line in lines), *baselines.values(), 1.0)
+    lowest = min(*(min(line.curve.r2) for line in lines), *baselines.values(), *components, 1.0)
     axes.set_ylim(max(-0.1, lowest - 0.03), None)
     legend_below(figure, axes, 1 if max(len(line.label) for line in lines) > 18 else 2)
     _, best, levels = lines[0]
     first, last = levels[0], levels[-1]
     r2 = dict(zip(best.ks, best.r2, strict=True))
     reading = f"{first} latents explain {r2[first]:.1%} of the variance, and {last} explain {r2[last]:.1%}"
+    reading += _components_reading(components, first, last)
     gaps = {k: value - r2[k] for k, value in baselines.items() if k in r2}
     if gaps:
         k = max(gaps, key=lambda k: abs(gaps[k]))
@@ -71,10 +81,29 @@ def r2_by_k(
     return to_drawing(figure, f"r2_by_k_block{block}", f"Block {block}: R² at every k", f"{reading}.")
 
 
-def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
-    """Draw the best uniform trial beside the best reverse trial.
+def _draw_components(axes: Any, components: Sequence[float]) -> None:
+    """Draw R² of k = 1, 2, … principal components, if it is known, which an SAE with k latents must beat."""
+    if components:
+        look = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "label": COMPONENTS}
+        axes.plot(range(1, len(components) + 1), components, **look)
+
+
+def _components_reading(components: Sequence[float], first: int, last: int) -> str:
+    """Return the part of a figure's sentence on principal components; "" if their R² is not known."""
+    if first > len(components):
+        return ""
+    text = f"; {first} principal components explain {components[first - 1]:.1%}"
+    return text + (f", and {last} explain {components[last - 1]:.1%}" if first < last <= len(components) else "")
+
+
+def weightings(group: Group, curves: Mapping[str, Curve], components: Sequence[float] = ()) -> Drawing | None:
+    """Draw the best uniform trial beside the best reverse trial, and as many principal components as latents.
 
     Return None if only one of the weightings was tried, or if the group has a single level.
+
+    Args:
+        curves: R² by k of the trials, by trial_id.
+        components: R² of k = 1, 2, … principal components; empty if it is not known.
     """
     pair = {weighting: group.best_with(weighting=weighting) for weighting in ("uniform", "reverse")}
     uniform, reverse = pair["uniform"], pair["reverse"]
@@ -93,6 +122,7 @@ def weightings(group: Group, curves: Mapping[str, Curve]) -> Drawing | None:
             markevery=at,
             label=f"{weighting} ({trial.shown_as})",
         )
+    _draw_components(axes, components[: group.levels[-1]])
     plain_log(axes, [k for k in (1, 2, 4, 8) if k < group.levels[0]] + list(group.levels), base=2)
     axes.set(xlabel="k: latents in use per position", ylabel="R²: share of variance explained")
     axes.set_ylim(max(-0.1, axes.get_ylim()[0]), None)

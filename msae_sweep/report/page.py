@@ -12,11 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import msae_sweep
 from msae_sweep.data.sources.extraction_manifest import numbering_note
-from msae_sweep.report.curves import Curves
 from msae_sweep.report.next_space import Advice
+from msae_sweep.report.pca_baseline import PcaBaselines
 from msae_sweep.report.recommendation import Recommendation, same_validation_rows
 from msae_sweep.report.style import Drawing
-from msae_sweep.report.sweep_data import Sweep
+from msae_sweep.report.sweep_data import Sweep, Trial
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Report:
     sweeps: list[Sweep]
     answers: list[Recommendation]
     sections: list[Section]
-    curves: dict[str, Curves]
-    """R² curves by the sweep's label."""
+    components: dict[str, PcaBaselines]
+    """R² of principal components, by the sweep's label."""
+    limits: dict[str, dict[int, str]]
+    """What could not be measured and why, by the sweep's label and block."""
     advice: dict[str, Advice]
     """Advice on the next sweep, by the sweep's label."""
 
@@ -89,6 +91,7 @@ def trials_csv(sweeps: Sequence[Sweep]) -> str:
                         "epochs": record.epochs,
                         "seconds": round(record.seconds, 1),
                         **{("best_epoch" if k == "epoch" else k): v for k, v in trial.best.items()},
+                        **_gap(trial),
                     }
                 )
     columns = dict.fromkeys(key for row in rows for key in row)
@@ -97,6 +100,14 @@ def trials_csv(sweeps: Sequence[Sweep]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _gap(trial: Trial) -> dict[str, float]:
+    """Return the column with R² at the largest level minus R² at the smallest; none if there is no such gap."""
+    smallest, largest = (trial.best.get(f"r2_k{k}") for k in (trial.levels[0], trial.levels[-1]))
+    if smallest is None or largest is None or len(trial.levels) == 1:
+        return {}
+    return {"reconstruction_gap": largest - smallest}
 
 
 def _environment(*, autoescape: bool) -> Environment:
@@ -118,11 +129,13 @@ def _context(report: Report) -> dict[str, Any]:
         "sweeps": report.sweeps,
         "answers": report.answers,
         "sections": report.sections,
+        "components": {label: found.by_block for label, found in report.components.items()},
         "advice": report.advice,
         "comparison": _comparison(report),
         "states": states(report),
         "levels": sorted({k for answer in report.answers for k in answer.group.levels}),
         "same_levels": len({answer.group.levels for answer in report.answers}) == 1,
+        "further": {c.name: c.meaning for answer in report.answers for c in answer.group.further_criteria},
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": msae_sweep.__version__,
     }

@@ -12,7 +12,7 @@ from msae_sweep.errors import SweepError
 from msae_sweep.paths import StoragePath
 from msae_sweep.sweep_folder.folder import SweepFolder
 from msae_sweep.sweep_folder.rungs import EarlyStopping, summarise_stops
-from msae_sweep.sweep_folder.summary import Criterion, success_criteria
+from msae_sweep.sweep_folder.summary import Criterion, FurtherCriterion, further_criteria, success_criteria
 from msae_sweep.sweep_folder.trial_record import TrialRecord, ranked
 
 
@@ -136,6 +136,11 @@ class Group:
     def criteria(self) -> list[Criterion]:
         """Success criteria, applied to the best trial."""
         return success_criteria(self.best.best, self.levels)
+
+    @property
+    def further_criteria(self) -> list[FurtherCriterion]:
+        """Further criteria of the original series, applied to the best trial."""
+        return further_criteria(self.best.best, self.levels)
 
 
 @dataclass(frozen=True)

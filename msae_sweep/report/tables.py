@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -80,20 +80,43 @@ class _Fitting:
 
 def criteria_table(summary: Mapping[str, Any]) -> Table:
     """Return a table with PASS or FAIL of the notebook's three success criteria for each block's best trial."""
-    table = Table(title="Success criteria", title_justify="left")
+    return _criteria("Success criteria", summary, "success_criteria", "passed", ("PASS", "green"), ("FAIL", "red"))
+
+
+def further_criteria_table(summary: Mapping[str, Any]) -> Group:
+    """Return a table of the original series' further criteria, and below it a sentence on the meaning of each."""
+    title, words = "Further criteria of the original series", (("met", "green"), ("not met", ""))
+    table = _criteria(title, summary, "further_criteria", "met", *words)
+    meanings = {
+        name: found["meaning"]
+        for block in summary["blocks"].values()
+        for name, found in block["further_criteria"].items()
+    }
+    return Group(table, *(Text(f"{name}: {meaning}") for name, meaning in meanings.items()))
+
+
+def _criteria(
+    title: str, summary: Mapping[str, Any], section: str, key: str, yes: tuple[str, str], no: tuple[str, str]
+) -> Table:
+    """Return a table with a row per criterion of `section` and a column per block.
+
+    Args:
+        key: key of a criterion that tells whether it holds.
+        yes: word and style for a criterion that holds.
+        no: word and style for one that does not.
+    """
+    table = Table(title=title, title_justify="left")
     table.add_column("criterion")
-    names = list(summary["blocks"])
-    for name in names:
+    blocks = summary["blocks"]
+    for name in blocks:
         table.add_column(name)
-    criteria = {c: None for block in summary["blocks"].values() for c in block["success_criteria"]}
-    for criterion in criteria:
-        cells: list[Text] = []
-        for name in names:
-            found = summary["blocks"][name]["success_criteria"].get(criterion)
-            if found is None:
+    for criterion in {c: None for block in blocks.values() for c in block[section]}:
+        cells = []
+        for block in blocks.values():
+            if (found := block[section].get(criterion)) is None:
                 cells.append(Text("–"))
                 continue
-            word, style = ("PASS", "green") if found["passed"] else ("FAIL", "red")
+            word, style = yes if found[key] else no
             cells.append(Text(f"{found['value']:.4f} [{word}]", style=style))
         table.add_row(criterion, *cells)
     return table

@@ -18,11 +18,11 @@ def training_figure(histories: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Draw training loss, validation loss and dead latent ratio by epoch, and R² by sparsity level.
 
     The result is a PNG of 300 dpi, as in the notebook. A thin vertical line marks each best epoch. A dotted line marks
-    the dead ratio that the success criteria allow.
+    the dead ratio that the success criteria allow. Dotted lines beside R² show as many principal components as latents.
 
     Args:
         histories: history of each block's best trial in the notebook's format, by block name (`block5`, …), with
-            `best_epoch` (counted from 1).
+            `best_epoch` (counted from 1) and, if it is known, `pca_r2` (`k16` … → R² of as many principal components).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,6 +47,14 @@ def training_figure(histories: Mapping[str, Mapping[str, Any]]) -> bytes:
         best = history["best_epoch"] - 1
         levels = {int(key[4:]): values[best] for key, values in history["val_r2"].items()}
         panels[1, 1].plot(list(levels), list(levels.values()), marker="o", **look)
+        if components := {int(k[1:]): r2 for k, r2 in history.get("pca_r2", {}).items() if int(k[1:]) in levels}:
+            dotted = {
+                "color": look["color"],
+                "linestyle": ":",
+                "marker": ".",
+                "label": f"{name}, k principal components",
+            }
+            panels[1, 1].plot(list(components), list(components.values()), **dotted)
     for panel, title in by_epoch.values():
         panel.set(title=title, xlabel="Epoch", ylabel=title)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))

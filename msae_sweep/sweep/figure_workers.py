@@ -1,4 +1,4 @@
-"""Draws figures in parallel, in Ray workers on the driver's node.
+"""Draws figures, and does other short jobs, in parallel, in Ray workers on the driver's node.
 
 A figure of a report takes 0.2 s and the notebook's figure 1.5 s, most of it in Python. A sweep of three blocks has 25
 figures, so drawing them one after another would delay its end by 6 s.
@@ -30,7 +30,7 @@ def run_in_workers(jobs: Sequence[Callable[[], T]]) -> Callable[[], list[T]]:
     With fewer than four cores, the returned function runs the jobs in this process instead.
 
     Args:
-        jobs: picklable functions, each of which draws a figure.
+        jobs: picklable functions, each of which draws a figure or measures something.
     """
 
     def here() -> list[T]:
@@ -49,7 +49,7 @@ def run_in_workers(jobs: Sequence[Callable[[], T]]) -> Callable[[], list[T]]:
         try:
             done = ray.get(shares)
         except ray.exceptions.RayError:
-            # A worker did not start or was lost, or a figure cannot be drawn, in which case the error is raised here.
+            # A worker did not start or was lost, or a job failed, in which case the error is raised here.
             return here()
         return [done[i % n][i // n] for i in range(len(jobs))]
 

@@ -33,6 +33,7 @@ def write(
     folder: SweepFolder,
     records: Sequence[TrialRecord],
     manifests: Mapping[int, Mapping[str, Any]],
+    pca_r2: Mapping[int, Sequence[float]],
     *,
     seconds: float,
 ) -> FinalFiles:
@@ -41,11 +42,12 @@ def write(
     The models of the blocks' best trials must be readable; `lost_models` checks this before.
 
     Args:
+        pca_r2: R² of k = 1, 2, … principal components, by block; a block for which it is not known is left out.
         seconds: wall time of this run in seconds; the preparation counts only where it runs alongside the trials.
     """
     levels = {record.trial_id: record.training(config.training).levels for record in records}
     blocks = {
-        f"block{block}": block_entry([r for r in records if r.block == block], levels, manifest)
+        f"block{block}": block_entry([r for r in records if r.block == block], levels, manifest, pca_r2.get(block, ()))
         for block, manifest in manifests.items()
     }
     summary: dict[str, Any] = {
@@ -65,7 +67,7 @@ def write(
         if config.data.path == "planted":
             dictionary = planted.true_dictionary(config.data.planted, int(name.removeprefix("block")))
             block["dictionary_recovery"] = planted.recovery(model.model.W_dec.detach().numpy(), model.std, dictionary)
-        histories[name] = {**model.history, "best_epoch": best["best_epoch"]}
+        histories[name] = {**model.history, "best_epoch": best["best_epoch"], "pca_r2": block["pca_r2"]}
         target = folder.path / "models" / f"msae_{name}.pt"
         tensors, beside = model_file.to_safetensors(model)
         folder.write(target, content)
@@ -90,11 +92,15 @@ def champions(summary: Mapping[str, Any]) -> dict[int, str]:
 
 
 def block_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of each block's best trial as `block5/r2_k128` …, for the sweep's own MLflow run."""
+    """Return the metrics of each block's best trial as `block5/r2_k128` …, for the sweep's own MLflow run.
+
+    The principal components' R² is among them as `block5/pca_r2_k128` ….
+    """
     metrics: dict[str, float] = {}
     for name, block in summary["blocks"].items():
         if best := best_entry(block):
             metrics |= {f"{name}/{key}": value for key, value in best["metrics"].items()}
+        metrics |= {f"{name}/pca_r2_{k}": value for k, value in block["pca_r2"].items()}
         if "dictionary_recovery" in block:
             metrics[f"{name}/dictionary_recovery"] = block["dictionary_recovery"]
     return metrics

@@ -26,7 +26,8 @@ from msae_sweep.data.sources.catalog import check_blocks
 from msae_sweep.data.sources.extraction_manifest import numbering_note
 from msae_sweep.errors import SweepError
 from msae_sweep.format_version import SWEEP_FOLDER
-from msae_sweep.report.tables import best_table, criteria_table
+from msae_sweep.report import pca_baseline
+from msae_sweep.report.tables import best_table, criteria_table, further_criteria_table
 from msae_sweep.report.training_figure import import_ahead, training_figure
 from msae_sweep.sweep import final_files, ray_cluster
 from msae_sweep.sweep.figure_workers import draw_in_workers, run_in_workers
@@ -232,11 +233,13 @@ def _drive(
         ray_cluster.keep_session()
     seconds = time.monotonic() - started
     manifests = {block: p.manifest for block, p in prepared.items()}
-    summary, histories = final_files.write(config, folder, records, manifests, seconds=seconds)
+    most = pca_baseline.MOST_PRODUCTS_AT_ONCE
+    baselines = pca_baseline.pca_baselines(folder, config.storage, manifests, most_products=most, run=run_in_workers)
+    summary, histories = final_files.write(config, folder, records, manifests, baselines.by_block, seconds=seconds)
     # The tables are printed before the report, which takes seconds, and a slow MLflow, which takes minutes.
     console.print(best_table(summary))
     if any(block["best"] for block in summary["blocks"].values()):
-        console.print(criteria_table(summary))
+        console.print(criteria_table(summary), further_criteria_table(summary))
     figure = run_in_workers([partial(training_figure, histories)] if histories else [])
     identity["runs"][-1]["seconds"] = round(seconds, 1)
     folder.write_text(folder.path / "identity.json", json.dumps(identity, indent=1))

@@ -4,6 +4,7 @@ from activation_files import write_npy
 
 from msae_sweep.config import DataConfig, PlantedConfig
 from msae_sweep.data.inspection import inspect, render
+from msae_sweep.data.principal_components import Scatter, components_r2
 from msae_sweep.data.sources.planted import PlantedSource, recovery, true_dictionary
 
 CONFIG = PlantedConfig(rows=20_000, input_dim=32, dictionary_size=64, active=6)
@@ -64,6 +65,15 @@ def test_explained_variance_is_that_of_the_correlation_matrix(tmp_path):
     assert 128 not in report.explained
 
 
+def test_what_inspect_shows_is_the_r2_of_components_that_are_fitted_to_the_rows_themselves(tmp_path):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(3000, 40)) @ (rng.normal(size=(40, 40)) * 0.9 ** np.arange(40)) + 7).astype(np.float32)
+    (report,) = inspect(DataConfig(path=write_npy(tmp_path, x)))
+    rows = Scatter.of((x - x.mean(axis=0, dtype="f8")) / x.std(axis=0, dtype="f8"))
+    r2 = components_r2(rows, rows)
+    assert report.explained == {16: pytest.approx(r2[15]), 32: pytest.approx(r2[31])}
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("dtype", "scale"), [("f4", 2.0**127), ("f8", 2.0**664), ("f8", 2.0**1023), ("f8", 2.0**-664)])
 def test_values_near_the_limits_of_their_type_are_measured_like_any_others(tmp_path, dtype, scale):
@@ -93,3 +103,5 @@ def test_inspect_renders_a_row_a_block(tmp_path, rows):
     text = console.export_text()
     assert "500" in text
     assert "float32" in text
+    assert "R² of k principal components" in text
+    assert "fitted to these rows themselves" in text

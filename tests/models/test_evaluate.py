@@ -97,6 +97,7 @@ def test_over_ray_it_is_the_same(tmp_path, ray_session, found, x, monkeypatch):
     there = report(found, data, parts=sums_on_cluster, max_k=20)
     here = report(found, data, max_k=20)
     same(there.evaluation, here.evaluation)
+    assert there.pca_r2 == pytest.approx(here.pca_r2, abs=1e-9)
     assert there.evaluation.r2 == report(found, data, parts=sums_on_cluster, max_k=20).evaluation.r2
 
 
@@ -154,6 +155,9 @@ def test_of_a_sweeps_model_it_says_what_the_sweep_said(tmp_path, ray_session, mo
     for k in (2, 4, 8):
         assert found["r2_by_level"][str(k)] == pytest.approx(said[f"r2_k{k}"], abs=1e-5)
         assert found["l0_by_level"][str(k)] == pytest.approx(said[f"l0_k{k}"], abs=1e-9)
+    # The sweep's principal components were fitted to its training rows, those of `eval` to the validation rows.
+    for k in (2, 4, 8):
+        assert 0 < summary["blocks"]["block5"]["pca_r2"][f"k{k}"] < found["pca_r2"][k - 1]
     assert (tmp_path / "figures/e.svg").read_text().count("<svg") == 1
     # The champion in MLflow is the same model.
     command = ["eval", "champion:planted:5", "--data", "planted", "--rows", "validation", "--against", "sweeps/small"]
@@ -170,15 +174,36 @@ def test_of_a_sweeps_model_it_says_what_the_sweep_said(tmp_path, ray_session, mo
 def test_json_holds_everything_and_no_nan(tmp_path, found, x):
     x[:] = x[0]
     raw = json.dumps(report(found, npy(tmp_path / "data", x), max_k=4).to_json(), allow_nan=False)
-    assert json.loads(raw)["r2"] == [None] * 4
+    assert json.loads(raw)["r2"] == json.loads(raw)["pca_r2"] == [None] * 4
     varied = report(found, npy(tmp_path / "varied", raw_rows(found.file, N_ROWS)), against=[found]).to_json()
     assert set(varied) == {
         "model", "data", "r2", "l0", "r2_by_level", "l0_by_level", "dead_ratio", "decoder_coherence", "stability",
-        "firing_frequency_by_level",
+        "firing_frequency_by_level", "pca_r2",
     }  # fmt: skip
     assert (len(varied["r2"]), len(varied["firing_frequency_by_level"]["8"])) == (8, 48)
     assert sum(varied["firing_frequency_by_level"]["4"]) == pytest.approx(varied["l0"][3])
     assert varied["data"]["n_rows"] == N_ROWS
+
+
+def test_components_are_those_of_the_evaluated_rows_and_bound_every_k_dimensional_model(
+    tmp_path, found, x, monkeypatch
+):
+    x = np.cumsum(x, axis=1)  # channels that vary together
+    data = npy(tmp_path / "data", x)
+    z = (x.astype("f8") - found.file.mean) / found.file.std
+    shares = np.linalg.eigvalsh(np.cov(z.T))[::-1].cumsum()
+    monkeypatch.setattr(evaluate, "RANGE_BYTES", 8 * 12 * 70)
+    shown = report(found, data, max_k=20)
+    assert shown.pca_r2 == pytest.approx(shares / shares[-1], abs=1e-5)
+    assert len(shown.pca_r2) == 12, "k ends at the width of the rows"
+    console = Console(width=200, file=io.StringIO())
+    console.print(evaluate.render(shown))
+    line = f"fitted to these rows themselves: 1 {shown.pca_r2[0]:.3f} · 2 {shown.pca_r2[1]:.3f} · 4"
+    assert line in console.file.getvalue()
+    evaluation_figure(shown.evaluation, tmp_path / "e.svg", "a model", shown.pca_r2)
+    assert "k principal components of these rows" in (tmp_path / "e.svg").read_text()
+    monkeypatch.setattr(evaluate, "MOST_CHANNELS_OF_PCA", 11)
+    assert report(found, data, max_k=20).pca_r2 == []
 
 
 def test_dictionaries_are_matched_in_one_space_though_statistics_differ(tmp_path, found, x):

@@ -307,6 +307,22 @@ def test_a_recommendation_that_fails_a_criterion_is_marked_by_colour_and_word(re
     assert re.search(r"## Block 5: use block5-00\d \(fails 1 of 3 criteria\)", twin)
 
 
+def test_further_criteria_are_said_as_met_or_not_and_explained(reported):
+    sweep, written = reported
+    best = read(sweep.path).groups[0].best
+    gap = best.best["r2_k8"] - best.best["r2_k2"]
+    page, twin = (page_of(written).read_text(encoding="utf-8"), (Path(written.where) / "report.md").read_text())
+    for text in (page, twin):
+        assert text.count("Further criteria of the original series:") == 2
+        assert text.count("R² (k=8) − R² (k=2) &gt; 0.25: not met" if text is page else "> 0.25: not met") == 2
+        assert f"not met with {gap:.4f}" in text
+        assert "Nestedness" in text
+        assert "a strong MSAE fails it" in text
+    rows = csv.DictReader(io.StringIO((Path(written.where) / "trials.csv").read_text(encoding="utf-8")))
+    gaps = {row["trial_id"]: float(row["reconstruction_gap"]) for row in rows}
+    assert gaps[best.trial_id] == pytest.approx(gap)
+
+
 def test_the_models_path_can_be_opened_wherever_the_page_is_read(sweep):
     best = read(sweep.path).groups[0].best.trial_id
     path = f"{sweep.path}/trials/{best}/model.pt"

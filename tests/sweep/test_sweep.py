@@ -228,6 +228,34 @@ def test_success_criteria_stand_for_the_largest_and_smallest_k(finished):
     )
 
 
+@pytest.mark.parametrize("block", [5, 20])
+def test_the_summary_has_the_r2_of_as_many_principal_components_as_latents(finished, block):
+    from msae_sweep.data.prepare.split import is_validation
+
+    source = PlantedSource(config(finished.folder.path).data.planted)
+    raw = np.concatenate([source.read(r).x for r in source.row_ranges(block, 3000)]).astype("f8")
+    held_out = is_validation(np.arange(3000) // 10, 0, 0.1)
+    train, val = (
+        (raw[rows] - raw[~held_out].mean(axis=0)) / raw[~held_out].std(axis=0) for rows in (~held_out, held_out)
+    )
+    components = np.linalg.svd(train, full_matrices=False)[2]
+    expected = {}
+    for k in (2, 4, 8):
+        error = val - val @ components[:k].T @ components[:k]
+        expected[f"k{k}"] = pytest.approx(1 - (error**2).sum() / ((val - val.mean(axis=0)) ** 2).sum(), abs=1e-5)
+    assert finished.summary["blocks"][f"block{block}"]["pca_r2"] == expected
+    assert "k principal components" in (finished.folder.path / f"report/figures/r2_by_k_block{block}.svg").read_text()
+
+
+def test_further_criteria_are_in_the_summary_and_shown_after_the_three_that_decide(finished):
+    further = finished.summary["blocks"]["block5"]["further_criteria"]
+    assert list(further) == ["R² (k=8) − R² (k=2) > 0.25", "Nestedness > 0.80", "R² (k=8) > 0.92 (a wish)"]
+    metrics = finished.summary["blocks"]["block5"]["trials"][0]["metrics"]
+    assert next(iter(further.values()))["value"] == metrics["r2_k8"] - metrics["r2_k2"]
+    said = (finished.folder.path.parents[1] / "log").read_text()
+    assert said.index("Success criteria") < said.index("Further criteria of the original series")
+
+
 def test_finished_trials_leave_a_model_and_no_training_state(finished):
     folders = list((finished.folder.path / "trials").iterdir())
     assert len(folders) == 8

@@ -4,8 +4,14 @@ import re
 import pytest
 from rich.console import Console
 
-from msae_sweep.report.tables import best_table, criteria_table
-from msae_sweep.sweep_folder.summary import best_entries, block_entry, reconstruction, success_criteria
+from msae_sweep.report.tables import best_table, criteria_table, further_criteria_table
+from msae_sweep.sweep_folder.summary import (
+    best_entries,
+    block_entry,
+    further_criteria,
+    reconstruction,
+    success_criteria,
+)
 from msae_sweep.sweep_folder.trial_record import TrialRecord
 
 
@@ -69,6 +75,45 @@ def test_a_single_level_has_one_criterion_for_r2(k, bound):
     criteria = success_criteria({f"r2_k{k}": 0.8, "dead_ratio": 0.1}, (k,))
     assert [c.name for c in criteria] == [f"R² (k={k}) > {bound}", "Dead latents < 30%"]
     assert [c.passed for c in criteria] == [bound == "0.40", True]
+
+
+def test_the_gap_is_met_above_a_quarter_and_a_better_small_k_makes_it_smaller():
+    met, *_ = further_criteria({"r2_k16": 0.60, "r2_k128": 0.90}, (16, 128))
+    better, *_ = further_criteria({"r2_k16": 0.70, "r2_k128": 0.90}, (16, 128))
+    assert met.name == better.name == "R² (k=128) − R² (k=16) > 0.25"
+    assert (met.value, better.value) == (pytest.approx(0.30), pytest.approx(0.20))
+    assert (met.met, better.met) == (True, False)
+    assert "a strong MSAE fails it" in better.meaning
+
+
+def test_nestedness_is_met_by_construction_and_the_wish_is_0_92():
+    for r2, met in ((0.93, True), (0.92, False)):
+        _, nestedness, wish = further_criteria({"r2_k4": 0.1, "r2_k32": r2}, (4, 32))
+        assert (nestedness.name, nestedness.value, nestedness.met) == ("Nestedness > 0.80", 1.0, True)
+        assert "by construction" in nestedness.meaning
+        assert (wish.name, wish.value, wish.met) == ("R² (k=32) > 0.92 (a wish)", r2, met)
+
+
+def test_a_single_level_has_no_gap_and_a_wish_only_in_the_place_of_128():
+    assert further_criteria({"r2_k16": 0.99}, (16,)) == []
+    assert [c.name for c in further_criteria({"r2_k64": 0.99}, (64,))] == ["R² (k=64) > 0.92 (a wish)"]
+
+
+def test_further_criteria_stand_apart_and_change_no_verdict():
+    strong, weak = entry(record(0, 0.95)), entry(record(0, 0.5))
+    assert len(strong["success_criteria"]) == len(strong["further_criteria"]) == 3
+    assert not strong["success_criteria"].keys() & strong["further_criteria"].keys()
+    assert all(c["passed"] for c in strong["success_criteria"].values())
+    assert not strong["further_criteria"]["R² (k=128) − R² (k=16) > 0.25"]["met"]
+    none = entry(record(0, 0, status="failed", epochs=0))
+    assert none["further_criteria"] == {}
+    shown = text(further_criteria_table(summary(block5=strong, block20=weak, block35=none)))
+    assert "0.9500 [met]" in shown
+    assert "0.5000 [not met]" in shown
+    assert "0.0000 [not met]" in shown
+    assert shown.count("a strong MSAE fails it") == 1
+    assert "PASS" not in shown
+    assert "FAIL" not in shown
 
 
 def test_the_tables_say_pass_and_fail_and_bear_a_block_without_a_winner():
