@@ -29,6 +29,7 @@ from jaxtyping import Float64
 import msae_sweep
 from msae_sweep.errors import ConfigError, SweepError
 from msae_sweep.format_version import EXTRACTION, check_format
+from msae_sweep.go.sampling import with_all_keys
 from msae_sweep.paths import StoragePath, check_folder
 from msae_sweep.sweep_folder import driver_lock
 
@@ -36,7 +37,7 @@ FORMATS = ("npy", "h5", "parquet")
 INDEX = ("game_id", "position_id", "ply", "point")
 """Columns stored per row beside the activations: int64, int64, int32, int16 (`point` −1: the mean over the board)."""
 
-_INPUTS = {"weights_sha256": "--weights", "games_sha256": "--games"}
+_INPUTS = {"weights_sha256": "--weights", "games_sha256": "--games", "positions_sha256": "--positions"}
 """Keys of the hashes in a manifest, each with the command-line option whose content was hashed."""
 _DRIVER = "driver.json"
 """Name of the heartbeat file, which exists while a process writes the folder and names that process."""
@@ -69,7 +70,7 @@ class ActivationFolder:
             ) from None
         else:
             check_format(manifest, EXTRACTION, self.manifest)
-            return dict(manifest)
+            return with_all_keys(manifest)
         if self.path.exists() and (not self.path.is_dir() or any(self._files_of_others())):
             raise ConfigError(f"--out {self.path}: is not empty and contains no extraction; give another folder")
         return {}
