@@ -5,9 +5,9 @@ A unit is read in one task, and its games are parsed in many.
 
 import collections
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -19,6 +19,9 @@ from msae_sweep.go.pipeline import be_quiet
 from msae_sweep.go.random_games import GAMES_A_TASK, sampled_games
 from msae_sweep.go.records import ReadUnit, Record, RefusedRecord, read_unit
 from msae_sweep.go.sgf import Game, parse_game
+
+_DAMAGED: Literal["damaged"] = "damaged"
+"""Kind of the row that stands in the place of games which cannot be read."""
 
 
 def read_all_games(
@@ -52,7 +55,8 @@ def read_all_games(
         if isinstance(error.cause, MsaeSweepError | OSError):
             raise error.cause from None
         raise
-    progress.finish()
+    if choice.first_games is None:
+        progress.finish()
     if not found.games:
         reasons = f"; the first broken one: {found.examples[0]}" if found.examples else ""
         raise DataError(f"{where}: no usable game ({found.counted()}){reasons}")
@@ -73,8 +77,14 @@ def _in_stored_order(units: list[ReadUnit], first_games: int | None, progress: B
 
 
 def _outcomes(parsed: ray.data.Dataset, progress: BytesRead) -> Iterator[Numbered]:
-    """Yield the number of each game, and the game or the reason why it is refused."""
+    """Yield the number of each game, and the game or the reason why it is refused.
+
+    Raises:
+        DataError: the games from here on are missing, because the file is damaged.
+    """
     for row in parsed.iter_rows():
+        if row["kind"] == _DAMAGED:
+            raise DataError(row["reason"])
         if row["n_bytes"]:
             progress.add(row["n_bytes"])
         yield tuple(row["number"]), _unpacked(row)
@@ -102,7 +112,7 @@ def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
     (unit,) = batch["unit"].to_pylist()
     columns: dict[str, list[Any]] = collections.defaultdict(list)
     read: list[int] = []
-    for record in read_unit(ReadUnit(*json.loads(unit)), read.append):
+    for record in _read_or_say_why_not(ReadUnit(*json.loads(unit)), read.append):
         kind, reason, data = (
             (record.kind, record.reason, b"") if isinstance(record, RefusedRecord) else ("", "", record.data)
         )
@@ -115,6 +125,17 @@ def _read(batch: Any) -> Iterator[dict[str, list[Any]]]:
             columns.clear()
     if columns:
         yield dict(columns)
+
+
+def _read_or_say_why_not(unit: ReadUnit, count: Callable[[int], None]) -> Iterator[Record | RefusedRecord]:
+    """Yield the games of a unit, and if it is damaged the reason in the place of those that are missing.
+
+    An error that is raised here would reach the driver before the games that were read. It may want no more than those.
+    """
+    try:
+        yield from read_unit(unit, count)
+    except DataError as error:
+        yield RefusedRecord(unit.name, _DAMAGED, str(error))
 
 
 def _parse(batch: Any) -> dict[str, list[Any]]:

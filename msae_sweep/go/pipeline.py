@@ -25,9 +25,6 @@ from msae_sweep.stderr_filter import without_line
 BATCH = {"cuda": 2048, "cpu": 32}
 """Positions per forward pass. On one H200, 2048 was the fastest of the measured sizes, at 20,290 positions/s."""
 
-_GAMES_A_TASK = 128
-"""Records per parsing task. One tar of some thousand games then occupies many CPUs; a task takes about 0.1 s."""
-
 
 class ChosenPositions(NamedTuple):
     """Explicitly chosen positions of games, which the pipeline accepts in place of a `Chunk`."""

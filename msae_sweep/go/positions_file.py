@@ -54,16 +54,18 @@ def open_positions(path: Path) -> PositionsFile:
         DataError: the file cannot be read, is no HDF5 file, lacks a dataset, or a dataset has another form.
     """
     try:
+        with path.open("rb") as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
         with h5py.File(path, "r") as file:
             n = _check_form(path, file)
             n_games = len(np.unique(file["game_ids"][:]))
-        read_slice(path, 0, min(n, _HDF5_CHUNK))
-        with path.open("rb") as bytes_:
-            return PositionsFile(path, n, n_games, hashlib.file_digest(bytes_, "sha256").hexdigest())
     except OSError as error:
-        if path.is_file() and error.strerror is None:
-            raise DataError(f"{path}: is no readable HDF5 file: {first_line(error)}") from None
-        raise DataError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from None
+        raise DataError(f"{path}: is no readable HDF5 file: {first_line(error)}") from None
+    read_slice(path, 0, min(n, _HDF5_CHUNK))
+    return PositionsFile(path, n, n_games, sha256)
 
 
 def read_slice(path: Path, start: int, stop: int) -> PositionsSlice:

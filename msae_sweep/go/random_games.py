@@ -19,11 +19,13 @@ from msae_sweep.go.sgf import parse_game
 
 GAMES_A_TASK = 128
 """Games per parsing task. One file of some thousand games then occupies many CPUs; a task takes about 0.1 s."""
+_MARGIN = 64
+"""Minimum number of games that are passed on beyond those that are wanted, because some are refused."""
 _UNITS_A_TASK = 256
 """Maximum number of units in a reading task of a sample, so that many loose files do not need a task each."""
 _BYTES_A_TASK = 32 * 2**20
 """Number of bytes after which a reading task of a sample gets no further unit."""
-_BYTES_A_REPORT = 16 * 2**20
+_BYTES_A_REPORT = 4 * 2**20
 """Number of bytes after which a reading task of a sample tells how far it is. Ray repeats a lost task, which must then
 yield as often as before, so this is not a time."""
 
@@ -45,13 +47,13 @@ def sampled_games(units: list[ReadUnit], max_games: int, seed: int, progress: By
     Only the games of the smallest priorities are passed on and parsed, some more than wanted. If too many of them are
     refused, everything is read again and more are passed on, so that the result is always exact.
     """
-    n = max_games + max(64, max_games // 8)
+    n = max_games + max(_MARGIN, max_games // 8)
     while True:
         drawn = _drawn(units, n, seed, progress)
         games, refusals = first_usable(_parsed(drawn.candidates), max_games)
         if len(games) == max_games or n >= drawn.n_games:
             break
-        # Four fifths of what the share of usable games suggests would be too few about half of the time.
+        # A quarter more than the share of usable games suggests.
         n = min(drawn.n_games, max(2 * n, 5 * n * max_games // (4 * max(1, len(games)))))
         progress.done = 0
     for example in drawn.examples:

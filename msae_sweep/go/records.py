@@ -69,7 +69,7 @@ class RefusedRecord(NamedTuple):
     """File or game that gives no positions, with the reason; a run counts these and continues."""
 
     name: str
-    kind: Literal["broken", "size", "duplicate"]
+    kind: Literal["broken", "size", "duplicate", "damaged"]
     reason: str
     number: tuple[int, int, int] = (0, 0, 0)
 
