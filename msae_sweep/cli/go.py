@@ -63,7 +63,7 @@ NetworkPrecision = Annotated[
 ]
 FirstRow = Annotated[
     Literal["top", "bottom"],
-    typer.Option(help="Board row that is the network's row 0; bottom for networks that Leela Zero itself trained."),
+    typer.Option(help="Board row that is the network's row 0; bottom, as in Leela Zero's own program, or top."),
 ]
 
 
@@ -81,7 +81,7 @@ def extract(
             is_eager=True, callback=_set_recipe, help="Take other defaults: notebook, the original series' data."
         ),
     ] = None,
-    blocks: Annotated[str, typer.Option(help="Residual blocks to extract, numbered from 1.")] = "5,20,35",
+    blocks: Annotated[str, typer.Option(help="Residual blocks to extract, numbered from 0.")] = "5,20,35",
     max_games: MaxGames = None,
     first_games: FirstGames = None,
     positions_per_game: PositionsPerGame = None,
@@ -94,7 +94,7 @@ def extract(
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Data type of the rows.")] = "float16",
     format: Annotated[str, typer.Option(help="File format: npy, h5, parquet, or several, e.g. npy,h5.")] = "npy",
     precision: NetworkPrecision = "auto",
-    first_row: FirstRow = "top",
+    first_row: FirstRow = "bottom",
     write_positions: Annotated[
         Path | None,
         typer.Option(metavar="FILE.hdf5", help="Also write the positions, in the original series' format."),
@@ -152,7 +152,7 @@ def boards(
     ],
     games: Games,
     block: Annotated[
-        int | None, typer.Option(help="Residual block, numbered from 1; required if MODEL does not name it.")
+        int | None, typer.Option(help="Residual block, as MODEL's data names it; required if MODEL does not name it.")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="HTML page to write.")] = Path("boards.html"),
     latents: Annotated[
@@ -169,17 +169,21 @@ def boards(
     max_move: MaxMove = None,
     consecutive: Consecutive = False,
     precision: NetworkPrecision = "auto",
-    first_row: FirstRow = "top",
+    first_row: Annotated[
+        Literal["top", "bottom"] | None,
+        typer.Option(help="Board row that is the network's row 0; default: as in the model's data, else bottom."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for sampling games and positions.")] = 0,
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.")
     ] = None,
 ) -> None:
     """Write an HTML page of Go boards: the positions of real games at which a model's latents are most active."""
+    from msae_sweep.data.sources.extraction_manifest import blocks_numbered_from
     from msae_sweep.errors import ConfigError
     from msae_sweep.go import top_activations as diagrams
     from msae_sweep.go.game_choice import GameChoice
-    from msae_sweep.go.network_check import network_differences
+    from msae_sweep.go.network_check import manifest_of_model, network_differences
     from msae_sweep.go.progress_bar import progress_display
     from msae_sweep.go.sampling import Sampling
     from msae_sweep.models.find import find
@@ -190,6 +194,9 @@ def boards(
     block = found.block if block is None else block
     if block is None:
         raise ConfigError(f"--block: the block of {model} is unknown; give its number")
+    manifest = manifest_of_model(found.where)
+    if first_row is None:
+        first_row = "top" if manifest.get("first_row") == "top" else "bottom"
     settings = diagrams.TopActivationSettings(
         model=found.file,
         name=found.where,
@@ -211,7 +218,8 @@ def boards(
         choice=GameChoice(max_games, first_games),
         precision=precision,
         first_row=first_row,
-        notes=network_differences(found.where, weights, first_row),
+        numbered_from=blocks_numbered_from(manifest),
+        notes=network_differences(manifest, weights, first_row),
     )
     for note in settings.notes:
         open_console().print(f"note: {note}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ the number of moves before each position. A position takes 26 KB, so the file is
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from jaxtyping import Bool, Float32, Int8, Int64
 
+from msae_sweep.data.hdf5_writer import write_gzip_dataset
 from msae_sweep.errors import DataError, first_line
 from msae_sweep.go.board import N_POINTS, SIZE
 from msae_sweep.go.replay import HISTORY
@@ -109,24 +110,28 @@ def write_positions(path: Path, slices: Iterable[PositionsSlice], n_positions: i
         DataError: a game has more moves than the file's int16 can hold.
     """
     names: dict[int, int] = {}
-    with h5py.File(path, "w", rdcc_nbytes=_CACHE_BYTES) as file:
-        chunk = (min(_HDF5_CHUNK, n_positions), *_SHAPE)
-        positions = file.create_dataset(
-            "positions", (n_positions, *_SHAPE), np.float32, chunks=chunk, compression="gzip", compression_opts=4
-        )
-        game_ids = np.empty(n_positions, np.int32)
-        move_numbers = np.empty(n_positions, np.int16)
-        start = 0
+    game_ids: list[np.ndarray] = []
+    move_numbers: list[np.ndarray] = []
+
+    def inputs() -> Iterator[np.ndarray]:
         for part in slices:
             if part.ply.max() > np.iinfo(np.int16).max:
                 raise DataError(f"{path}: move {part.ply.max()} exceeds 32767, the format's largest; give --max-move")
-            at = slice(start, start + len(part.ply))
-            positions[at] = network_input(part.boards, part.black_to_move)
-            game_ids[at] = [names.setdefault(game, len(names)) for game in part.game_id.tolist()]
-            move_numbers[at] = part.ply
-            start = at.stop
-        assert start == n_positions, f"{start} positions instead of {n_positions}"
-        file["game_ids"], file["move_numbers"] = game_ids, move_numbers
+            game_ids.append(np.array([names.setdefault(game, len(names)) for game in part.game_id.tolist()], np.int32))
+            move_numbers.append(part.ply.astype(np.int16))
+            yield network_input(part.boards, part.black_to_move)
+
+    with h5py.File(path, "w") as file:
+        write_gzip_dataset(
+            file=file,
+            name="positions",
+            shape=(n_positions, *_SHAPE),
+            dtype=np.dtype(np.float32),
+            parts=inputs(),
+            chunk_rows=_HDF5_CHUNK,
+        )
+        file["game_ids"], file["move_numbers"] = np.concatenate(game_ids), np.concatenate(move_numbers)
+        assert len(file["game_ids"]) == n_positions, f"{len(file['game_ids'])} positions instead of {n_positions}"
         file.attrs.update({**attributes, "n_games": len(names), "n_positions": n_positions, "board_size": SIZE})
 
 

@@ -1,9 +1,9 @@
 """Selection of an extraction's positions and points, and division into chunks, by games and settings alone."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int16, Int64
@@ -155,14 +155,6 @@ def no_positions(where: Path, sampling: Sampling) -> DataError:
     """Return the error that no game has a position which is taken."""
     last = "" if sampling.max_move is None else f" to --max-move {sampling.max_move}"
     return DataError(f"{where}: no game has a position at --min-move {sampling.min_move}{last} moves")
-
-
-def with_all_keys(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an extraction's manifest with the keys that earlier versions did not write or named otherwise."""
-    then = {"max_games": None, "first_games": None, "max_move": None, "consecutive": False, "taken_from": "games"}
-    if "skip_first" in manifest:
-        then["min_move"] = manifest["skip_first"]
-    return {**then, **manifest}
 
 
 def games_sha256(games: Sequence[Game]) -> str:

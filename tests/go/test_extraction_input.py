@@ -12,7 +12,6 @@ from test_extract import contents, no_ray, sgf
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go import extract as extraction
 from msae_sweep.go import sampling
-from msae_sweep.go.activation_folder import ActivationFolder
 from msae_sweep.go.extract import ExtractionSettings, extract
 from msae_sweep.go.game_choice import GameChoice
 from msae_sweep.go.planes import planes
@@ -48,7 +47,7 @@ def games_of(records: Path) -> list[Game]:
 
 
 def settings(network: Path, out: Path, **changes: object) -> ExtractionSettings:
-    return ExtractionSettings(network, None, out, (1, 3), RUNS, dtype="float32")._replace(**changes)
+    return ExtractionSettings(network, None, out, (0, 2), RUNS, dtype="float32")._replace(**changes)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def test_rows_are_in_game_order_and_only_of_the_drawn_games(written):
     chosen, summary, _ = written
     assert (summary.games, summary.positions) == (6, 36)
     assert "sampled from 12; " in summary.text(chosen)
-    found = contents(chosen.out, 3)
+    found = contents(chosen.out, 2)
     for game_id in np.unique(found["game_id"]):
         at = np.flatnonzero(found["game_id"] == game_id)
         assert (np.diff(at) == 1).all()
@@ -123,7 +122,7 @@ def test_rows_are_in_game_order_and_only_of_the_drawn_games(written):
 
 def test_the_written_file_holds_the_extractions_positions_in_the_order_of_its_rows(written, records):
     chosen, _, seen = written
-    games, found = {game.game_id: game for game in games_of(records)}, contents(chosen.out, 3)
+    games, found = {game.game_id: game for game in games_of(records)}, contents(chosen.out, 2)
     with h5py.File(chosen.write_positions) as file:
         x, ids, moves = (file[name][:] for name in ("positions", "game_ids", "move_numbers"))
         attributes = dict(file.attrs)
@@ -160,7 +159,7 @@ def test_an_extraction_from_the_written_file_gives_the_same_rows_and_goes_on_whe
     assert (summary.games, summary.positions) == (6, 36)
     assert f"6 games (from {chosen.write_positions})" in summary.text(again)
     assert extract(again).complete_before
-    found, before = contents(again.out, 3), contents(chosen.out, 3)
+    found, before = contents(again.out, 2), contents(chosen.out, 2)
     for name in ("rows", "position_id", "ply", "point"):
         assert np.array_equal(found[name], before[name]), name
     assert found["game_id"].tolist() == [row // 6 for row in range(36)]
@@ -236,18 +235,3 @@ def test_a_file_of_positions_that_cannot_be_read_is_found_before_ray_starts(netw
     chosen = settings(network, tmp_path / "out", positions=tmp_path / "p.hdf5", sampling=Sampling(None, 0, "mean", 0))
     with pytest.raises(DataError, match="has no dataset positions"):
         extract(chosen, connect=no_ray)
-
-
-def test_an_extraction_of_an_earlier_version_is_the_same_question(network, records, tmp_path):
-    chosen = settings(network, tmp_path / "out", games=records, sampling=Sampling(5, 2, "mean", 0), precision="fp32")
-    folder = ActivationFolder(chosen.out, chosen.blocks, chosen.formats)
-    identity = {**extraction._identity(chosen), "games_sha256": "0"}
-    then = {key: value for key, value in identity.items() if key not in (
-        "min_move", "max_move", "consecutive", "max_games", "first_games", "taken_from")}  # fmt: skip
-    assert folder.begin({**then, "skip_first": 2})
-    folder.check(identity)
-    assert folder.begin(identity)
-    with pytest.raises(ConfigError, match="with min_move 2 instead of 3"):
-        folder.check({**identity, "min_move": 3})
-    with pytest.raises(ConfigError, match="with max_games None instead of 10"):
-        folder.check({**identity, "max_games": 10})
