@@ -26,7 +26,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 HOMES = {
     "ray": (
         "data/prepare/shards.py", "data/prepare/ray_tasks.py", "go/extract.py", "go/extraction_actor.py",
-        "go/pipeline.py", "go/top_activation", "sweep/",
+        "go/pipeline.py", "go/game_reading.py", "go/random_games.py", "go/top_activation", "sweep/",
     ),
     "mlflow": ("track/",),
     "triton": ("sae/kernels/",),
@@ -95,7 +95,9 @@ def test_the_front_door_imports_nothing_heavy(module):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["msae_sweep.go.pipeline", "msae_sweep.data.prepare.passes"])
+@pytest.mark.parametrize(
+    "module", ["msae_sweep.go.pipeline", "msae_sweep.go.game_reading", "msae_sweep.data.prepare.passes"]
+)
 def test_what_runs_in_a_process_a_core_imports_no_torch(module):
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

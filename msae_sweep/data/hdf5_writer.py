@@ -21,7 +21,12 @@ CHUNK_ROWS = 10_000
 
 
 def write_gzip_dataset(
-    file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], parts: Iterable[np.ndarray]
+    file: h5py.File,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    parts: Iterable[np.ndarray],
+    chunk_rows: int | None = None,
 ) -> h5py.Dataset:
     """Create a gzip dataset from the rows of `parts`, of any sizes, and return it.
 
@@ -33,8 +38,9 @@ def write_gzip_dataset(
         shape: shape of the whole dataset; the parts have as many rows together.
         dtype: type of the dataset and of all parts.
         parts: the rows in order.
+        chunk_rows: number of rows in a chunk; None takes `CHUNK_ROWS`.
     """
-    chunk_shape = (min(CHUNK_ROWS, shape[0]), *shape[1:])
+    chunk_shape = (min(chunk_rows or CHUNK_ROWS, shape[0]), *shape[1:])
     dataset = file.create_dataset(
         name, shape, dtype=dtype, chunks=chunk_shape, compression="gzip", compression_opts=GZIP_LEVEL
     )

@@ -37,7 +37,7 @@ FORMATS = ("npy", "h5", "parquet")
 INDEX = ("game_id", "position_id", "ply", "point")
 """Columns stored per row beside the activations: int64, int64, int32, int16 (`point` −1: the mean over the board)."""
 
-_INPUTS = {"weights_sha256": "--weights", "games_sha256": "--games"}
+_INPUTS = {"weights_sha256": "--weights", "games_sha256": "--games", "positions_sha256": "--positions"}
 """Keys of the hashes in a manifest, each with the command-line option whose content was hashed."""
 _DRIVER = "driver.json"
 """Name of the heartbeat file, which exists while a process writes the folder and names that process."""

@@ -6,8 +6,8 @@ activations writes them directly to disk. The plan depends only on games and set
 rows on any cluster.
 """
 
-import collections
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +19,12 @@ import ray
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go.activation_folder import FORMATS, ActivationFolder
 from msae_sweep.go.extraction_actor import ExtractionActor, StageSeconds, device_here
+from msae_sweep.go.extraction_input import ExtractionInput, InputSettings, read_input
+from msae_sweep.go.game_choice import ALL_GAMES, GameChoice
 from msae_sweep.go.leela import Precision, resolve_precision
-from msae_sweep.go.pipeline import GamesRead, read_all_games, run_actor_on_chunks
-from msae_sweep.go.progress_bar import GamesProgress
-from msae_sweep.go.records import ReadUnit, find_units
-from msae_sweep.go.sampling import Sampling, games_sha256, make_chunks
+from msae_sweep.go.pipeline import run_actor_on_chunks
+from msae_sweep.go.progress_bar import BytesProgress, GamesProgress
+from msae_sweep.go.sampling import Sampling
 from msae_sweep.go.weights import Weights, read_weights, weights_sha256
 
 
@@ -31,7 +32,8 @@ class ExtractionSettings(NamedTuple):
     """Settings of an extraction."""
 
     weights: Path
-    games: Path
+    games: Path | None
+    """Game records; None if the positions come from the file `positions`."""
     out: Path
     blocks: tuple[int, ...]
     """Residual blocks, numbered from 0."""
@@ -43,6 +45,16 @@ class ExtractionSettings(NamedTuple):
     """Board row that is the network's row 0. Leela Zero's own program counts rows from the bottom. Networks were
     trained under all eight symmetries, so they play nearly the same with either setting, but their activations differ.
     `point` in the output always counts from the top left."""
+    choice: GameChoice = ALL_GAMES
+    positions: Path | None = None
+    """The original series' file of positions, in place of games."""
+    write_positions: Path | None = None
+    """File of positions to write, of which another extraction can be made."""
+
+    @property
+    def input(self) -> InputSettings:
+        """The settings of the extraction's input."""
+        return InputSettings(self.games, self.positions, self.choice, self.sampling, self.write_positions)
 
 
 class ExtractionSummary(NamedTuple):
@@ -55,6 +67,8 @@ class ExtractionSummary(NamedTuple):
     """Number of refused games by kind: broken, size, duplicate."""
     examples: list[str]
     """Names of some broken games, each with the reason."""
+    counts: str
+    """How the games were chosen and how many were refused, as text."""
     positions: int
     rows: int
     seconds: float
@@ -62,8 +76,7 @@ class ExtractionSummary(NamedTuple):
 
     def text(self, settings: ExtractionSettings) -> str:
         """Return a summary of a few lines for the user."""
-        counts = GamesRead([], collections.Counter(self.refused), []).counted()
-        lines = [f"{self.games:,} games ({counts}), {self.positions:,} positions, {self.rows:,} rows per block"]
+        lines = [f"{self.games:,} games ({self.counts}), {self.positions:,} positions, {self.rows:,} rows per block"]
         lines += [f"  broken: {example}" for example in self.examples]
         blocks = ",".join(str(block) for block in settings.blocks)
         state = "was complete already"
@@ -81,15 +94,14 @@ def check_settings(settings: ExtractionSettings) -> None:
     unknown = [name for name in settings.formats if name not in FORMATS]
     if unknown or not settings.formats:
         raise ConfigError(f"--format: {','.join(unknown) or 'nothing'} must be among {', '.join(FORMATS)}")
-    points = settings.sampling.points
-    if isinstance(points, int) and not 1 <= points <= 361:
-        raise ConfigError(f"--points: {points} must be mean, all, or 1 to 361")
+    settings.input.check()
 
 
 def extract(
     settings: ExtractionSettings,
     report: Callable[[GamesProgress], None] = lambda _: None,
     connect: Callable[[], None] = lambda: None,
+    report_bytes: Callable[[BytesProgress], None] = lambda _: None,
 ) -> ExtractionSummary:
     """Run an extraction to completion, resuming it if the output folder contains an unfinished one.
 
@@ -101,7 +113,7 @@ def extract(
     """
     started = time.monotonic()
     check_settings(settings)
-    units = find_units(settings.games)
+    opened = settings.input.open()
     weights = read_weights(settings.weights)
     for block in settings.blocks:
         if not 0 <= block < len(weights.blocks):
@@ -112,13 +124,14 @@ def extract(
     folder.check(_identity(settings))
     with folder.held():
         connect()
-        return _extract(settings, folder, units, weights, report, started)
+        read = functools.partial(read_input, settings.input, opened, report_bytes)
+        return _extract(settings, folder, read, weights, report, started)
 
 
 def _extract(
     settings: ExtractionSettings,
     folder: ActivationFolder,
-    units: list[ReadUnit],
+    read: Callable[[], ExtractionInput],
     weights: Weights,
     report: Callable[[GamesProgress], None],
     started: float,
@@ -127,11 +140,8 @@ def _extract(
     precision = _precision_of_the_cluster(settings, folder)
     spent = dict.fromkeys(StageSeconds._fields, 0.0)
     with _timed(spent, "reading"):
-        games, refused, examples = read_all_games(units, settings.games)
-    chunks = make_chunks(games, settings.sampling)
-    if not chunks:
-        raise DataError(f"{settings.games}: no game is longer than --skip-first {settings.sampling.skip_first} moves")
-    n_positions = sum(chunk.n_positions for chunk in chunks)
+        found = read()
+    chunks, n_positions = found.chunks, found.n_positions
     rows = settings.sampling.rows_per_position
 
     def summary(complete_before: bool) -> ExtractionSummary:
@@ -139,9 +149,10 @@ def _extract(
         total = n_positions * rows
         return ExtractionSummary(
             complete_before=complete_before,
-            games=len(games),
-            refused=dict(refused),
-            examples=examples,
+            games=found.n_games,
+            refused=found.refused,
+            examples=found.examples,
+            counts=found.counts,
             positions=n_positions,
             rows=total,
             seconds=seconds,
@@ -150,7 +161,7 @@ def _extract(
 
     settings = settings._replace(precision=precision())
     try:
-        if not folder.begin({**_identity(settings), "games_sha256": games_sha256(games)}):
+        if not folder.begin({**_identity(settings), **found.identity}):
             return summary(True)
         done = folder.done()
         positions = sum(chunk.n_positions for chunk in chunks if chunk.number in done)
@@ -163,7 +174,7 @@ def _extract(
             spent = {name: seconds + result.get(name, 0.0) for name, seconds in spent.items()}
             report(GamesProgress(positions, n_positions, positions * rows, str(result["device"])))
         with _timed(spent, "finishing"):
-            folder.finish({"games": len(games), "refused": dict(refused), "positions": n_positions})
+            folder.finish({"games": found.n_games, "refused": found.refused, "positions": n_positions})
     except KeyboardInterrupt as interrupt:
         interrupt.add_note("finished rows are kept; run the same command to continue")
         raise
@@ -215,12 +226,14 @@ def _timed(spent: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _identity(settings: ExtractionSettings) -> dict[str, Any]:
-    """Return the settings that must be equal to resume an extraction; `games_sha256` is compared in addition."""
+    """Return the settings that must be equal to resume an extraction; the hash of its input is compared in addition."""
     return {
         "weights_sha256": weights_sha256(settings.weights),
         "blocks": list(settings.blocks),
         "blocks_numbered_from": 0,
         "taken": "after the add and the ReLU of the block; points run from the top left",
+        "taken_from": "games" if settings.positions is None else "positions",
+        **settings.choice._asdict(),
         **settings.sampling._asdict(),
         "dtype": settings.dtype,
         "formats": list(settings.formats),

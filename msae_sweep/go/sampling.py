@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int16, Int64
 
-from msae_sweep.errors import ConfigError
+from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go.board import N_POINTS
 from msae_sweep.go.sgf import Game, sample_plies
 
@@ -25,16 +26,31 @@ class Sampling(NamedTuple):
 
     positions_per_game: int | None
     """Maximum number of positions taken from a game; None takes all."""
-    skip_first: int
-    """Number of moves at the beginning of a game whose positions are left out."""
+    min_move: int
+    """Minimum number of moves before a position."""
     points: Points
     """Rows taken from a position: the mean over the board, all 361 points, or the given number of random points."""
     seed: int
+    max_move: int | None = None
+    """Maximum number of moves before a position; None sets no limit."""
+    consecutive: bool = False
+    """Whether a game's positions follow one another from a random one on, rather than being drawn one by one."""
 
     @property
     def rows_per_position(self) -> int:
         """Number of rows per position."""
         return {"mean": 1, "all": N_POINTS}.get(str(self.points)) or int(self.points)
+
+    @property
+    def positions_per_chunk(self) -> int:
+        """Number of positions in every chunk but the last."""
+        return max(1, min(CHUNK_POSITIONS, CHUNK_ROWS // self.rows_per_position))
+
+    def n_positions(self, game: Game) -> int:
+        """Return the number of positions that are taken from a game."""
+        stop = game.n_moves if self.max_move is None else min(game.n_moves, self.max_move + 1)
+        n_candidates = max(0, stop - self.min_move)
+        return n_candidates if self.positions_per_game is None else min(n_candidates, self.positions_per_game)
 
 
 class Chunk(NamedTuple):
@@ -58,6 +74,25 @@ class Chunk(NamedTuple):
             skip, left = 0, left - len(plies)
 
 
+class PositionsChunk(NamedTuple):
+    """Group of positions of a file of positions; see `positions_file`."""
+
+    number: int
+    first_position: int
+    """Index of the first position in the file."""
+    n_positions: int
+    file: Path
+
+
+def make_positions_chunks(file: Path, n_positions: int, sampling: Sampling) -> list[PositionsChunk]:
+    """Divide the positions of a file of positions into chunks, in their order."""
+    most = sampling.positions_per_chunk
+    return [
+        PositionsChunk(number, first, min(most, n_positions - first), file)
+        for number, first in enumerate(range(0, n_positions, most))
+    ]
+
+
 def make_chunks(games: Sequence[Game], sampling: Sampling) -> list[Chunk]:
     """Divide the sampled positions into chunks, with games sorted by key, which is as good as a random order.
 
@@ -65,7 +100,7 @@ def make_chunks(games: Sequence[Game], sampling: Sampling) -> list[Chunk]:
     workers. All chunks but the last have the same size, even where this splits a game, because cuDNN plans its
     convolutions again for every new size.
     """
-    most = max(1, min(CHUNK_POSITIONS, CHUNK_ROWS // sampling.rows_per_position))
+    most = sampling.positions_per_chunk
     chunks: list[Chunk] = []
     members: list[Game] = []
     done = count = skip = 0
@@ -77,9 +112,7 @@ def make_chunks(games: Sequence[Game], sampling: Sampling) -> list[Chunk]:
         done, count, members = done + count, 0, []
 
     for game in sorted(games, key=lambda game: game.key):
-        n = max(0, game.n_moves - sampling.skip_first)
-        n = n if sampling.positions_per_game is None else min(n, sampling.positions_per_game)
-        taken = 0
+        n, taken = sampling.n_positions(game), 0
         while taken < n:
             if not members:
                 skip = taken
@@ -107,6 +140,23 @@ def parse_points(text: str) -> Points:
     raise ConfigError(f"--points: {text} must be mean, all, or 1 to {N_POINTS}")
 
 
+def check_sampling(sampling: Sampling) -> None:
+    """Raise ConfigError if the settings contradict one another."""
+    points = sampling.points
+    if isinstance(points, int) and not 1 <= points <= N_POINTS:
+        raise ConfigError(f"--points: {points} must be mean, all, or 1 to {N_POINTS}")
+    if sampling.max_move is not None and sampling.max_move < sampling.min_move:
+        raise ConfigError(f"--max-move: {sampling.max_move} must be at least --min-move {sampling.min_move}")
+    if sampling.consecutive and sampling.positions_per_game is None:
+        raise ConfigError("--consecutive: needs --positions-per-game, the number of positions that follow one another")
+
+
+def no_positions(where: Path, sampling: Sampling) -> DataError:
+    """Return the error that no game has a position which is taken."""
+    last = "" if sampling.max_move is None else f" to --max-move {sampling.max_move}"
+    return DataError(f"{where}: no game has a position at --min-move {sampling.min_move}{last} moves")
+
+
 def games_sha256(games: Sequence[Game]) -> str:
     """Return a hash of the set of games, independent of how they are stored."""
     return hashlib.sha256("\n".join(sorted(game.key for game in games)).encode()).hexdigest()
@@ -114,25 +164,37 @@ def games_sha256(games: Sequence[Game]) -> str:
 
 def sampled_plies(game: Game, sampling: Sampling) -> Int64[np.ndarray, " plies"]:
     """Return the plies of the positions that are taken from a game."""
-    return sample_plies(game, sampling.positions_per_game, sampling.skip_first, sampling.seed)
+    return sample_plies(
+        game,
+        sampling.positions_per_game,
+        min_move=sampling.min_move,
+        seed=sampling.seed,
+        max_move=sampling.max_move,
+        consecutive=sampling.consecutive,
+    )
 
 
 def sampled_points(
     game: Game, plies: Int64[np.ndarray, " plies"], sampling: Sampling
 ) -> Int16[np.ndarray, "plies rows"]:
+    """Return the points taken from each position of a game: random ones depend only on (seed, game, ply)."""
+    return points_of([f"{game.key} {ply}" for ply in plies.tolist()], sampling)
+
+
+def points_of(keys: Sequence[str], sampling: Sampling) -> Int16[np.ndarray, "positions rows"]:
     """Return the points taken from each position, ascending; −1 stands for the mean over the board.
 
-    Random points depend only on (seed, game, ply).
+    Random points depend only on the seed and the position's key.
     """
     if sampling.points == "mean":
-        return np.full((len(plies), 1), -1, dtype=np.int16)
+        return np.full((len(keys), 1), -1, dtype=np.int16)
     if sampling.points == "all":
-        return np.broadcast_to(np.arange(N_POINTS, dtype=np.int16), (len(plies), N_POINTS)).copy()
+        return np.broadcast_to(np.arange(N_POINTS, dtype=np.int16), (len(keys), N_POINTS)).copy()
     # Each point draws four bytes; the stable sort breaks ties between equal draws.
     draws = np.stack(
         [
-            np.frombuffer(hashlib.shake_128(f"{sampling.seed} {game.key} {ply}".encode()).digest(4 * N_POINTS), "<u4")
-            for ply in plies.tolist()
+            np.frombuffer(hashlib.shake_128(f"{sampling.seed} {key}".encode()).digest(4 * N_POINTS), "<u4")
+            for key in keys
         ]
     )
     chosen = np.argsort(draws, axis=1, kind="stable")[:, : int(sampling.points)]

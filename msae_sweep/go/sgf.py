@@ -12,15 +12,12 @@ Records differ; these rules define a game:
   that leaves a group without liberties, a handicap without its stones in the record (every later board would lack
   them), and a game without moves.
 
-sgfmill splits the text into tokens; the tokens up to the first closing bracket are the main line. Its game trees are
-not used: building them took twice as long as tokenising. They also parse a whole file at once, so that one broken game
-lost all others in its file.
+sgfmill splits the text of a game into tokens; the tokens up to the first closing bracket are the main line. Its game
+trees are not used: building them took twice as long as tokenising. They also parse a whole file at once, so that one
+broken game lost all others in its file.
 """
 
-import codecs
 import hashlib
-import itertools
-import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -30,30 +27,12 @@ from sgfmill.sgf_grammar import tokenise
 from sgfmill.sgf_properties import Presenter
 
 from msae_sweep.go.board import BLACK, EMPTY, PASS, SIZE, WHITE, Board
-from msae_sweep.go.records import Record, RefusedRecord
+from msae_sweep.go.records import Record, RefusedRecord, games_in
 
 _STONES = {"AB": BLACK, "AW": WHITE, "AE": EMPTY}
 _MOVES = {bytes((97 + column, 97 + row)): row * SIZE + column for row in range(SIZE) for column in range(SIZE)}
 _MOVES |= {b"": PASS, b"tt": PASS}
 _PRESENTER = Presenter(SIZE, "UTF-8")
-
-_CHARSET = re.compile(rb"CA\s*\[\s*([\w.:-]+)\s*\]")
-# In these character sets the second byte of a character can be "\" or "]", which SGF would take for syntax. Each is
-# decoded as the largest set that contains it. Text in other sets is not decoded: moves are ASCII, and names and
-# comments are not used.
-_UNSAFE_CHARSETS = {
-    "shift_jis": "cp932",
-    "cp932": "cp932",
-    "gb2312": "gb18030",
-    "gbk": "gb18030",
-    "gb18030": "gb18030",
-    "big5": "cp950",
-    "cp950": "cp950",
-    "big5hkscs": "big5hkscs",
-}
-
-# Beginning of a game. These properties occur only in a root node, so the beginning of a variation does not match.
-_HEAD = re.compile(rb"\(\s*;\s*(?:FF|GM|SZ|CA|AP)\s*\[")
 
 _Node = dict[str, list[bytes]]
 
@@ -97,18 +76,20 @@ class _OtherSizeError(Exception):
 
 
 def read_games(record: Record) -> Iterator[Game | RefusedRecord]:
-    """Yield the games of one record in order; each is completely legal, or is refused with the reason."""
-    number = 0
-    for number, tokens in enumerate(_token_lists(_readable(record.data)), start=1):
-        name = record.name if number == 1 else f"{record.name}#{number}"
-        try:
-            yield _game(name, _main_line(tokens))
-        except _OtherSizeError as error:
-            yield RefusedRecord(name, "size", str(error))
-        except _BrokenError as error:
-            yield RefusedRecord(name, "broken", str(error))
-    if number == 0:
-        yield RefusedRecord(record.name, "broken", "no SGF game in it" if record.data.strip() else "empty")
+    """Yield the games of an SGF text in order; each is completely legal, or is refused with the reason."""
+    for game in games_in(record.name, [record.data]):
+        yield game if isinstance(game, RefusedRecord) else parse_game(game)
+
+
+def parse_game(record: Record) -> Game | RefusedRecord:
+    """Parse the text of one game, which is completely legal, or is refused with the reason."""
+    tokens, _ = tokenise(record.data)
+    try:
+        return _game(record.name, _main_line(tokens))
+    except _OtherSizeError as error:
+        return RefusedRecord(record.name, "size", str(error))
+    except _BrokenError as error:
+        return RefusedRecord(record.name, "broken", str(error))
 
 
 def refuse_duplicates(games: Iterable[Game | RefusedRecord]) -> Iterator[Game | RefusedRecord]:
@@ -124,67 +105,36 @@ def refuse_duplicates(games: Iterable[Game | RefusedRecord]) -> Iterator[Game | 
 
 
 def sample_plies(
-    game: Game, positions_per_game: int | None, skip_first: int = 0, seed: int = 0
+    game: Game,
+    positions_per_game: int | None,
+    min_move: int = 0,
+    seed: int = 0,
+    max_move: int | None = None,
+    consecutive: bool = False,
 ) -> Int64[np.ndarray, " plies"]:
     """Return the sampled positions of a game as ascending plies; ply p is the position after p moves.
 
-    Candidates are `skip_first` to `n_moves` − 1. The last position is excluded: no move follows it, so the side to move
-    would be a guess, and usually both players have passed there.
+    Candidates are `min_move` to `max_move`, and at the most `n_moves` − 1. The last position is excluded: no move
+    follows it, so the side to move would be a guess, and usually both players have passed there.
 
     Each ply draws a number that depends only on (seed, key, ply), and the `positions_per_game` smallest are taken (None
     takes all candidates). The sample therefore does not depend on order or workers, and a larger `positions_per_game`
-    includes the positions of a smaller one.
+    includes the positions of a smaller one. With `consecutive`, the plies follow one another, and their start, for
+    which all that leave room are equally likely, depends only on (seed, key).
     """
-    plies = np.arange(skip_first, game.n_moves)
+    stop = game.n_moves if max_move is None else min(game.n_moves, max_move + 1)
+    plies = np.arange(min_move, stop)
     if positions_per_game is None or positions_per_game >= len(plies):
         return plies
+    if consecutive:
+        # Sixteen bytes, so that the remainder is as good as uniform.
+        drawn = hashlib.shake_256(f"{seed} {game.key} start".encode()).digest(16)
+        start = int.from_bytes(drawn, "little") % (len(plies) - positions_per_game + 1)
+        return plies[start : start + positions_per_game]
     # A hash gives eight bytes per ply. NumPy's generators are not used: their draws may change between versions.
     stream = hashlib.shake_256(f"{seed} {game.key}".encode()).digest(8 * game.n_moves)
-    draws = np.frombuffer(stream, dtype="<u8")[skip_first:]
+    draws = np.frombuffer(stream, dtype="<u8")[min_move:stop]
     return np.sort(plies[np.argsort(draws, kind="stable")[:positions_per_game]])
-
-
-def _readable(data: bytes) -> bytes:
-    """Return the text in an encoding in which bracket and backslash bytes never belong to another character."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace").encode()
-    declared = _CHARSET.search(data[:4096])
-    if declared is None:
-        return data
-    try:
-        charset = _UNSAFE_CHARSETS[codecs.lookup(declared[1].decode("ascii")).name]
-    except LookupError:  # a character set that is unknown to Python, or safe
-        return data
-    # UTF-8 is often declared as another set; decoded as that set, its characters would swallow the following bracket.
-    return data if _is_utf8(data) else data.decode(charset, "replace").encode()
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _token_lists(data: bytes) -> Iterator[list[tuple[str, bytes]]]:
-    """Yield the list of tokens of each game in turn."""
-    end = 0
-    while True:
-        start = end
-        tokens, end = tokenise(data, start)
-        if not tokens:
-            return
-        if not _is_closed(tokens):
-            break
-        yield tokens
-    # This game has no end, so the next one begins at the next match of `_HEAD`. The text is split at all matches at
-    # once, because searching for each game's end up to the end of the file is quadratic if no game has an end.
-    heads = [start, *(head.start() for head in _HEAD.finditer(data, start + 1)), len(data)]
-    for begin, stop in itertools.pairwise(heads):
-        tokens, _ = tokenise(data[begin:stop])
-        if tokens:
-            yield tokens
 
 
 def _is_closed(tokens: list[tuple[str, bytes]]) -> bool:

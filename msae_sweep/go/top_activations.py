@@ -20,12 +20,14 @@ from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go import diagrams
 from msae_sweep.go.board import N_POINTS, PASS
 from msae_sweep.go.diagrams import Diagram, LatentDiagrams
+from msae_sweep.go.game_choice import ALL_GAMES, GameChoice
+from msae_sweep.go.game_reading import read_all_games
 from msae_sweep.go.leela import Precision
-from msae_sweep.go.pipeline import ChosenPositions, read_all_games, run_actor_on_chunks
-from msae_sweep.go.progress_bar import GamesProgress
+from msae_sweep.go.pipeline import ChosenPositions, run_actor_on_chunks
+from msae_sweep.go.progress_bar import BytesProgress, GamesProgress
 from msae_sweep.go.records import find_units
 from msae_sweep.go.replay import replay
-from msae_sweep.go.sampling import CHUNK_POSITIONS, Sampling, make_chunks
+from msae_sweep.go.sampling import CHUNK_POSITIONS, Sampling, check_sampling, make_chunks, no_positions
 from msae_sweep.go.sgf import Game
 from msae_sweep.go.top_activation_actors import LatentMapActor, TopActivationActor
 from msae_sweep.go.top_positions import FiringStatistics, TopPositions
@@ -59,6 +61,7 @@ class TopActivationSettings(NamedTuple):
     """Number of the network's first block in the numbering of `block`; 1 in activation folders of earlier versions."""
     notes: tuple[str, ...] = ()
     """Notes on the model and the network that are printed on the page."""
+    choice: GameChoice = ALL_GAMES
 
     @property
     def tap(self) -> int:
@@ -113,6 +116,7 @@ def write_top_activations(
     settings: TopActivationSettings,
     report: Callable[[GamesProgress], None] = lambda _: None,
     connect: Callable[[], None] = lambda: None,
+    report_bytes: Callable[[BytesProgress], None] = lambda _: None,
 ) -> TopActivationSummary:
     """Find the strongest positions, then write the page and the JSON file.
 
@@ -124,15 +128,15 @@ def write_top_activations(
             or the disk is full.
     """
     started = time.monotonic()
-    units = find_units(settings.games)
+    units = find_units(settings.games, to_the_end=settings.choice.first_games is None)
     weights = read_weights(settings.weights)
     _check(settings, len(weights.blocks), weights.filters)
     connect()
-    found = read_all_games(units, settings.games)
+    found = read_all_games(units, settings.games, settings.choice, seed=settings.sampling.seed, report=report_bytes)
     games = found.games
     chunks = make_chunks(games, settings.sampling)
     if not chunks:
-        raise DataError(f"{settings.games}: no game is longer than --skip-first {settings.sampling.skip_first} moves")
+        raise no_positions(settings.games, settings.sampling)
     arguments = ([ray.put(weights), ray.put(settings.model)], settings)
     n_positions = sum(chunk.n_positions for chunk in chunks)
     done = 0
@@ -183,6 +187,8 @@ def write_top_activations(
 
 
 def _check(settings: TopActivationSettings, n_blocks: int, filters: int) -> None:
+    check_sampling(settings.sampling)
+    settings.choice.check()
     model = settings.model.model
     if not 0 <= settings.tap < n_blocks:
         first = settings.numbered_from

@@ -27,6 +27,7 @@ from msae_sweep.go import pipeline, sampling
 from msae_sweep.go.activation_folder import ActivationFolder, atomic
 from msae_sweep.go.extract import ExtractionSettings, extract
 from msae_sweep.go.extraction_actor import ExtractionActor
+from msae_sweep.go.game_reading import parsed_games
 from msae_sweep.go.leela import Network
 from msae_sweep.go.planes import planes
 from msae_sweep.go.records import find_units, read_records
@@ -68,7 +69,7 @@ def network(tmp_path_factory) -> Path:
 
 
 def settings(network: Path, records: Path, out: Path, **changes: object) -> ExtractionSettings:
-    sampling = Sampling(positions_per_game=5, skip_first=2, points=3, seed=0)
+    sampling = Sampling(positions_per_game=5, min_move=2, points=3, seed=0)
     return ExtractionSettings(network, records, out, (0, 2), sampling, dtype="float32")._replace(**changes)
 
 
@@ -158,7 +159,7 @@ def test_the_games_of_one_tar_are_parsed_by_many_tasks(tmp_path):
             info = tarfile.TarInfo(f"{i}.sgf")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    parsed = pipeline.parsed_games(find_units(tmp_path / "all.tar")).materialize()
+    parsed = parsed_games(find_units(tmp_path / "all.tar")).materialize()
     assert parsed.count() == 600
     tasks = re.search(r"Operator \d+ MapBatches\(_parse\): (\d+) tasks", parsed.stats())
     assert tasks is not None, f"fused with the reading:\n{parsed.stats()}"
@@ -331,7 +332,7 @@ def test_the_games_of_the_original_series_files_are_kept_whole_in_a_split(tmp_pa
         ({"blocks": ()}, "--blocks"),
         ({"formats": ("csv",)}, "--format: csv must be among npy, h5, parquet"),
         ({"sampling": Sampling(5, 2, 362, 0)}, "--points: 362"),
-        ({"sampling": Sampling(5, 400, 3, 0)}, "no game is longer than --skip-first 400"),
+        ({"sampling": Sampling(5, 400, 3, 0)}, "no game has a position at --min-move 400 moves"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_no_folder(changes, message, network, records, tmp_path):

@@ -258,13 +258,13 @@ LONG = "(;" + "".join(f";{'BW'[i % 2]}[]" for i in range(100)) + ")"
 
 def test_all_positions_but_the_last_are_candidates():
     assert sample_plies(game(LONG), None).tolist() == list(range(100))
-    assert sample_plies(game(LONG), 1000, skip_first=20).tolist() == list(range(20, 100))
-    assert sample_plies(game(LONG), 5, skip_first=100).tolist() == []
-    assert sample_plies(game(LONG), 5, skip_first=1000).tolist() == []
+    assert sample_plies(game(LONG), 1000, min_move=20).tolist() == list(range(20, 100))
+    assert sample_plies(game(LONG), 5, min_move=100).tolist() == []
+    assert sample_plies(game(LONG), 5, min_move=1000).tolist() == []
 
 
 def test_a_sample_is_sorted_distinct_and_of_the_asked_size():
-    plies = sample_plies(game(LONG), 10, skip_first=30)
+    plies = sample_plies(game(LONG), 10, min_move=30)
     assert len(set(plies.tolist())) == 10
     assert plies.tolist() == sorted(plies.tolist())
     assert plies.min() >= 30
