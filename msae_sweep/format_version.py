@@ -13,8 +13,8 @@ from msae_sweep.errors import FormatError
 
 SWEEP_FOLDER = 1
 """Format of a sweep folder, written to its `identity.json`."""
-EXTRACTION = 1
-"""Format of an extraction, written to its `manifest.json`."""
+EXTRACTION = 2
+"""Format of an extraction, written to its `manifest.json`. Format 1 numbered blocks from 1, format 2 from 0."""
 PREPARED_SHARDS = 1
 """Format of a block's prepared shards. It is part of their key, so shards of another format are prepared anew."""
 

@@ -238,11 +238,11 @@ WRONG = {
     "a command that is none": ("msae-sweep inspekt activations", "inspekt"),
     "blocks that are not there": (
         "msae-sweep run search_spaces/baselines.yaml --name b --data activations",
-        r"activations has blocks \(2, 4, 6\)",
+        r"activations has blocks \(2, 4, 5\)",
     ),
     "a sweep that exists": ("msae-sweep run search_spaces/quickstart.yaml", "sweeps/quickstart exists"),
     "a sweep that is not there": ("msae-sweep report sweeps/leela", "sweeps/leela"),
-    "a model of several": ("msae-sweep eval sweeps/leela-zero", r"sweeps/leela-zero has blocks \(2, 4, 6\)"),
+    "a model of several": ("msae-sweep eval sweeps/leela-zero", r"sweeps/leela-zero has blocks \(2, 4, 5\)"),
     "a file that is not there": ("msae-sweep import msae_block5.pt --data activations", r"msae_block5\.pt"),
     "an output": ("block 5: 3 trials", "block: command not found"),
 }

@@ -170,8 +170,11 @@ def inspect(
     """Show statistics of each block of activations in PATH, and the R² of its principal components."""
     from msae_sweep.config import DataConfig
     from msae_sweep.data import inspection
+    from msae_sweep.data.sources.extraction_manifest import numbering_note
 
     open_console().print(inspection.render(inspection.inspect(DataConfig(path=path))))
+    if note := numbering_note(path):
+        open_console().print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 app.command()(go.extract)

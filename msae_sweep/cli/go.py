@@ -16,7 +16,7 @@ NetworkPrecision = Annotated[
 ]
 FirstRow = Annotated[
     Literal["top", "bottom"],
-    typer.Option(help="Board row that is the network's row 0; bottom for networks that Leela Zero itself trained."),
+    typer.Option(help="Board row that is the network's row 0; bottom, as in Leela Zero's own program, or top."),
 ]
 
 
@@ -24,7 +24,7 @@ def extract(
     weights: Annotated[Path, typer.Option(metavar="NET", help="Leela Zero's text weights, plain or .gz.")],
     games: Games,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Activation folder to create or to resume.")],
-    blocks: Annotated[str, typer.Option(help="Residual blocks to extract, numbered from 1.")] = "5,20,35",
+    blocks: Annotated[str, typer.Option(help="Residual blocks to extract, numbered from 0.")] = "5,20,35",
     positions_per_game: PositionsPerGame = None,
     skip_first: SkipFirst = 0,
     points: Annotated[
@@ -33,7 +33,7 @@ def extract(
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Data type of the rows.")] = "float16",
     format: Annotated[str, typer.Option(help="File format: npy, h5, parquet, or several, e.g. npy,h5.")] = "npy",
     precision: NetworkPrecision = "auto",
-    first_row: FirstRow = "top",
+    first_row: FirstRow = "bottom",
     seed: Annotated[int, typer.Option(help="Seed for sampling positions and points.")] = 0,
 ) -> None:
     """Extract activations of a Leela Zero network on recorded games into a folder that `run` can read."""
@@ -77,7 +77,7 @@ def boards(
     ],
     games: Games,
     block: Annotated[
-        int | None, typer.Option(help="Residual block, numbered from 1; required if MODEL does not name it.")
+        int | None, typer.Option(help="Residual block, as MODEL's data names it; required if MODEL does not name it.")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="HTML page to write.")] = Path("boards.html"),
     latents: Annotated[
@@ -90,16 +90,20 @@ def boards(
     positions_per_game: PositionsPerGame = None,
     skip_first: SkipFirst = 0,
     precision: NetworkPrecision = "auto",
-    first_row: FirstRow = "top",
+    first_row: Annotated[
+        Literal["top", "bottom"] | None,
+        typer.Option(help="Board row that is the network's row 0; default: as in the model's data, else bottom."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for sampling positions.")] = 0,
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.")
     ] = None,
 ) -> None:
     """Write an HTML page of Go boards: the positions of real games at which a model's latents are most active."""
+    from msae_sweep.data.sources.extraction_manifest import blocks_numbered_from
     from msae_sweep.errors import ConfigError
     from msae_sweep.go import top_activations as diagrams
-    from msae_sweep.go.network_check import network_differences
+    from msae_sweep.go.network_check import manifest_of_model, network_differences
     from msae_sweep.go.progress_bar import progress_display
     from msae_sweep.go.sampling import Sampling
     from msae_sweep.models.find import find
@@ -110,6 +114,9 @@ def boards(
     block = found.block if block is None else block
     if block is None:
         raise ConfigError(f"--block: the block of {model} is unknown; give its number")
+    manifest = manifest_of_model(found.where)
+    if first_row is None:
+        first_row = "top" if manifest.get("first_row") == "top" else "bottom"
     settings = diagrams.TopActivationSettings(
         model=found.file,
         name=found.where,
@@ -123,7 +130,8 @@ def boards(
         sampling=Sampling(positions_per_game, skip_first, "all", seed),
         precision=precision,
         first_row=first_row,
-        notes=network_differences(found.where, weights, first_row),
+        numbered_from=blocks_numbered_from(manifest),
+        notes=network_differences(manifest, weights, first_row),
     )
     for note in settings.notes:
         open_console().print(f"note: {note}", highlight=False, soft_wrap=True)

@@ -24,9 +24,10 @@ import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float64
+from jaxtyping import Float64, Int32
 
 import msae_sweep
+from msae_sweep.data.hdf5_writer import write_gzip_dataset
 from msae_sweep.errors import ConfigError, SweepError
 from msae_sweep.format_version import EXTRACTION, check_format
 from msae_sweep.paths import StoragePath, check_folder
@@ -169,24 +170,19 @@ class ActivationFolder:
         numbers = sorted(self.done())
         # The npy format comes last: it moves the rows out of parts/, where the other formats read them. An interrupted
         # earlier call of this method may already have moved some.
-        if "h5" in self.formats:
-            self._write_h5(numbers)
-        if "parquet" in self.formats:
-            self._write_parquet(numbers)
-        sums = dict.fromkeys(self.blocks, np.zeros(1))
-        for number in numbers:
-            with np.load(self.parts / f"index_{number:06d}.npz") as index:
-                sums = {block: before + index[f"sums{block}"] for block, before in sums.items()}
         n_rows = 0
         for name in INDEX:
             n_rows = self._write_index(name, numbers)
-        for block, (total, squares) in sums.items():
-            mean = total / n_rows
-            std = np.sqrt(np.maximum(squares / n_rows - mean**2, 0))
+        statistics = self._statistics(numbers, n_rows)
+        for block, values in statistics.items():
             folder = self.path / f"block{block}"
             folder.mkdir(exist_ok=True)
             with atomic(folder / "normalization_stats.npz") as part, part.open("wb") as file:
-                np.savez(file, mean=mean.astype(np.float32), std=std.astype(np.float32))
+                np.savez(file, allow_pickle=False, **values)
+        if "h5" in self.formats:
+            self._write_h5(numbers, n_rows, statistics)
+        if "parquet" in self.formats:
+            self._write_parquet(numbers)
         if "npy" in self.formats:
             for block in self.blocks:
                 for number in numbers:
@@ -210,7 +206,26 @@ class ActivationFolder:
             _save(part, dtype, (n_rows,), (self._index(number, name) for number in numbers))
         return n_rows
 
-    def _write_h5(self, numbers: Sequence[int]) -> None:
+    def _statistics(self, numbers: Sequence[int], n_rows: int) -> dict[int, dict[str, Any]]:
+        """Return mean, std (with n − 1 in the denominator, as in the original series) and count of each block."""
+        sums = dict.fromkeys(self.blocks, np.zeros(1))
+        for number in numbers:
+            with np.load(self.parts / f"index_{number:06d}.npz") as index:
+                sums = {block: before + index[f"sums{block}"] for block, before in sums.items()}
+        found = {}
+        for block, (total, squares) in sums.items():
+            mean = total / n_rows
+            variance = np.maximum(squares / n_rows - mean**2, 0) * n_rows / max(1, n_rows - 1)
+            found[block] = {"mean": mean.astype(np.float32), "std": np.sqrt(variance).astype(np.float32)}
+            found[block]["count"] = n_rows
+        return found
+
+    def _write_h5(self, numbers: Sequence[int], n_rows: int, statistics: Mapping[int, Mapping[str, Any]]) -> None:
+        """Write `activations.h5` in the layout of the original series, with this package's index columns beside it.
+
+        The series has `block{B}` with mean, std and count as attributes. `game_ids` number the games from 0 in the
+        order of the rows, and `move_numbers` are the plies.
+        """
         target = self.path / "activations.h5"
         if target.exists():
             return
@@ -218,19 +233,24 @@ class ActivationFolder:
             # The space is checked first, because HDF5 reports a full disk with a long message, and again on closing.
             if shutil.disk_usage(self.path).free < sum(file.stat().st_size for file in self.parts.iterdir()):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            n_rows = sum(len(self._index(number, "point")) for number in numbers)
-            sources: dict[str, Callable[[int], np.ndarray]] = {
-                **{f"block{block}": partial(self._rows, block) for block in self.blocks},
-                **{name: partial(self._index, name=name) for name in INDEX},
+            takes_mean = self._index(numbers[0], "point")[0] == -1
+            file.attrs["block_indices"] = list(self.blocks)
+            file.attrs["n_positions"] = int(self._index(numbers[-1], "position_id")[-1]) + 1
+            file.attrs["spatial_mode"] = "pool" if takes_mean else "flatten"
+            if takes_mean:
+                file.attrs["pool_mode"] = "mean"
+            columns: dict[str, Callable[[], Iterator[np.ndarray]]] = {
+                **{f"block{block}": partial(self._rows_of, block, numbers) for block in self.blocks},
+                "game_ids": partial(_numbered, partial(self._index_of, "game_id", numbers)),
+                "move_numbers": lambda: (plies.astype(np.int16) for plies in self._index_of("ply", numbers)),
+                **{name: partial(self._index_of, name, numbers) for name in INDEX},
             }
-            for name, read in sources.items():
-                first = read(numbers[0])
-                dataset = file.create_dataset(name, (n_rows, *first.shape[1:]), dtype=first.dtype)
-                start = 0
-                for number in numbers:
-                    rows = read(number)
-                    dataset[start : start + len(rows)] = rows
-                    start += len(rows)
+            for name, parts in columns.items():
+                first = next(parts())
+                shape = (n_rows, *first.shape[1:])
+                write_gzip_dataset(file=file, name=name, shape=shape, dtype=first.dtype, parts=parts())
+            for block, values in statistics.items():
+                file[f"block{block}"].attrs.update(values)
 
     def _write_parquet(self, numbers: Sequence[int]) -> None:
         folder = self.path / "parquet"
@@ -248,6 +268,12 @@ class ActivationFolder:
                 # No compression: floating-point activations hardly shrink, and uncompressed files are faster to read.
                 pq.write_table(pa.table(columns), part, row_group_size=8192, compression="none")
 
+    def _rows_of(self, block: int, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        return (self._rows(block, number) for number in numbers)
+
+    def _index_of(self, name: str, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        return (self._index(number, name) for number in numbers)
+
     def _rows(self, block: int, number: int) -> np.ndarray:
         rows: np.ndarray = np.load(self.rows_file(block, number))
         return rows
@@ -258,6 +284,11 @@ class ActivationFolder:
             return values
 
     def _compare(self, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        if found.get("blocks_numbered_from", 1) != identity.get("blocks_numbered_from"):
+            raise ConfigError(
+                f"--out {self.path}: its blocks are numbered from 1, as msae_sweep {found.get('msae_sweep', '')} wrote "
+                "them; this version numbers them from 0; give another folder"
+            )
         for key, value in identity.items():
             if (before := found.get(key)) == value:
                 continue
@@ -283,6 +314,16 @@ class ActivationFolder:
     def _write_manifest(self, content: Mapping[str, Any]) -> None:
         with atomic(self.manifest) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _numbered(game_ids: Callable[[], Iterator[np.ndarray]]) -> Iterator[Int32[np.ndarray, " rows"]]:
+    """Yield the number of each row's game, from 0 in the order of the rows; all rows of a game are adjacent."""
+    last, number = None, -1
+    for ids in game_ids():
+        begins = ids != np.concatenate([ids[:1] + 1 if last is None else [last], ids[:-1]])
+        numbers = number + begins.cumsum()
+        last, number = ids[-1], int(numbers[-1])
+        yield numbers.astype(np.int32)
 
 
 def _lock(folder: int) -> None:

@@ -34,13 +34,14 @@ class ExtractionSettings(NamedTuple):
     games: Path
     out: Path
     blocks: tuple[int, ...]
+    """Residual blocks, numbered from 0."""
     sampling: Sampling
     dtype: str = "float16"
     formats: tuple[str, ...] = ("npy",)
     precision: Precision = "auto"
-    first_row: Literal["top", "bottom"] = "top"
-    """Board row that is the network's row 0. Networks trained with Leela Zero's own program count rows from the
-    bottom. All networks were trained under all eight symmetries, so they play nearly the same with either setting.
+    first_row: Literal["top", "bottom"] = "bottom"
+    """Board row that is the network's row 0. Leela Zero's own program counts rows from the bottom. Networks were
+    trained under all eight symmetries, so they play nearly the same with either setting, but their activations differ.
     `point` in the output always counts from the top left."""
 
 
@@ -103,8 +104,9 @@ def extract(
     units = find_units(settings.games)
     weights = read_weights(settings.weights)
     for block in settings.blocks:
-        if not 1 <= block <= len(weights.blocks):
-            raise ConfigError(f"--blocks: {block} is not in this network, which has blocks 1 to {len(weights.blocks)}")
+        if not 0 <= block < len(weights.blocks):
+            last = len(weights.blocks) - 1
+            raise ConfigError(f"--blocks: {block} is not in this network, which has blocks 0 to {last}")
     folder = ActivationFolder(settings.out, settings.blocks, settings.formats)
     settings = _as_begun(settings, folder)
     folder.check(_identity(settings))
@@ -217,7 +219,8 @@ def _identity(settings: ExtractionSettings) -> dict[str, Any]:
     return {
         "weights_sha256": weights_sha256(settings.weights),
         "blocks": list(settings.blocks),
-        "taken": "after the add and the ReLU of the block; blocks are numbered from 1; points run from the top left",
+        "blocks_numbered_from": 0,
+        "taken": "after the add and the ReLU of the block; points run from the top left",
         **settings.sampling._asdict(),
         "dtype": settings.dtype,
         "formats": list(settings.formats),

@@ -1,6 +1,6 @@
 """Leela Zero network as a torch module for inference only, whose residual blocks can be tapped.
 
-Batch normalisation is folded into the convolutions. Blocks are numbered from 1. A tap returns the output of a block
+Batch normalisation is folded into the convolutions. Blocks are numbered from 0. A tap returns the output of a block
 after the add and the ReLU. Without heads, nothing after the last tapped block is computed. Planes, points and the moves
 of the policy are ordered row by row; the caller that makes the planes decides which rank is row 0.
 
@@ -83,8 +83,8 @@ class Network(nn.Module):
     def check_taps(self, taps: Collection[int]) -> None:
         """Raise ConfigError if one of `taps` is not a block of this network."""
         for block in taps:
-            if not 1 <= block <= self.n_blocks:
-                raise ConfigError(f"block {block}: this network has blocks 1 to {self.n_blocks}")
+            if not 0 <= block < self.n_blocks:
+                raise ConfigError(f"block {block}: this network has blocks 0 to {self.n_blocks - 1}")
 
     @torch.inference_mode()
     def forward(
@@ -107,7 +107,7 @@ class Network(nn.Module):
         with self._exact_products():
             # Plain, because 18 channels do not suit tensor cores: cuDNN's fused convolutions need a multiple of eight.
             x = conv_relu(planes, self.input.weight, self.input.bias)
-            for number, block in enumerate(islice(self.blocks, self.n_blocks if heads else max(taps, default=0)), 1):
+            for number, block in enumerate(islice(self.blocks, self.n_blocks if heads else max(taps, default=-1) + 1)):
                 x = block(x)
                 if number in taps:
                     activations[number] = x

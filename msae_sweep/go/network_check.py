@@ -1,27 +1,26 @@
 """Comparison of a network with the one whose activations a model was trained on, by the extraction's manifest."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from msae_sweep.data.sources.extraction_manifest import read_manifest
 from msae_sweep.errors import MsaeSweepError
 from msae_sweep.go.weights import weights_sha256
 from msae_sweep.models.evaluate import data_config_for
 from msae_sweep.paths import StoragePath
 
 
-def network_differences(model: str, weights: Path, first_row: str) -> tuple[str, ...]:
+def network_differences(manifest: dict[str, Any], weights: Path, first_row: str) -> tuple[str, ...]:
     """Return notes on known differences between a network and the one that a model was trained on.
 
     A difference is reported but is no error, because a network file that was compressed or written again has another
     hash.
 
     Args:
-        model: file or URI that the model was loaded from.
+        manifest: manifest of the activations that the model was trained on; may be empty.
         weights: file of the network.
         first_row: `top` or `bottom`, the board row that is the network's row 0.
     """
-    manifest = _extraction(model)
     found = []
     if manifest.get("weights_sha256", here := weights_sha256(weights)) != here:
         found.append(
@@ -33,8 +32,12 @@ def network_differences(model: str, weights: Path, first_row: str) -> tuple[str,
     return tuple(found)
 
 
-def _extraction(model: str) -> dict[str, Any]:
-    """Return the manifest of the activations used by the sweep that wrote a model file; empty if none is found."""
+def manifest_of_model(model: str) -> dict[str, Any]:
+    """Return the manifest of the activations that a model was trained on; empty if none is found.
+
+    Args:
+        model: file or URI that the model was loaded from. The sweep around the file names the activations.
+    """
     if model.startswith(("models:/", "runs:/")):
         return {}
     try:
@@ -43,12 +46,6 @@ def _extraction(model: str) -> dict[str, Any]:
         sweep = next((folder for folder in folders if (folder / "sweep.yaml").is_file()), None)
         if sweep is None:
             return {}
-        data = StoragePath(data_config_for(sweep.uri, None, ()).path)
-        # The data may be the extraction's folder, or its activations.h5 or parquet/.
-        for place in (data, data.parent):
-            if (place / "manifest.json").is_file():
-                manifest = json.loads((place / "manifest.json").read())
-                return manifest if isinstance(manifest, dict) else {}
+        return read_manifest(StoragePath(data_config_for(sweep.uri, None, ()).path))
     except (MsaeSweepError, OSError, ValueError):
-        pass
-    return {}
+        return {}

@@ -39,7 +39,7 @@ class _Codes:
 
     def activations(self, chunk: ChunkBoards, part: slice) -> Float[Tensor, "rows filters"]:
         """Return the block's activations in float32, with 361 rows per position, ordered from the top left."""
-        block, bottom = self.settings.block, self.settings.first_row == "bottom"
+        block, bottom = self.settings.tap, self.settings.first_row == "bottom"
         boards = torch.tensor(chunk.boards[part]).to(self.device)
         black_to_move = torch.tensor(chunk.black_to_move[part]).to(self.device)
         x = planes(boards, black_to_move, self.network.choice.dtype)

@@ -43,6 +43,7 @@ class TopActivationSettings(NamedTuple):
     weights: Path
     games: Path
     block: int
+    """Block as the model's activations name it."""
     out: Path
     """Path of the HTML page. A .json file beside it lists every latent that fired, with its strongest positions."""
     latents: tuple[int, ...] | int
@@ -53,9 +54,16 @@ class TopActivationSettings(NamedTuple):
     """Maximum number of active latents at a point."""
     sampling: Sampling
     precision: Precision = "auto"
-    first_row: Literal["top", "bottom"] = "top"
+    first_row: Literal["top", "bottom"] = "bottom"
+    numbered_from: int = 0
+    """Number of the network's first block in the numbering of `block`; 1 in activation folders of earlier versions."""
     notes: tuple[str, ...] = ()
     """Notes on the model and the network that are printed on the page."""
+
+    @property
+    def tap(self) -> int:
+        """Block of the network, numbered from 0."""
+        return self.block - self.numbered_from
 
 
 class TopActivationSummary(NamedTuple):
@@ -176,8 +184,11 @@ def write_top_activations(
 
 def _check(settings: TopActivationSettings, n_blocks: int, filters: int) -> None:
     model = settings.model.model
-    if not 1 <= settings.block <= n_blocks:
-        raise ConfigError(f"--block: {settings.block} is not in this network, which has blocks 1 to {n_blocks}")
+    if not 0 <= settings.tap < n_blocks:
+        first = settings.numbered_from
+        raise ConfigError(
+            f"--block: {settings.block} is not in this network, which has blocks {first} to {first + n_blocks - 1}"
+        )
     if model.input_dim != filters:
         raise DataError(
             f"{settings.weights}: {filters} filters, but the model takes {model.input_dim} channels; "

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import msae_sweep
+from msae_sweep.data.sources.extraction_manifest import numbering_note
 from msae_sweep.report.next_space import Advice
 from msae_sweep.report.pca_baseline import PcaBaselines
 from msae_sweep.report.recommendation import Recommendation, same_validation_rows
@@ -157,6 +158,8 @@ def _state(sweep: Sweep) -> str:
     text = f"{sweep.n_ended} of {sweep.n_planned} trials have ended ({', '.join(parts)})"
     if sweep.blocks_without:
         text += f"; no trial of block {', '.join(map(str, sweep.blocks_without))} has ended with a model"
+    if note := numbering_note(sweep.config.data.path):
+        text += f". {note}"
     if sweep.is_whole:
         return f"{text}."
     return (

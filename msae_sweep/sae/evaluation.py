@@ -157,6 +157,21 @@ def evaluate(
     return sums.compute()
 
 
+@torch.no_grad()
+def activation_counts(model: MSAE, batches: Iterable[Float[Tensor, "batch input_dim"]]) -> Int[Tensor, " hidden_dim"]:
+    """Return in how many of the standardised rows each latent is active at the model's largest level.
+
+    The rows must be on the model's device. The result is int64 on the CPU, and equals `Evaluation.firing`.
+    """
+    counts = torch.zeros(model.hidden_dim, dtype=torch.int64, device=model.W_enc.device)
+    elements = CHUNK_ELEMENTS.get(counts.device.type, CHUNK_ELEMENTS["cpu"])
+    for batch in batches:
+        for rows in torch.split(batch, max(1, elements // max(model.hidden_dim, model.input_dim))):
+            values, indices = _encode(rows - model.pre_bias, model.W_enc, model.k_levels[-1])
+            counts.scatter_add_(0, indices.flatten(), (values > 0).flatten().long())
+    return counts.cpu()
+
+
 class Coherence(NamedTuple):
     """Absolute cosines between different decoder rows: 0 for orthogonal rows, 1 for parallel or opposite ones."""
 

@@ -1,4 +1,9 @@
-"""Model files: the notebook's `msae_block{B}.pt`, and the same content as safetensors with a JSON file beside it."""
+"""Model files: the notebook's `msae_block{B}.pt`, and the same content as safetensors with a JSON file beside it.
+
+A file in the notebook's format has the notebook's own state dict: `b_pre` [input_dim], `W_enc` [hidden_dim, input_dim],
+`W_dec` [input_dim, hidden_dim], `activation_counts` [hidden_dim] and `total_samples`, all float32. It loads strictly
+into the notebook's module. Files of earlier versions, with `pre_bias` and a transposed `W_dec`, are read as well.
+"""
 
 import io
 import json
@@ -31,6 +36,11 @@ class ModelFile(NamedTuple):
     """Standard deviation per channel, never 0: a channel that was constant in the training data has 1, whichever
     program wrote the file."""
     history: dict[str, Any]
+    activation_counts: Float32[np.ndarray, " hidden_dim"] | None = None
+    """Number of rows in which each latent was active at the largest k; None if nobody counted. A sweep counts over the
+    validation rows, with the weights of the best epoch. The notebook counts over its training, at every k."""
+    total_samples: int = 0
+    """Number of rows over which `activation_counts` counts."""
 
     def standardised(self) -> StandardisedMSAE:
         """Return the model with its normalisation folded around it, for raw activations."""
@@ -43,7 +53,7 @@ def to_bytes(file: ModelFile) -> bytes:
     buffer = io.BytesIO()
     torch.save(
         {
-            "model_state_dict": {name: tensor.detach().cpu() for name, tensor in file.model.state_dict().items()},
+            "model_state_dict": _notebooks_tensors(file),
             "config": file.model.config,
             "normalization": {"mean": np.asarray(file.mean), "std": np.asarray(file.std)},
             "history": file.history,
@@ -88,13 +98,22 @@ def load(path: str | Path, content: bytes | None = None) -> ModelFile:
         unknown, told = re.search(r"GLOBAL (\S+)", str(error)), re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
         reason = f"it contains {unknown[1]}" if unknown else (told[1] if told else first_line(error))
         raise DataError(f"{path}: not a model file that can be read safely: {reason}") from None
+    if isinstance(raw, dict) and "model_state_dict" in raw and "normalization" not in raw:
+        raise DataError(f"{path}: has no normalization, like the notebook's msae_best.pt; give msae_block….pt")
     try:
         config = raw["config"]
         shapes = parameter_shapes(config["input_dim"], config["hidden_dim"])
-        model = MSAE(**config, parameters=_our_tensors(raw["model_state_dict"], shapes))
+        tensors = raw["model_state_dict"]
+        model = MSAE(**config, parameters=_our_tensors(tensors, shapes))
         normalization = raw["normalization"]
         mean, std = (_statistics(normalization[name], model.input_dim) for name in ("mean", "std"))
-        return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), _plain(raw["history"]))
+        return ModelFile(
+            model=model,
+            mean=mean,
+            std=np.where(std == 0, np.float32(1), std),
+            history=_plain(raw["history"]),
+            **_counts(tensors.get("activation_counts"), tensors.get("total_samples")),
+        )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: not an MSAE model file: {first_line(error)}") from None
 
@@ -120,7 +139,10 @@ def to_safetensors(file: ModelFile) -> tuple[bytes, bytes]:
 
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in file.model.state_dict().items()}
     tensors |= {"normalization.mean": np.asarray(file.mean), "normalization.std": np.asarray(file.std)}
-    beside = {"config": file.model.config, "history": file.history}
+    beside: dict[str, Any] = {"config": file.model.config, "history": file.history}
+    if file.activation_counts is not None:
+        tensors["activation_counts"] = np.asarray(file.activation_counts, dtype=np.float32)
+        beside["total_samples"] = file.total_samples
     return serialise(tensors), json.dumps(beside, indent=2).encode()
 
 
@@ -149,11 +171,34 @@ def load_safetensors(path: str | Path) -> ModelFile:
         tensors = load_file(path)
         beside = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         normalization = [tensors.pop(f"normalization.{name}") for name in ("mean", "std")]
+        counts = _counts(tensors.pop("activation_counts", None), beside.get("total_samples"))
         model = MSAE(**beside["config"], parameters={name: _float32(array) for name, array in tensors.items()})
         mean, std = (_statistics(values, model.input_dim) for values in normalization)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path}: not a safetensors model with its .json: {first_line(error)}") from None
-    return ModelFile(model, mean, np.where(std == 0, np.float32(1), std), beside["history"])
+    std = np.where(std == 0, np.float32(1), std)
+    return ModelFile(model=model, mean=mean, std=std, history=beside["history"], **counts)
+
+
+def _notebooks_tensors(file: ModelFile) -> dict[str, torch.Tensor]:
+    """Return the model's state dict under the notebook's names and in its orientation and order."""
+    parameters = {name: tensor.detach().cpu() for name, tensor in file.model.state_dict().items()}
+    counts = file.activation_counts
+    return {
+        "b_pre": parameters["pre_bias"],
+        "W_enc": parameters["W_enc"],
+        "W_dec": parameters["W_dec"].T.contiguous(),
+        "activation_counts": torch.zeros(file.model.hidden_dim) if counts is None else _float32(counts),
+        "total_samples": torch.tensor(float(file.total_samples)),
+    }
+
+
+def _counts(activation_counts: Any, total_samples: Any) -> dict[str, Any]:
+    """Return the two fields of `ModelFile` that count; a file without counts, or with counts over no rows, has none."""
+    if activation_counts is None or total_samples is None or not float(total_samples):
+        return {}
+    counts = np.asarray(activation_counts, dtype=np.float32)
+    return {"activation_counts": counts, "total_samples": int(float(total_samples))}
 
 
 def _statistics(values: Any, input_dim: int) -> Float32[np.ndarray, " input_dim"]:
@@ -172,6 +217,10 @@ def _our_tensors(tensors: Any, own: Mapping[str, tuple[int, ...]]) -> dict[str, 
     """
     if set(tensors) == set(own):
         return {name: _float32(tensor) for name, tensor in tensors.items()}
+    if {"b_pre", "W_enc", "W_dec"} <= set(tensors) and tuple(tensors["W_dec"].shape) == own["W_dec"][::-1]:
+        # Both matrices of a model with as many latents as inputs are square, so their shapes tell no orientation.
+        named = {"pre_bias": tensors["b_pre"], "W_enc": tensors["W_enc"], "W_dec": tensors["W_dec"].T}
+        return {name: _float32(tensor) for name, tensor in named.items()}
     hidden_dim, input_dim = own["W_enc"]
     found: dict[str, list[torch.Tensor]] = {name: [] for name in own}
     for name, tensor in tensors.items():

@@ -129,9 +129,17 @@ class TrainState:
         weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.best_weights.items()}
         return MSAE(**self.model.config, parameters=weights)  # type: ignore[arg-type]
 
-    def history(self) -> dict[str, Any]:
-        """Return `train_loss`, `val_loss`, `dead_ratio` and `val_r2` by level, as in the notebook, and `objective`."""
+    def history(self, config: TrainingConfig) -> dict[str, Any]:
+        """Return the losses, `dead_ratio` and `val_r2` by level under the notebook's names, and `objective`.
+
+        The training loss is `train_rec_loss` + `aux_coefficient` · `train_aux_loss`.
+        """
         series = {key: [p[key] for p in self.points] for key in ("train_loss", "val_loss", "dead_ratio", "objective")}
+        aux = [p["aux_loss"] for p in self.points]
+        series["train_aux_loss"] = aux
+        series["train_rec_loss"] = [
+            total - config.aux_coefficient * part for total, part in zip(series["train_loss"], aux, strict=True)
+        ]
         levels = {f"r2_k{k}": [p[f"r2_k{k}"] for p in self.points] for k in self.model.k_levels}
         return {**series, "val_r2": levels}
 

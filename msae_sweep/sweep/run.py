@@ -23,6 +23,7 @@ from msae_sweep import signals
 from msae_sweep.config import SweepConfig
 from msae_sweep.data.sources.base import BlockInfo
 from msae_sweep.data.sources.catalog import check_blocks
+from msae_sweep.data.sources.extraction_manifest import numbering_note
 from msae_sweep.errors import SweepError
 from msae_sweep.format_version import SWEEP_FOLDER
 from msae_sweep.report import pca_baseline
@@ -161,6 +162,8 @@ def check_before_ray(
     infos = check_blocks(config.data, batch_size=max(int(b) for b in config.corners("batch_size")))
     for info in infos:
         config.check_width(info.input_dim, info.block)
+    if note := numbering_note(config.data.path):
+        say(f"note: {note}")
     if resume and folder.exists():
         check_same_data(folder, config, infos, say)
     check_memory_and_disk(config, infos)

@@ -33,6 +33,7 @@ from msae_sweep.data.prepare.shards import PreparedBlock
 from msae_sweep.errors import MsaeSweepError, StorageError, first_line
 from msae_sweep.sae import kernels, model_file
 from msae_sweep.sae.engines.step_cache import StepCache
+from msae_sweep.sae.evaluation import activation_counts
 from msae_sweep.sae.train import Progress, TrainState, choose_device, fit
 from msae_sweep.sweep.preemption import PreemptionWatch
 from msae_sweep.sweep_folder.folder import SweepFolder
@@ -103,6 +104,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         self._training = TrainingConfig.model_validate(spec["training"])
         self._state: TrainState | None = None
         self._progress: Iterator[Progress] | None = None
+        self._validation: WindowBatches | None = None
         self._notes: list[str] = []
         self._n_reported = 0
         self._seconds = 0.0
@@ -196,13 +198,13 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         choice = kernels.choose_engine(device, self._training, self._prepared[self._block].input_dim)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         self._runs_on |= {"device": f"{device.type} ({name})", "kernel": f"{choice.name} ({choice.reason})"}
-        train, validation = self._load_data(device)
+        train, self._validation = self._load_data(device)
         input_dim = self._prepared[self._block].input_dim
         assert self._training.seed is not None, "the driver gives every trial its seed"
         self._state = self._saved_state(input_dim, device) or TrainState.create(
             self._training, input_dim, seed=self._training.seed, device=device, train=train
         )
-        self._progress = fit(self._state, train, validation, self._training, self._steps)
+        self._progress = fit(self._state, train, self._validation, self._training, self._steps)
 
     def _saved_state(self, input_dim: int, device: torch.device) -> TrainState | None:
         """Return the state that the trial saved last; None if there is none or it is damaged, which counts as lost."""
@@ -274,7 +276,18 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
         assert self._state is not None
         if self._state.best_epoch:
             block = self._prepared[self._block]
-            model = model_file.ModelFile(self._state.best_model(), block.mean, block.std, self._state.history())
+            assert self._validation is not None
+            best = self._state.best_model()
+            on_device = best.on(self._state.samples_since_fired.device)
+            counts = activation_counts(on_device, self._validation.ordered())
+            model = model_file.ModelFile(
+                model=best,
+                mean=block.mean,
+                std=block.std,
+                history=self._state.history(self._training),
+                activation_counts=counts.float().numpy(),
+                total_samples=self._validation.n_rows,
+            )
             file = self._folder.model_file(self._trial_id)
             self._folder.write(file, model_file.to_bytes(model), durable=False)
 
@@ -294,7 +307,7 @@ class MSAETrial(tune.Trainable):  # type: ignore[misc]
     def _give_up(self, reason: str) -> dict[str, Any]:
         """Return the result of a failed trial, and free its memory for the next trial in this process."""
         points = self._state.points if self._state else []
-        self._state = self._progress = None
+        self._state = self._progress = self._validation = None
         self._loaded.clear()
         self._steps.clear()
         with contextlib.suppress(RuntimeError):

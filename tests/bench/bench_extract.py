@@ -201,10 +201,8 @@ def main() -> None:
             network = read_weights(weights)
             blocks, filters = len(network.blocks), network.filters
             del network
-        taps = (
-            tuple(int(b) for b in args.taps.split(",")) if args.taps else tuple(b for b in (5, 20, 35) if b <= blocks)
-        )
-        taps = taps or (blocks,)
+        taps = tuple(int(b) for b in args.taps.split(",")) if args.taps else tuple(b for b in (5, 20, 35) if b < blocks)
+        taps = taps or (blocks - 1,)
         games = args.games or folder / "games.tar.gz"
         if args.games is None:
             write_games(games, args.random_games or (4000 if on_gpu else 40))

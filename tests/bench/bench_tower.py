@@ -115,8 +115,8 @@ def main() -> None:
     else:
         weights = random_weights(args.blocks or (40 if on_gpu else 6), args.filters or (256 if on_gpu else 64), seed=0)
     n_blocks = len(weights.blocks)
-    taps = [int(b) for b in args.taps.split(",")] if args.taps else [b for b in (5, 20, 35) if b <= n_blocks]
-    taps = taps or [n_blocks]
+    taps = [int(b) for b in args.taps.split(",")] if args.taps else [b for b in (5, 20, 35) if b < n_blocks]
+    taps = taps or [n_blocks - 1]
     found = list(ways(weights, device))
     kind = "given" if args.weights else "random"
     lines = [
@@ -124,7 +124,7 @@ def main() -> None:
         f"{'with' if args.heads else 'without'} heads; {args.repeats} passes in turns",
         *check(found, taps, device),
     ]
-    work = 2 * macs(weights, n_blocks if args.heads else max(taps))
+    work = 2 * macs(weights, n_blocks if args.heads else max(taps) + 1)
     for batch in [int(b) for b in (args.batches or ("256,1024,2048" if on_gpu else "16,64")).split(",")]:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)

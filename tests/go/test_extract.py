@@ -12,12 +12,14 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import ray
 import torch
 
 from msae_sweep.config import DataConfig
+from msae_sweep.data import hdf5_writer
 from msae_sweep.data.sources.catalog import open_source
 from msae_sweep.errors import ConfigError, DataError, FormatError
 from msae_sweep.go import extract as extraction
@@ -67,7 +69,7 @@ def network(tmp_path_factory) -> Path:
 
 def settings(network: Path, records: Path, out: Path, **changes: object) -> ExtractionSettings:
     sampling = Sampling(positions_per_game=5, skip_first=2, points=3, seed=0)
-    return ExtractionSettings(network, records, out, (1, 3), sampling, dtype="float32")._replace(**changes)
+    return ExtractionSettings(network, records, out, (0, 2), sampling, dtype="float32")._replace(**changes)
 
 
 @pytest.fixture(scope="module")
@@ -93,30 +95,33 @@ def test_every_row_is_the_networks_activation_at_its_position_and_point(extracte
     assert summary.refused == {"broken": 1, "duplicate": 1, "size": 1}
     assert "broken.sgf" in summary.examples[0]
     games, tower = games_of(records), Network(read_weights(network))
-    for block in (1, 3):
+    for block in (0, 2):
         found = contents(chosen.out, block)
         assert len(found["rows"]) == 105
         for row, game_id, ply, point in zip(found["rows"], found["game_id"], found["ply"], found["point"], strict=True):
             boards, black = (torch.from_numpy(a) for a in replay(games[game_id], np.array([ply])))
-            activations = tower(planes(boards, black, torch.float32), [block]).activations[block]
+            # The network counts rows from the bottom, points count from the top.
+            activations = tower(planes(boards, black, torch.float32).flip(2), [block]).activations[block].flip(2)
             np.testing.assert_allclose(row, activations[0, :, point // 19, point % 19].numpy(), rtol=1e-4, atol=1e-5)
         assert (found["ply"] >= 2).all()
         assert len(np.unique(found["position_id"])) == 35
         stats = np.load(chosen.out / f"block{block}" / "normalization_stats.npz")
         np.testing.assert_allclose(stats["mean"], found["rows"].mean(axis=0), atol=1e-5)
-        np.testing.assert_allclose(stats["std"], found["rows"].std(axis=0), atol=1e-5)
+        np.testing.assert_allclose(stats["std"], found["rows"].std(axis=0, ddof=1), atol=1e-5)
+        assert stats["count"] == 105
 
 
 def test_the_folder_is_one_that_run_reads(extracted):
     chosen, _ = extracted
     infos = open_source(DataConfig(path=str(chosen.out))).infos()
     assert {b: (i.n_rows, i.input_dim, i.has_groups) for b, i in infos.items()} == {
-        1: (105, 8, True),
-        3: (105, 8, True),
+        0: (105, 8, True),
+        2: (105, 8, True),
     }
     manifest = json.loads((chosen.out / "manifest.json").read_text())
     assert manifest["complete"]
-    assert manifest["blocks"] == [1, 3]
+    assert (manifest["blocks_numbered_from"], manifest["first_row"]) == (0, "bottom")
+    assert manifest["blocks"] == [0, 2]
     assert manifest["precision"] == "fp32", "what auto stood for"
     assert not (chosen.out / "parts").exists()
 
@@ -131,8 +136,8 @@ def test_names_order_and_archives_change_no_row(extracted, network, records, tmp
             archive.addfile(info, io.BytesIO(data))
     other = settings(network, tmp_path / "all.tar.gz", tmp_path / "out")
     extract(other)
-    for name, values in contents(chosen.out, 3).items():
-        assert np.array_equal(values, contents(other.out, 3)[name]), name
+    for name, values in contents(chosen.out, 2).items():
+        assert np.array_equal(values, contents(other.out, 2)[name]), name
 
 
 def test_the_command_prints_no_raw_line_of_rays(network, records, tmp_path):
@@ -173,9 +178,9 @@ def test_threads_that_share_a_network_write_what_one_writes(extracted, network, 
         results = list(pool.map(taps, batches))
     assert sum(result["n_positions"][0] for result in results) == 35
     folder.finish({})
-    for name, values in contents(chosen.out, 3).items():
-        np.testing.assert_allclose(values, contents(folder.path, 3)[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    stats = [np.load(out / "block3" / "normalization_stats.npz") for out in (chosen.out, folder.path)]
+    for name, values in contents(chosen.out, 2).items():
+        np.testing.assert_allclose(values, contents(folder.path, 2)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    stats = [np.load(out / "block2" / "normalization_stats.npz") for out in (chosen.out, folder.path)]
     np.testing.assert_allclose(stats[0]["std"], stats[1]["std"], rtol=1e-5)
 
 
@@ -195,40 +200,51 @@ def test_stopped_half_way_it_goes_on_without_repeating_or_losing_a_row(
     assert interrupt.value.__notes__ == ["finished rows are kept; run the same command to continue"]
     kept = {file: file.stat().st_mtime_ns for file in half.out.glob("parts/index_*.npz")}
     assert kept
-    # Another version with the same format may continue. The first versions did not store the format.
+    # Another version with the same format may continue.
     manifest = json.loads((half.out / "manifest.json").read_text())
-    assert manifest.pop("format") == 1
+    assert manifest["format"] == 2
     (half.out / "manifest.json").write_text(json.dumps({**manifest, "msae_sweep": "0.0.9", "added later": 1}))
     seen: list[int] = []
     extract(half, lambda progress: seen.append(progress.positions))
     assert seen[0] >= 10, "finished chunks were repeated"
-    for name, values in contents(chosen.out, 1).items():
-        assert np.array_equal(values, contents(half.out, 1)[name]), name
+    for name, values in contents(chosen.out, 0).items():
+        assert np.array_equal(values, contents(half.out, 0)[name]), name
     assert extract(half).complete_before
     assert json.loads((half.out / "manifest.json").read_text())["added later"] == 1
+
+
+def test_a_folder_whose_blocks_an_earlier_version_numbered_from_1_is_named_and_not_continued(begun):
+    chosen, folder = begun
+    manifest = json.loads(folder.manifest.read_text())
+    del manifest["blocks_numbered_from"]
+    folder.manifest.write_text(json.dumps({**manifest, "format": 1, "msae_sweep": "0.0.1"}))
+    with pytest.raises(
+        ConfigError, match=r"blocks are numbered from 1, as msae_sweep 0\.0\.1 wrote them; this version"
+    ):
+        extract(chosen, connect=no_ray)
 
 
 def test_an_extraction_of_a_newer_version_is_refused_in_one_line_that_names_both_versions(begun):
     chosen, folder = begun
     manifest = json.loads(folder.manifest.read_text())
-    folder.manifest.write_text(json.dumps({**manifest, "format": 2, "msae_sweep": "7.8"}))
+    folder.manifest.write_text(json.dumps({**manifest, "format": 3, "msae_sweep": "7.8"}))
     with pytest.raises(
-        FormatError, match=r"manifest.json: format 2 was written by msae_sweep 7.8, but this is msae_sw"
+        FormatError, match=r"manifest.json: format 3 was written by msae_sweep 7.8, but this is msae_sw"
     ):
         extract(chosen, connect=no_ray)
 
 
-def test_a_network_that_counts_from_the_bottom_sees_the_board_so_and_points_still_count_from_the_top(
+def test_a_network_that_counts_from_the_top_sees_the_board_so_and_points_are_the_same(
     extracted, network, records, tmp_path
 ):
     chosen, _ = extracted
-    other = settings(network, records, tmp_path / "out", first_row="bottom")
+    other = settings(network, records, tmp_path / "out", first_row="top")
     extract(other)
-    found, games, tower = contents(other.out, 3), games_of(records), Network(read_weights(network))
-    assert np.array_equal(found["point"], contents(chosen.out, 3)["point"])
+    found, games, tower = contents(other.out, 2), games_of(records), Network(read_weights(network))
+    assert np.array_equal(found["point"], contents(chosen.out, 2)["point"])
     for i in range(0, 105, 20):
         boards, black = (torch.from_numpy(a) for a in replay(games[found["game_id"][i]], found["ply"][[i]]))
-        activations = tower(planes(boards, black, torch.float32).flip(2), [3]).activations[3].flip(2)
+        activations = tower(planes(boards, black, torch.float32), [2]).activations[2]
         row, column = divmod(int(found["point"][i]), 19)
         np.testing.assert_allclose(found["rows"][i], activations[0, :, row, column].numpy(), rtol=1e-4, atol=1e-5)
 
@@ -239,8 +255,8 @@ def test_means_and_all_points(extracted, network, records, tmp_path):
     for points, n_rows in (("mean", 35), ("all", 35 * 361)):
         other = settings(network, records, tmp_path / points, sampling=chosen.sampling._replace(points=points))
         assert extract(other).rows == n_rows
-        found[points] = contents(other.out, 3)
-    few, everywhere = contents(chosen.out, 3), found["all"]["rows"]
+        found[points] = contents(other.out, 2)
+    few, everywhere = contents(chosen.out, 2), found["all"]["rows"]
     np.testing.assert_allclose(everywhere[few["position_id"] * 361 + few["point"]], few["rows"], rtol=1e-4, atol=1e-5)
     assert (found["mean"]["point"] == -1).all()
     mean = everywhere.reshape(35, 361, 8).mean(axis=1)
@@ -263,15 +279,55 @@ def test_every_format_holds_the_same_rows(formats, extracted, network, records, 
     for name in formats:
         for path in {paths[name], other.out}:
             source = open_source(DataConfig(path=str(path)))
-            parts = [source.read(r) for r in source.row_ranges(3, 8192)]
-            assert np.array_equal(np.concatenate([p.x for p in parts]), contents(chosen.out, 3)["rows"])
+            parts = [source.read(r) for r in source.row_ranges(2, 8192)]
+            assert np.array_equal(np.concatenate([p.x for p in parts]), contents(chosen.out, 2)["rows"])
             assert all(p.groups is not None for p in parts)
+
+
+def test_the_hdf5_file_has_the_layout_of_the_original_series(extracted, network, records, tmp_path, monkeypatch):
+    chosen, _ = extracted
+    monkeypatch.setattr(hdf5_writer, "CHUNK_ROWS", 40)  # 105 rows are then three chunks, the last one partial
+    pooled = settings(network, records, tmp_path / "out", formats=("h5",), sampling=Sampling(5, 2, "mean", 0))
+    extract(pooled)
+    with h5py.File(pooled.out / "activations.h5") as file:
+        attributes = {name: file.attrs[name] for name in ("n_positions", "spatial_mode", "pool_mode")}
+        assert attributes == {"n_positions": 35, "spatial_mode": "pool", "pool_mode": "mean"}
+        assert file.attrs["block_indices"].tolist() == [0, 2]
+        assert (file["game_ids"].dtype, file["move_numbers"].dtype) == (np.int32, np.int16)
+        assert np.array_equal(file["move_numbers"][:], file["ply"][:])
+        assert file["game_ids"][:].tolist() == sorted(file["game_ids"][:].tolist())
+        assert set(file["game_ids"][:].tolist()) == set(range(7))
+        of_one_game = [set(file["game_id"][:][file["game_ids"][:] == number].tolist()) for number in range(7)]
+        assert [len(ids) for ids in of_one_game] == [1] * 7
+        for block in (0, 2):
+            dataset = file[f"block{block}"]
+            assert (dataset.shape, dataset.dtype, dataset.chunks) == ((35, 8), np.float32, (35, 8))
+            assert (dataset.compression, dataset.compression_opts) == ("gzip", 4)
+            rows = dataset[:]
+            np.testing.assert_allclose(dataset.attrs["mean"], rows.mean(axis=0), rtol=1e-5)
+            np.testing.assert_allclose(dataset.attrs["std"], rows.std(axis=0, ddof=1), rtol=1e-3)
+            assert dataset.attrs["count"] == 35
+    points = settings(network, records, tmp_path / "points", formats=("h5",))
+    extract(points)
+    with h5py.File(points.out / "activations.h5") as file:
+        assert file["block2"].chunks == (40, 8)
+        assert np.array_equal(file["block2"][:], contents(chosen.out, 2)["rows"])
+        assert file.attrs["spatial_mode"] == "flatten"
+
+
+def test_the_games_of_the_original_series_files_are_kept_whole_in_a_split(tmp_path):
+    with h5py.File(tmp_path / "activations.h5", "w") as file:
+        file["block5"] = np.zeros((6, 4), np.float32)
+        file["game_ids"] = np.array([0, 0, 1, 1, 2, 2], np.int32)
+    source = open_source(DataConfig(path=str(tmp_path / "activations.h5")))
+    assert source.infos()[5].has_groups
+    assert source.read(source.row_ranges(5, 6)[0]).groups.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blocks": (1, 4)}, "--blocks: 4 is not in this network, which has blocks 1 to 3"),
+        ({"blocks": (0, 3)}, "--blocks: 3 is not in this network, which has blocks 0 to 2"),
         ({"blocks": ()}, "--blocks"),
         ({"formats": ("csv",)}, "--format: csv must be among npy, h5, parquet"),
         ({"sampling": Sampling(5, 2, 362, 0)}, "--points: 362"),
@@ -372,11 +428,11 @@ def test_a_disk_that_fills_up_is_one_line_and_with_room_the_same_command_goes_on
         (tmp_path / "records" / f"{i}.sgf").write_text(sgf(80, i))
     disk = tmp_path / "disk"
     disk.mkdir()
-    chosen = settings(network, tmp_path / "records", tmp_path / "whole", blocks=(3,), formats=(formats,))
+    chosen = settings(network, tmp_path / "records", tmp_path / "whole", blocks=(2,), formats=(formats,))
     chosen = chosen._replace(sampling=Sampling(None, 0, "all", 0))
     command = [
         "unshare", "-m", sys.executable, "-c", ON_A_SMALL_DISK, str(disk), str(tmp_path / "kept"), "extract",
-        "--weights", str(network), "--games", str(chosen.games), "--blocks", "3", "--out", str(disk / "activations"),
+        "--weights", str(network), "--games", str(chosen.games), "--blocks", "2", "--out", str(disk / "activations"),
         "--points", "all", "--dtype", "float32", "--format", formats,
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -392,8 +448,8 @@ def test_a_disk_that_fills_up_is_one_line_and_with_room_the_same_command_goes_on
         assert (tmp_path / "kept" / name).read_bytes() == (chosen.out / name).read_bytes(), name
     kept = open_source(DataConfig(path=str(tmp_path / "kept")))
     whole = open_source(DataConfig(path=str(chosen.out)))
-    assert kept.infos()[3].n_rows == whole.infos()[3].n_rows == n_games * 80 * 361
-    for mine, theirs in zip(kept.row_ranges(3, 65536), whole.row_ranges(3, 65536), strict=True):
+    assert kept.infos()[2].n_rows == whole.infos()[2].n_rows == n_games * 80 * 361
+    for mine, theirs in zip(kept.row_ranges(2, 65536), whole.row_ranges(2, 65536), strict=True):
         assert np.array_equal(kept.read(mine).x, whole.read(theirs).x)
 
 
@@ -414,14 +470,14 @@ def test_where_ray_has_gpus_the_same_rows_are_written(extracted, network, record
     chosen, _ = extracted
     command = [
         sys.executable, "-c", WITH_A_GPU, "extract", "--weights", str(network), "--games", str(records),
-        "--blocks", "1,3", "--out", str(tmp_path / "out"), "--positions-per-game", "5", "--skip-first", "2",
+        "--blocks", "0,2", "--out", str(tmp_path / "out"), "--positions-per-game", "5", "--skip-first", "2",
         "--points", "3", "--dtype", "float32",
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Deprecat" not in ran.stderr
-    for name, values in contents(chosen.out, 3).items():
-        np.testing.assert_allclose(values, contents(tmp_path / "out", 3)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for name, values in contents(chosen.out, 2).items():
+        np.testing.assert_allclose(values, contents(tmp_path / "out", 2)[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_an_output_that_is_a_file_is_refused(network, records, tmp_path):
@@ -436,15 +492,15 @@ def test_what_a_killed_writer_left_half_is_taken_for_nothing_and_goes(extracted,
     other = settings(network, records, tmp_path / "out")
     with pytest.raises(RuntimeError):
         extract(other, _raises)
-    half = [other.out / "parts" / ".block1_000000.npy.1.part", other.out / ".activations.h5.1.part"]
+    half = [other.out / "parts" / ".block0_000000.npy.1.part", other.out / ".activations.h5.1.part"]
     for file in half:
         file.write_bytes(b"half")
     # These rows have no index, because the chunk was never complete.
-    (other.out / "parts" / "block1_000000.npy").write_bytes(b"half")
+    (other.out / "parts" / "block0_000000.npy").write_bytes(b"half")
     extract(other)
     assert not any(file.exists() for file in half)
-    for name, values in contents(chosen.out, 1).items():
-        assert np.array_equal(values, contents(other.out, 1)[name]), name
+    for name, values in contents(chosen.out, 0).items():
+        assert np.array_equal(values, contents(other.out, 0)[name]), name
 
 
 def _raises(_: extraction.GamesProgress) -> None:
@@ -462,7 +518,7 @@ def begun(tmp_path, network, records) -> tuple[ExtractionSettings, ActivationFol
     folder = ActivationFolder(chosen.out, chosen.blocks, chosen.formats)
     with folder.held():
         folder.begin(extraction._identity(chosen))
-    (folder.parts / ".block1_000000.npy.1.part").write_bytes(b"half")
+    (folder.parts / ".block0_000000.npy.1.part").write_bytes(b"half")
     return chosen, folder
 
 
@@ -472,7 +528,7 @@ def test_a_second_extraction_into_a_folder_is_refused_and_touches_nothing(begun)
         line = f"out: process {os.getpid()} on .* is writing an extraction there; wait for it, or give another folder"
         with pytest.raises(ConfigError, match=line):
             extract(chosen, connect=no_ray)
-        assert (folder.parts / ".block1_000000.npy.1.part").exists()
+        assert (folder.parts / ".block0_000000.npy.1.part").exists()
     assert sorted(file.name for file in folder.path.iterdir()) == ["manifest.json", "parts"]
 
 
@@ -523,7 +579,7 @@ def test_an_extraction_goes_on_in_the_precision_it_began_with(network, records, 
     with pytest.raises(ConfigError, match="with precision 'fp16' instead of 'fp32'"):
         extract(other._replace(precision="fp32"), connect=no_ray)
     extract(other)
-    rows = contents(other.out, 3)["rows"]
+    rows = contents(other.out, 2)["rows"]
     assert np.array_equal(rows, rows.astype(np.float16)), "some were computed in fp32"
 
 

@@ -39,7 +39,7 @@ def plainly(weights: Weights, planes: Tensor) -> tuple[dict[int, Tensor], Tensor
 
     x = normalised(planes.double(), weights.input).relu()
     activations = {}
-    for number, (first, second) in enumerate(weights.blocks, start=1):
+    for number, (first, second) in enumerate(weights.blocks):
         x = (normalised(normalised(x, first).relu(), second) + x).relu()
         activations[number] = x
     policy, value = weights.policy, weights.value
@@ -51,7 +51,7 @@ def plainly(weights: Weights, planes: Tensor) -> tuple[dict[int, Tensor], Tensor
 def test_folded_network_equals_batch_normalisation_after_convolution():
     weights, planes = random_weights(3, 8, seed=0), random_planes(5)
     activations, logits, value = plainly(weights, planes)
-    got = Network(weights)(planes, taps=(1, 2, 3))
+    got = Network(weights)(planes, taps=(0, 1, 2))
     for block, expected in activations.items():
         torch.testing.assert_close(got.activations[block].double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.policy_logits.double(), logits, rtol=1e-5, atol=1e-5)
@@ -69,30 +69,30 @@ def test_integer_weights_whose_scale_lies_in_the_variance_are_the_same_network()
     large = plain._replace(blocks=tuple((scaled(a), scaled(b)) for a, b in plain.blocks))
     planes = random_planes(3)
     for precision, tolerance in (("fp32", 1e-4), ("bf16", 0.05)):
-        a, b = (Network(w, precision=precision)(planes, (2,), heads=False).activations[2] for w in (plain, large))
+        a, b = (Network(w, precision=precision)(planes, (1,), heads=False).activations[1] for w in (plain, large))
         assert (a.float() - b.float()).norm() < tolerance * a.float().norm()
 
 
 def test_without_heads_nothing_behind_the_last_tap_is_computed():
     network = Network(random_weights(5, 8, seed=0))
     ran = []
-    for number, block in enumerate(network.blocks, start=1):
+    for number, block in enumerate(network.blocks):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
     planes = random_planes(2)
-    short = network(planes, taps=(1, 3), heads=False)
-    assert ran == [1, 2, 3]
-    assert list(short.activations) == [1, 3]
+    short = network(planes, taps=(0, 2), heads=False)
+    assert ran == [0, 1, 2]
+    assert list(short.activations) == [0, 2]
     assert short.policy_logits is None
     assert short.value is None
-    whole = network(planes, taps=(3, 1))
-    for block in (1, 3):  # no later block has overwritten a tap
+    whole = network(planes, taps=(2, 0))
+    for block in (0, 2):  # no later block has overwritten a tap
         torch.testing.assert_close(short.activations[block], whole.activations[block], rtol=0, atol=0)
 
 
 def test_a_block_that_is_not_there_is_said_in_one_line():
     network = Network(random_weights(5, 8, seed=0))
-    for block in (0, 6, -1):
-        with pytest.raises(ConfigError, match=f"block {block}: this network has blocks 1 to 5"):
+    for block in (5, -1):
+        with pytest.raises(ConfigError, match=f"block {block}: this network has blocks 0 to 4"):
             network(random_planes(1), taps=(block,))
 
 
@@ -109,8 +109,8 @@ def random_network_of(version: int) -> Network:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float16, torch.float64])
 def test_planes_may_be_of_any_type(dtype):
     network, planes = Network(random_weights(1, 8, seed=0)), random_planes(2)
-    expected = network(planes.float(), taps=(1,)).activations[1]
-    torch.testing.assert_close(network(planes.to(dtype), taps=(1,)).activations[1], expected)
+    expected = network(planes.float(), taps=(0,)).activations[0]
+    torch.testing.assert_close(network(planes.to(dtype), taps=(0,)).activations[0], expected)
 
 
 def test_weights_that_cannot_be_written_to_make_a_network():
@@ -161,10 +161,10 @@ def test_fused_operations_are_called_as_cudnn_has_them(monkeypatch):
         monkeypatch.setattr(torch, name, own)
     assert leela.fused_hindrance(torch.device("cpu"), torch.bfloat16, 8) is None
     network, planes = Network(random_weights(2, 8, seed=0)), random_planes(2)
-    expected = network(planes, taps=(2,)).activations[2]
+    expected = network(planes, taps=(1,)).activations[1]
     for block in network.blocks:
         block.choice = network.choice._replace(conv_relu=leela.cudnn_conv_relu, conv_add_relu=leela.cudnn_conv_add_relu)
-    torch.testing.assert_close(network(planes, taps=(2,)).activations[2], expected)
+    torch.testing.assert_close(network(planes, taps=(1,)).activations[1], expected)
 
 
 def test_fused_operations_that_compute_something_else_are_not_taken(monkeypatch):
@@ -180,10 +180,10 @@ def test_fused_operations_that_compute_something_else_are_not_taken(monkeypatch)
 @pytest.mark.parametrize("filters", [64, 256])
 def test_cuda_equals_the_cpu_within_the_roundings_of_its_type(precision, tolerance, filters):
     weights, planes = random_weights(6, filters, seed=0), random_planes(9)
-    expected = Network(weights)(planes, taps=(2, 6))
+    expected = Network(weights)(planes, taps=(1, 5))
     network = Network(weights, "cuda", precision)
     assert network.choice.name == ("plain" if precision == "fp32" else "fused"), network.choice.reason
-    got = network(planes, taps=(2, 6))
+    got = network(planes, taps=(1, 5))
     for block, activations in expected.activations.items():
         assert relative_error(got.activations[block].cpu(), activations) < tolerance
     assert relative_error(got.policy_logits.cpu(), expected.policy_logits) < tolerance
@@ -260,8 +260,8 @@ class Reference(NamedTuple):
         blocks = [int(name.removeprefix("block")) for name in self.arrays if name.startswith("block")]
         got: dict[str, list[Tensor]] = {}
         for batch, points in zip(planes.split(30), self.arrays["points"].split(30), strict=True):
-            outputs = network(batch, taps=blocks)
-            found = {f"block{b}": gather_points(x, points) for b, x in outputs.activations.items()}
+            outputs = network(batch, taps=[block - 1 for block in blocks])  # the reference numbers blocks from 1
+            found = {f"block{b + 1}": gather_points(x, points) for b, x in outputs.activations.items()}
             found |= {"policy_logits": outputs.policy_logits, "value": outputs.value}
             for name, x in found.items():
                 got.setdefault(name, []).append(x)

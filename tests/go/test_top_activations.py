@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from msae_sweep import cli
+from msae_sweep.data.sources.extraction_manifest import blocks_numbered_from, numbering_note, read_manifest
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.go import network_check, top_activations
 from msae_sweep.go.board import N_POINTS
@@ -17,6 +18,7 @@ from msae_sweep.go.replay import replay
 from msae_sweep.go.sampling import Sampling
 from msae_sweep.go.sgf import read_games
 from msae_sweep.go.weights import random_weights, weights_sha256, write_weights
+from msae_sweep.paths import StoragePath
 from msae_sweep.sae import model_file
 from msae_sweep.sae.model import MSAE
 from msae_sweep.sae.model_file import ModelFile
@@ -57,6 +59,7 @@ def settings(tmp_path_factory) -> top_activations.TopActivationSettings:
         k=K,
         sampling=Sampling(None, 0, "all", 0),
         precision="fp32",
+        first_row="top",
     )
 
 
@@ -147,7 +150,8 @@ def test_the_same_page_comes_from_a_network_whose_rows_count_from_the_bottom(set
 @pytest.mark.parametrize(
     ("changes", "error", "line"),
     [
-        ({"block": 4}, ConfigError, "--block: 4 is not in this network, which has blocks 1 to 3"),
+        ({"block": 3}, ConfigError, "--block: 3 is not in this network, which has blocks 0 to 2"),
+        ({"block": 4, "numbered_from": 1}, ConfigError, "--block: 4 is not in this network, which has blocks 1 to 3"),
         ({"latents": (1, 24)}, ConfigError, "--latents: 24 is not in this model, which has 0 to 23"),
         ({"k": 25}, ConfigError, "--k: 25 must be 1 to 24"),
         ({"out": Path("page.txt")}, ConfigError, "must end in .html"),
@@ -162,7 +166,7 @@ def test_what_cannot_be_is_said_before_ray_starts(settings, changes, error, line
 
 
 def test_a_network_of_another_width_than_the_models_is_refused(settings, tmp_path):
-    write_weights(random_weights(2, 16, seed=1), tmp_path / "other.txt")
+    write_weights(random_weights(3, 16, seed=1), tmp_path / "other.txt")
     with pytest.raises(DataError, match="16 filters, but the model takes 8 channels"):
         top_activations.write_top_activations(
             settings._replace(weights=tmp_path / "other.txt"), connect=lambda: pytest.fail("Ray was started")
@@ -224,6 +228,26 @@ def test_the_command_line_refuses_in_one_line(settings, capsys, monkeypatch, tmp
     assert capsys.readouterr().err == f"msae-sweep: {line}\n"
 
 
+def test_a_block_is_taken_in_the_numbering_of_the_models_activations(settings):
+    assert settings._replace(block=2).tap == 2
+    assert settings._replace(block=3, numbered_from=1).tap == 2
+
+
+def test_a_folder_of_an_earlier_version_is_recognised_by_its_manifest_and_named(tmp_path):
+    def numbered(**manifest: object) -> int:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        return blocks_numbered_from(read_manifest(StoragePath(tmp_path)))
+
+    assert numbered(weights_sha256="0", blocks_numbered_from=0) == 0
+    assert numbering_note(str(tmp_path)) is None
+    assert numbered(weights_sha256="0") == 1, "the first versions numbered from 1 and did not say so"
+    assert "its block5 is block 4 of Leela Zero" in (numbering_note(str(tmp_path / "activations.h5")) or "")
+    assert numbered(blocks_numbered_from=1) == 1, "written by hand"
+    assert numbered(other="program") == 0
+    (tmp_path / "manifest.json").write_text("not JSON")
+    assert numbering_note(str(tmp_path)) is None
+
+
 def test_a_network_that_the_model_was_not_trained_on_is_said(settings, tmp_path):
     (tmp_path / "sweep" / "models").mkdir(parents=True)
     (tmp_path / "sweep" / "sweep.yaml").write_text(f"name: s\ndata: {{path: {tmp_path}/activations}}\n")
@@ -233,7 +257,8 @@ def test_a_network_that_the_model_was_not_trained_on_is_said(settings, tmp_path)
     def said(sha256: str, first_row: str) -> list[tuple[str, ...]]:
         manifest = {"weights_sha256": sha256, "first_row": first_row}
         (tmp_path / "activations" / "manifest.json").write_text(json.dumps(manifest))
-        return [network_check.network_differences(model, settings.weights, "top") for model in models]
+        manifests = [network_check.manifest_of_model(model) for model in models]
+        return [network_check.network_differences(manifest, settings.weights, "top") for manifest in manifests]
 
     assert said(weights_sha256(settings.weights), "top") == [(), ()]
     for notes in said("0" * 64, "bottom"):
@@ -241,4 +266,5 @@ def test_a_network_that_the_model_was_not_trained_on_is_said(settings, tmp_path)
         assert "extracted with --first-row bottom, not top" in notes[1]
     (tmp_path / "activations" / "manifest.json").unlink()
     for unknown in (*models, "models:/msae-block2@champion", str(settings.weights.parent / "model.pt")):
-        assert network_check.network_differences(unknown, settings.weights, "top") == ()
+        manifest = network_check.manifest_of_model(unknown)
+        assert network_check.network_differences(manifest, settings.weights, "top") == ()

@@ -59,10 +59,10 @@ torch.serialization.add_safe_globals(
 saved = torch.load(path, weights_only=True)
 w = saved["model_state_dict"]
 mean, std = (torch.from_numpy(saved["normalization"][name]) for name in ("mean", "std"))
-pre = torch.relu(((a - mean) / std - w["pre_bias"]) @ w["W_enc"].T)
+pre = torch.relu(((a - mean) / std - w["b_pre"]) @ w["W_enc"].T)
 values, indices = pre.topk(saved["config"]["k_levels"][-1])
 codes = torch.zeros_like(pre).scatter(1, indices, values)
-out, name = (codes @ w["W_dec"] + w["pre_bias"]) * std + mean, "torch " + torch.__version__
+out, name = (codes @ w["W_dec"].T + w["b_pre"]) * std + mean, "torch " + torch.__version__
 """,
     "safetensors": """
 import json

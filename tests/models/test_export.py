@@ -155,10 +155,10 @@ saved = eval(read)
 w, k = saved["model_state_dict"], saved["config"]["k_levels"][-1]
 mean, std = (torch.from_numpy(saved["normalization"][name]) for name in ("mean", "std"))
 a = torch.from_numpy(np.load(rows))
-pre = torch.relu(((a - mean) / std - w["pre_bias"]) @ w["W_enc"].T)
+pre = torch.relu(((a - mean) / std - w["b_pre"]) @ w["W_enc"].T)
 values, indices = pre.topk(k)
 z = torch.zeros_like(pre).scatter(1, indices, values)
-np.save(out, ((z @ w["W_dec"] + w["pre_bias"]) * std + mean).numpy())
+np.save(out, ((z @ w["W_dec"].T + w["b_pre"]) * std + mean).numpy())
 assert not any(name.startswith("msae_sweep") for name in sys.modules)
 """
 

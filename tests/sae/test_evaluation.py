@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from msae_sweep.sae.evaluation import (
+    CHUNK_ELEMENTS,
     EvaluationSums,
+    activation_counts,
     decoder_coherence,
     evaluate,
     level_stability,
@@ -126,6 +128,14 @@ def test_rows_that_do_not_vary_have_no_r2_and_no_rows_leave_every_latent_dead():
     assert all(r2 != r2 for r2 in evaluate(trained(), [torch.ones(5, 12)]).r2)
     nothing = evaluate(trained(), [])
     assert (nothing.n_rows, nothing.dead_ratio, nothing.l0) == (0, 1.0, [0.0] * 8)
+
+
+def test_activation_counts_are_the_firings_at_the_largest_level(x, monkeypatch):
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 1000)
+    model = trained()
+    counts = activation_counts(model, torch.split(x, 100))
+    assert torch.equal(counts, evaluate(model, [x]).firing)
+    assert 0 < counts.max() <= len(x)
 
 
 def test_coherence_is_that_of_the_whole_matrix_of_cosines(monkeypatch):

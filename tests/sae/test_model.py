@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from notebook_module import NotebooksModule
 
 from msae_sweep.errors import DataError
 from msae_sweep.sae import model_file
@@ -116,6 +117,51 @@ def test_the_model_file_has_the_notebooks_keys(tmp_path):
     }
 
 
+@pytest.mark.parametrize("hidden_dim", [24, 8], ids=["wide", "square"])
+def test_the_model_file_loads_strictly_into_the_notebooks_module_and_reconstructs_alike(tmp_path, hidden_dim):
+    torch.manual_seed(1)
+    model = MSAE(8, hidden_dim, [2, 4, 8], "uniform")
+    model.W_enc.data += 0.1 * torch.randn(hidden_dim, 8)
+    model.pre_bias.data = torch.randn(8)
+    counts = np.arange(hidden_dim, dtype=np.float32)
+    file = random_file()._replace(model=model, activation_counts=counts, total_samples=1000)
+    model_file.save(file, tmp_path / "m.pt")
+    raw = torch.load(tmp_path / "m.pt", weights_only=False)
+    theirs = NotebooksModule(**raw["config"])
+    theirs.load_state_dict(raw["model_state_dict"], strict=True)
+    assert list(raw["model_state_dict"]) == ["b_pre", "W_enc", "W_dec", "activation_counts", "total_samples"]
+    assert {tensor.dtype for tensor in raw["model_state_dict"].values()} == {torch.float32}
+    assert theirs.activation_counts.tolist() == counts.tolist()
+    assert theirs.total_samples.item() == 1000
+    x = torch.randn(50, 8)
+    for k in range(1, hidden_dim + 1):
+        torch.testing.assert_close(theirs.reconstruct(x, k), model(x, k))
+    again = model_file.load(tmp_path / "m.pt")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.model.state_dict().items())
+
+
+def test_a_file_of_an_earlier_version_gives_the_same_model_without_counts(tmp_path):
+    file = random_file()
+    saved = foreign()
+    saved["model_state_dict"] = dict(file.model.state_dict())
+    torch.save(saved, tmp_path / "m.pt")
+    loaded = model_file.load(tmp_path / "m.pt")
+    assert all(torch.equal(loaded.model.state_dict()[name], tensor) for name, tensor in file.model.state_dict().items())
+    assert (loaded.activation_counts, loaded.total_samples) == (None, 0)
+
+
+@pytest.mark.parametrize("form", ["notebook", "safetensors"])
+def test_counts_are_kept_and_no_counts_stay_none(tmp_path, form):
+    path = tmp_path / ("m.pt" if form == "notebook" else "m.safetensors")
+    save = model_file.save if form == "notebook" else model_file.save_safetensors
+    load = model_file.load if form == "notebook" else model_file.load_safetensors
+    save(random_file()._replace(activation_counts=np.full(24, 3, np.float32), total_samples=7), path)
+    assert load(path).activation_counts.tolist() == [3.0] * 24
+    assert load(path).total_samples == 7
+    save(random_file(), path)
+    assert (load(path).activation_counts, load(path).total_samples) == (None, 0)
+
+
 def foreign(**changed: torch.Tensor) -> dict:
     """Return the same model as a class with torch Linears would save it, with NumPy's numbers in its history."""
     file = random_file()
@@ -198,6 +244,16 @@ def test_a_file_of_something_else_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
         assert name in str(caught.value)
         assert "weights_only" not in str(caught.value)  # torch's message advises to switch the safety off
+
+
+def test_a_checkpoint_without_normalization_is_named_for_what_it_is(tmp_path):
+    saved = foreign()
+    del saved["normalization"]
+    torch.save(saved, tmp_path / "msae_best.pt")
+    with pytest.raises(
+        DataError, match=r"msae_best\.pt: has no normalization, like the notebook's msae_best\.pt; give"
+    ):
+        model_file.load(tmp_path / "msae_best.pt")
 
 
 def test_the_standardised_model_works_in_raw_units():

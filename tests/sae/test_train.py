@@ -205,11 +205,15 @@ def test_learning_rate_warms_up_then_decays():
 
 
 def test_history_is_in_the_notebooks_form():
-    state, _ = train_fresh(config(epochs=3))
-    history = state.history()
-    assert set(history) == {"train_loss", "val_loss", "dead_ratio", "objective", "val_r2"}
+    settings = config(epochs=3)
+    state, _ = train_fresh(settings)
+    history = state.history(settings)
+    series = {"train_loss", "train_rec_loss", "train_aux_loss", "val_loss", "dead_ratio"}
+    assert set(history) == series | {"objective", "val_r2"}
     assert set(history["val_r2"]) == {"r2_k2", "r2_k4", "r2_k8"}
-    assert all(len(history[key]) == 3 for key in ("train_loss", "val_loss", "dead_ratio"))
+    assert all(len(history[key]) == 3 for key in series)
+    for total, rec, aux in zip(*(history[f"train_{key}loss"] for key in ("", "rec_", "aux_")), strict=True):
+        assert total == pytest.approx(rec + settings.aux_coefficient * aux)
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -24,6 +24,7 @@ from msae_sweep.cli import main
 from msae_sweep.data.sources.planted import PlantedSource
 from msae_sweep.errors import ConfigError, DataError, DeviceError, StorageError, SweepError
 from msae_sweep.sae import model_file
+from msae_sweep.sae.evaluation import evaluate
 from msae_sweep.sweep.preparation import Preparation
 from msae_sweep.sweep.tuning import Tuning
 from msae_sweep.sweep_folder.trial_record import FINAL_STATUSES
@@ -208,6 +209,10 @@ def test_the_best_model_of_a_block_has_the_r2_that_the_summary_states(finished, 
     r2 = 1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(dim=0)) ** 2).sum()
     assert r2.item() == pytest.approx(best["metrics"]["r2_k8"], abs=1e-5)
     assert torch.equal(file.standardised()(val), same.standardised()(val))
+    assert (file.total_samples, same.total_samples) == (len(val), len(val))
+    assert (
+        file.activation_counts.tolist() == evaluate(file.model, [x]).firing.tolist() == same.activation_counts.tolist()
+    )
 
 
 def test_the_summary_says_how_much_of_the_true_dictionary_was_recovered(finished):

@@ -18,6 +18,7 @@ from msae_sweep.config import SweepConfig, parse
 from msae_sweep.data.prepare import shards
 from msae_sweep.errors import StorageError
 from msae_sweep.sae import model_file
+from msae_sweep.sae.evaluation import evaluate
 from msae_sweep.sweep.space import plan
 from msae_sweep.sweep.trial import MSAETrial
 from msae_sweep.sweep_folder.folder import SweepFolder
@@ -129,6 +130,15 @@ def test_a_trial_that_passes_its_rungs_and_ends_writes_models_and_no_state(worke
         assert not workers.state_file(spec).exists()
     assert to_the_end(worker)[-1]["status"] == "completed"
     assert not workers.state_file(spec).exists()
+
+
+def test_a_trials_model_counts_its_latents_over_the_validation_rows(workers, prepared):
+    spec = workers.specs()[0]
+    assert to_the_end(workers.worker(spec))[-1]["status"] == "completed"
+    file, block = model_file.load(workers.model_file(spec)), prepared[spec["trial"]["block"]]
+    measured = evaluate(file.model, (torch.tensor(read()) for read in block.val_shards()))
+    assert file.total_samples == measured.n_rows == block.n_val
+    assert file.activation_counts.tolist() == measured.firing.tolist()
 
 
 def test_a_trial_that_has_to_wait_goes_on_in_any_worker_as_if_it_had_not(workers, config, prepared, tmp_path):

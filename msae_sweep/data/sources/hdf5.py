@@ -20,11 +20,15 @@ from msae_sweep.data.sources.base import (
 from msae_sweep.errors import DataError, first_line
 from msae_sweep.paths import StoragePath
 
+_GAMES = ("game_id", "game_ids")
+"""Names of the dataset with the game of each row."""
+
 
 class Hdf5Source(Source):
     """Activations in an HDF5 file.
 
-    The dataset `game_id` lies at the root, for all blocks, or in the group of a block's dataset, for that block.
+    The dataset `game_id` lies at the root, for all blocks, or in the group of a block's dataset, for that block. The
+    original series calls it `game_ids`.
     """
 
     def __init__(self, path: StoragePath) -> None:
@@ -36,7 +40,7 @@ class Hdf5Source(Source):
         names: list[tuple[str, int]] = []
 
         def visit(name: str, node: Any) -> None:
-            if isinstance(node, h5py.Dataset) and name.rsplit("/", 1)[-1] != "game_id":
+            if isinstance(node, h5py.Dataset) and name.rsplit("/", 1)[-1] not in _GAMES:
                 names.append((name, len(node.shape or ())))
 
         with self._open() as file:
@@ -109,5 +113,5 @@ class Hdf5Source(Source):
 
     def _groups(self, file: h5py.File, block: int) -> h5py.Dataset | None:
         parent = self._datasets[block].rpartition("/")[0]
-        candidates = (f"{parent}/game_id", "game_id") if parent else ("game_id",)
+        candidates = [f"{folder}{name}" for folder in ((f"{parent}/", "") if parent else ("",)) for name in _GAMES]
         return next((file[name] for name in candidates if isinstance(file.get(name), h5py.Dataset)), None)
