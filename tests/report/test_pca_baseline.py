@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from report_sweeps import INPUT_DIM, N_TRAIN, N_VAL, add_rows_and_models, make, settings
 
 from msae_sweep import report
@@ -17,6 +18,7 @@ from msae_sweep.report import pca_baseline
 from msae_sweep.report.figures import Line, r2_by_k
 from msae_sweep.report.pca_baseline import CACHE, pca_baselines
 from msae_sweep.report.sweep_data import Curve, read
+from msae_sweep.report.training_figure import training_figure
 from msae_sweep.sweep_folder.folder import SweepFolder
 
 
@@ -141,6 +143,19 @@ def test_a_report_of_a_sweep_whose_rows_are_gone_has_no_components_and_says_why(
     page = (Path(written.where) / "report.html").read_text(encoding="utf-8")
     assert '<td class="left">k principal components' not in page
     assert "k principal components" not in (Path(written.where) / "figures" / "r2_by_k_block5.svg").read_text()
+
+
+def test_the_notebooks_figure_has_a_dotted_line_of_components_beside_each_blocks_r2(monkeypatch):
+    history = {"train_loss": [1.0], "val_loss": [1.0], "dead_ratio": [0.0], "best_epoch": 1}
+    history["val_r2"] = {"r2_k2": [0.5], "r2_k4": [0.7]}
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[3]))
+    training_figure({"block5": {**history, "pca_r2": {"k2": 0.3, "k4": 0.4, "k8": 0.6}}, "block20": history})
+    lines = {line.get_label(): line for line in drawn[0].get_lines()}
+    assert list(lines) == ["block5", "block5, k principal components", "block20"]
+    components = lines["block5, k principal components"]
+    assert (list(components.get_xdata()), list(components.get_ydata())) == ([2, 4], [0.3, 0.4])
+    assert (components.get_color(), components.get_linestyle()) == (lines["block5"].get_color(), ":")
 
 
 def test_a_sweep_of_an_earlier_version_whose_summary_has_neither_components_nor_further_criteria_is_reported(tmp_path):

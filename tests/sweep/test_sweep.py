@@ -247,6 +247,19 @@ def test_the_summary_has_the_r2_of_as_many_principal_components_as_latents(finis
     assert "k principal components" in (finished.folder.path / f"report/figures/r2_by_k_block{block}.svg").read_text()
 
 
+def test_components_that_workers_measure_are_those_measured_here(finished, monkeypatch):
+    from msae_sweep.report.pca_baseline import CACHE, pca_baselines
+    from msae_sweep.sweep.figure_workers import run_in_workers
+
+    folder = finished.folder
+    manifests = {block: finished.summary["blocks"][f"block{block}"]["data"] for block in (5, 20)}
+    here = pca_baselines(folder, folder.storage, manifests)
+    assert here.by_block[5][7] == finished.summary["blocks"]["block5"]["pca_r2"]["k8"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    (folder.path / CACHE).unlink()
+    assert pca_baselines(folder, folder.storage, manifests, run=run_in_workers) == here
+
+
 def test_further_criteria_are_in_the_summary_and_shown_after_the_three_that_decide(finished):
     further = finished.summary["blocks"]["block5"]["further_criteria"]
     assert list(further) == ["R² (k=8) − R² (k=2) > 0.25", "Nestedness > 0.80", "R² (k=8) > 0.92 (a wish)"]
