@@ -233,7 +233,8 @@ def _drive(
         ray_cluster.keep_session()
     seconds = time.monotonic() - started
     manifests = {block: p.manifest for block, p in prepared.items()}
-    most = pca_baseline.MOST_PRODUCTS_AT_ONCE
+    # A sweep that was told to end may be killed soon, so the report measures them instead.
+    most = 0 if interrupted else pca_baseline.MOST_PRODUCTS_AT_ONCE
     baselines = pca_baseline.pca_baselines(folder, config.storage, manifests, most_products=most, run=run_in_workers)
     summary, histories = final_files.write(config, folder, records, manifests, baselines.by_block, seconds=seconds)
     # The tables are printed before the report, which takes seconds, and a slow MLflow, which takes minutes.
