@@ -180,6 +180,10 @@ class World:
             self._model(what, options["block"])
         assert options["data"] or options["what"] in self.sweeps
 
+    def _encode(self, options: dict[str, Any]) -> None:
+        self._model(options["what"], options["block"])
+        assert options["data"] in self.activations or (options["data"] is None and options["what"] in self.sweeps)
+
     def _export(self, options: dict[str, Any]) -> None:
         if str(options["out"]).endswith(".zip"):
             assert options["what"] in self.sweeps, options["what"]
