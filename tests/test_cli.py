@@ -12,6 +12,10 @@ import pytest
 
 import msae_sweep
 from msae_sweep.cli import main
+from msae_sweep.errors import ConfigError
+from msae_sweep.go import extract as extraction
+from msae_sweep.go.game_choice import GameChoice
+from msae_sweep.go.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -237,6 +241,9 @@ def test_python_m_runs_the_same_command_line():
         (["--points", "some"], "--points: some must be mean, all, or 1 to 361"),
         (["--format", "csv"], "--format: csv must be among npy, h5, parquet"),
         ([], "b: no such file or folder"),
+        (["--positions", "p"], "--positions: cannot be given together with --games"),
+        (["--max-games", "5", "--first-games", "5"], "--first-games: cannot be given together with --max-games"),
+        (["--consecutive"], "--consecutive: needs --positions-per-game"),
     ],
 )
 def test_an_extraction_that_cannot_be_is_one_line_before_anything_starts(
@@ -253,6 +260,55 @@ def test_an_extraction_that_cannot_be_is_one_line_before_anything_starts(
     said = capsys.readouterr().err
     assert said.startswith(f"msae-sweep: {message}")
     assert len(said.splitlines()) == 1
+
+
+EXTRACT = ["msae-sweep", "extract", "--weights", "w", "--out", "o"]
+
+
+def settings_of(options: list[str], monkeypatch) -> extraction.ExtractionSettings:
+    """Return the settings with which the command line calls the extraction."""
+    seen = []
+
+    def stop(settings, *_):
+        seen.append(settings)
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr(extraction, "extract", stop)
+    monkeypatch.setattr(sys, "argv", [*EXTRACT, *options])
+    with pytest.raises(SystemExit):
+        main()
+    return seen[0]
+
+
+def test_the_notebooks_recipe_is_the_original_series_data_and_gives_way_to_options(monkeypatch):
+    recipe = ["--games", "g", "--recipe", "notebook"]
+    found = settings_of(recipe, monkeypatch)
+    assert found.sampling == Sampling(100, 10, "mean", 0, max_move=150, consecutive=True)
+    assert (found.choice, found.dtype, found.formats) == (GameChoice(4999), "float32", ("npy", "h5"))
+    written_out = [
+        "--games", "g", "--max-games", "4999", "--positions-per-game", "100", "--consecutive", "--min-move", "10",
+        "--max-move", "150", "--dtype", "float32", "--format", "npy,h5",
+    ]  # fmt: skip
+    assert settings_of(written_out, monkeypatch) == found
+    other = settings_of([*recipe, "--max-move", "109", "--dtype", "float16", "--seed", "5"], monkeypatch)
+    assert other == found._replace(dtype="float16", sampling=found.sampling._replace(max_move=109, seed=5))
+    first = settings_of(["--first-games", "7", *recipe], monkeypatch)
+    assert first.choice == GameChoice(None, 7)
+    both = settings_of([*recipe, "--first-games", "7", "--max-games", "9"], monkeypatch)
+    assert both.choice == GameChoice(9, 7), "which is then refused"
+
+
+def test_the_recipe_for_a_file_of_positions_chooses_none_of_them(monkeypatch):
+    found = settings_of(["--positions", "p.hdf5", "--recipe", "notebook"], monkeypatch)
+    assert (found.games, found.positions) == (None, Path("p.hdf5"))
+    assert (found.sampling, found.choice) == (Sampling(None, 0, "mean", 0), GameChoice())
+    assert (found.dtype, found.formats) == ("float32", ("npy", "h5"))
+    asked = settings_of(["--positions", "p.hdf5", "--recipe", "notebook", "--min-move", "3"], monkeypatch)
+    assert asked.sampling.min_move == 3, "which is then refused"
+
+
+def test_the_earlier_name_of_min_move_is_understood(monkeypatch):
+    assert settings_of(["--games", "g", "--skip-first", "4"], monkeypatch).sampling.min_move == 4
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self.console, self.rate = console, _Rate(console)
         self.said_at = 0.0
-        self.bytes_said_at = time.monotonic()
+        self.bytes_said_at: float | None = None
 
     def __call__(self, progress: GamesProgress) -> None:
         per_second = self.rate.per_second(progress)
@@ -107,7 +107,9 @@ class _Lines:
         self.console.print(text, highlight=False)
 
     def show_bytes(self, progress: BytesProgress) -> None:
-        """Print a line if the last one was long enough ago."""
+        """Print a line if the last one, or the first call, was long enough ago."""
+        if self.bytes_said_at is None:
+            self.bytes_said_at = time.monotonic()
         if time.monotonic() - self.bytes_said_at >= LINE_SECONDS:
             self.bytes_said_at = time.monotonic()
             self.console.print(f"{progress.what}: {_of_bytes(progress)}", highlight=False)
