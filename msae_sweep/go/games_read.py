@@ -21,7 +21,7 @@ class GamesRead(NamedTuple):
     """Games read from the records, and counts of the refused ones."""
 
     games: list[Game]
-    """Games without duplicates, in stored order."""
+    """Games without duplicates, in stored order; those of a random sample by ascending priority."""
     refused: collections.Counter[str]
     """Number of refused records and games by kind: broken, size, duplicate."""
     examples: list[str]

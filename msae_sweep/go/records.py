@@ -156,12 +156,16 @@ def games_in(name: str, pieces: Iterable[bytes], number: tuple[int, int] = (0, 0
 
 
 def _is_record(name: str) -> bool:
-    # For each file that macOS archives it adds a file named "._…", which holds attributes and is not a record.
-    return without_compression(name)[0].endswith(".sgf") and not os.path.basename(name).startswith("._")
+    return without_compression(name)[0].endswith(".sgf") and not _is_of_macos(name)
 
 
 def _is_archive(name: str) -> bool:
-    return without_compression(name)[0].endswith(".tar") or name.lower().endswith(".zip")
+    return (without_compression(name)[0].endswith(".tar") or name.lower().endswith(".zip")) and not _is_of_macos(name)
+
+
+def _is_of_macos(name: str) -> bool:
+    # For each file that macOS archives or copies it adds a file named "._…", which holds attributes.
+    return os.path.basename(name).startswith("._")
 
 
 def _units_of(unit: ReadUnit, records_per_unit: int, to_the_end: bool) -> Iterator[ReadUnit]:

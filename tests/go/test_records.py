@@ -6,6 +6,7 @@ import io
 import lzma
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def texts(path: Path) -> dict[str, bytes]:
     return {record.name: record.data for record in read_records(path) if isinstance(record, Record)}
 
 
-PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+PACK = {".gz": gzip.compress, ".xz": partial(lzma.compress, preset=0), ".bz2": bz2.compress}
 
 
 def test_a_record_is_found_by_its_own_path(tmp_path):
@@ -48,7 +49,7 @@ def test_a_record_is_found_by_its_own_path(tmp_path):
 
 
 def test_folders_are_searched_to_any_depth_in_the_order_of_names(tmp_path):
-    for name in ("b/c/2.sgf", "b/1.SGF", "z.sgf", "a.sgf", "notes.txt", "b/._1.sgf"):
+    for name in ("b/c/2.sgf", "b/1.SGF", "z.sgf", "a.sgf", "notes.txt", "b/._1.sgf", "b/._2.zip", "._3.tar.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"(;)")
     assert names(tmp_path) == ["a.sgf", "b/1.SGF", "b/c/2.sgf", "z.sgf"]
@@ -212,7 +213,7 @@ def test_the_bytes_that_were_read_are_counted(tmp_path, name):
         zip_(path, games)
     else:
         text = b"".join(games.values())
-        path.write_bytes(lzma.compress(text) if name.endswith(".xz") else text)
+        path.write_bytes(PACK[".xz"](text) if name.endswith(".xz") else text)
     counts: list[int] = []
     (unit,) = find_units(path)
     reader = read_unit(unit, counts.append)

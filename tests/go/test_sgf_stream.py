@@ -1,6 +1,7 @@
 """Tests of dividing SGF text into games, however it is cut into pieces."""
 
 import random
+import tracemalloc
 
 import pytest
 
@@ -64,16 +65,17 @@ def test_a_game_that_is_too_long_is_named_and_its_variations_are_no_games(size):
     assert split(GAMES[0] + long + last, size, limit=200) == [GAMES[0], TooLong(200), last]
 
 
-def test_no_more_than_some_pieces_are_held():
-    held = []
-
+def test_a_long_file_is_divided_with_a_piece_and_a_game_in_memory():
     def pieces():
-        for _ in range(100):
-            yield b"(;GM[1]" + b";B[aa]" * 10_000 + b")"
+        for _ in range(300):
+            yield b"(;GM[1]" + b";B[aa]" * 5_000 + b")\n(;GM[1]" + b";B[aa]C[\\]]" * 5_000 + b")"
 
-    for game in split_games(pieces()):
-        held.append(len(game))
-    assert held == [60_008] * 100
+    tracemalloc.start()
+    lengths = [len(game) for game in split_games(pieces())]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert lengths == [30_008, 55_008] * 300
+    assert peak < 1e6 < sum(lengths) / 20
 
 
 def test_a_file_of_utf16_or_shift_jis_is_read_in_pieces():
