@@ -19,7 +19,7 @@ from msae_sweep.go.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    "run", "resume", "inspect", "extract", "boards", "report", "ui", "export", "eval", "import", "track-sync",
+    "run", "resume", "inspect", "extract", "boards", "report", "ui", "export", "encode", "eval", "import", "track-sync",
 )  # fmt: skip
 
 SPACE = """
