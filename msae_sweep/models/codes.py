@@ -46,17 +46,18 @@ class Codes:
         manifest = self._place / MANIFEST
         try:
             content: dict[str, Any] = json.loads(manifest.read())
-        except (OSError, ValueError):
+            check_format(content, CODES, str(manifest))
+            complete, n_parts = content["complete"], content["n_parts"]
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):
             raise DataError(f"{path}: holds no codes; give a folder that `msae-sweep encode` wrote") from None
-        check_format(content, CODES, str(manifest))
-        if not content["complete"]:
+        if not complete:
             raise DataError(
                 f"{path}: its encoding is unfinished; run the same `msae-sweep encode` again to complete it"
             )
         self.manifest = content
         """Content of `_codes.json`: model, data, block and sizes."""
         self._starts = [0]
-        for i in range(content["n_parts"]):
+        for i in range(n_parts):
             self._starts.append(self._starts[-1] + int(self._opened(i).metadata.num_rows))
         self.columns = tuple(name for name in self._opened(0).schema_arrow.names if name not in ("indices", "values"))
         """Index columns of the rows: those of game_id, position_id, ply and point that the data had."""

@@ -79,6 +79,8 @@ def make_encoding_plan(found: FoundModel, data: DataConfig, block: int | None, k
     if not 1 <= k <= model.hidden_dim:
         raise ConfigError(f"--k: {k} must be 1 to {model.hidden_dim}, the model's number of latents")
     rows = make_plan(found, data, block, "all")
+    # Codes stand beside the index columns of their rows, so no row may be left out.
+    rows = rows._replace(drop_nonfinite=False, nonfinite_advice="fix them, because every row gets a code")
     identity = {
         "model_sha256": _model_sha256(found),
         "data_fingerprint": rows.job.source.fingerprint(rows.info.block),
@@ -88,6 +90,7 @@ def make_encoding_plan(found: FoundModel, data: DataConfig, block: int | None, k
         "hidden_dim": model.hidden_dim,
         "k_levels": list(model.k_levels),
         "k": k,
+        "n_parts": rows.n_ranges,
     }
     return EncodingPlan(rows, model.config, k, identity)
 
@@ -122,7 +125,7 @@ class CodesFolder:
                         )
             else:
                 self._write_manifest(complete=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"--out {self.place}: cannot be used: {error}") from None
         return {i for i in range(self.plan.n_parts) if part_name(i) in there}
 
@@ -146,7 +149,7 @@ class CodesFolder:
     def _write_manifest(self, *, complete: bool) -> None:
         source = self.plan.rows.info.where
         content = {"format": CODES, "msae_sweep": msae_sweep.__version__, **self.plan.identity, "data": source}
-        content |= {"n_parts": self.plan.n_parts, "complete": complete}
+        content["complete"] = complete
         self._manifest.write((json.dumps(content, indent=2) + "\n").encode())
 
 

@@ -65,6 +65,8 @@ class EvaluationPlan(NamedTuple):
     drop_nonfinite: bool
     mean: Float32[np.ndarray, " input_dim"]
     std: Float32[np.ndarray, " input_dim"]
+    nonfinite_advice: str = "fix them, or drop them with --set data.drop_nonfinite=true"
+    """Advice in the error that names a row with NaN or Inf."""
 
     @property
     def n_ranges(self) -> int:
@@ -82,7 +84,7 @@ class EvaluationPlan(NamedTuple):
         bad = np.flatnonzero(wanted & ~finite)
         if len(bad) and not self.drop_nonfinite:
             where = self.job.ranges[i].name(int(bad[0]), int(bad[-1]))
-            raise DataError(f"{where}: NaN or Inf; fix them, or drop them with --set data.drop_nonfinite=true")
+            raise DataError(f"{where}: NaN or Inf; {self.nonfinite_advice}")
         return RangeRows(standardise(x[wanted & finite], self.mean, self.std), len(bad))
 
 

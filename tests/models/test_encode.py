@@ -17,7 +17,7 @@ from model_files import example_model_file, raw_rows
 
 import msae_sweep as ms
 from msae_sweep import cli
-from msae_sweep.config import DataConfig
+from msae_sweep.config import DataConfig, PlantedConfig
 from msae_sweep.errors import ConfigError, DataError
 from msae_sweep.models import codes as reader
 from msae_sweep.models import dense_codes, encode
@@ -65,7 +65,7 @@ def small_ranges(monkeypatch) -> None:
     monkeypatch.setattr("msae_sweep.models.evaluate.RANGE_BYTES", 40 * 8 * 12)
 
 
-def encode_into(out: Path, found: FoundModel, data: DataConfig, k: int | None = None) -> bool:
+def encode_into(out: Path | str, found: FoundModel, data: DataConfig, k: int | None = None) -> bool:
     plan = encode.make_encoding_plan(found, data, None, k)
     folder = encode.CodesFolder(str(out), plan)
     return encode.encode(folder, partial(encode.encode_here, model=found.file.model, device=CPU, write=folder.write))
@@ -211,6 +211,53 @@ def test_the_command_on_the_cluster_writes_what_one_process_writes(tmp_path, fou
     assert there.column("game_id").tolist() == here.column("game_id").tolist()
 
 
+@pytest.mark.parametrize("data", ["npy"], indirect=True)
+def test_codes_in_an_object_store_are_written_and_read(tmp_path, object_store, found, data):
+    where = f"{object_store.bucket}/codes.parquet"
+    assert encode_into(where, found, data)
+    encode_into(tmp_path / "here", found, data)
+    np.testing.assert_array_equal(ms.open_codes(where).dense(30, 90), ms.open_codes(tmp_path / "here").dense(30, 90))
+    assert not encode_into(where, found, data)
+
+
+@pytest.mark.parametrize("data", ["npy"], indirect=True)
+def test_names_of_games_stay_text_and_planted_data_has_no_columns(tmp_path, found, data):
+    np.save(Path(data.path) / "game_id.npy", names := np.array([f"game {i // 10}" for i in range(N_ROWS)]))
+    encode_into(tmp_path / "codes", found, data)
+    assert ms.open_codes(tmp_path / "codes").column("game_id").tolist() == names.tolist()
+    planted = DataConfig(path="planted", planted=PlantedConfig(rows=300, input_dim=12, dictionary_size=24))
+    encode_into(tmp_path / "planted", found, planted)
+    codes = ms.open_codes(tmp_path / "planted")
+    assert (codes.n_rows, codes.columns) == (300, ())
+
+
+@pytest.mark.parametrize("data", ["npy"], indirect=True)
+def test_a_sweep_that_drops_rows_is_refused_as_every_row_gets_a_code(tmp_path, found, rows, data):
+    rows[7] = np.inf
+    np.save(Path(data.path) / "block5" / "chunk_0000.npy", rows[:100])
+    with pytest.raises(DataError, match="row 7: NaN or Inf; fix them, because every row gets a code"):
+        encode_into(tmp_path / "codes", found, data.model_copy(update={"drop_nonfinite": True}))
+
+
+@pytest.mark.parametrize("data", ["npy"], indirect=True)
+def test_codes_that_cannot_be_read_are_one_line(tmp_path, found, data):
+    encode_into(folder := tmp_path / "codes", found, data)
+    codes, manifest = ms.open_codes(folder), folder / reader.MANIFEST
+    with pytest.raises(ConfigError, match="k: 9 must be 1 to 8"):
+        codes.csr(k=9)
+    with pytest.raises(ConfigError, match="rows 0 to 251: must lie within 0 to 250"):
+        codes.dense(0, 251)
+    with pytest.raises(ConfigError, match="column point: must be one of game_id, ply"):
+        codes.column("point")
+    (folder / reader.part_name(2)).write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match=r"part_00002.parquet: cannot be read"):
+        ms.open_codes(folder)
+    for content in ("[]", "{", '{"format": 1}'):
+        manifest.write_text(content)
+        with pytest.raises(DataError, match="holds no codes"):
+            ms.open_codes(folder)
+
+
 @pytest.fixture
 def command(tmp_path, found, monkeypatch):
     """Function that runs the command in a folder with a model and data, and returns its exit code."""
@@ -244,7 +291,7 @@ WRONG = {
     "k of all latents": (["--data", "activations", "--out", ".", "--format", "notebook", "--k", "4"], "--k: only for"),
     "no HDF5 name": (["--data", "activations", "--out", "f.txt", "--format", "notebook"], "must end in .h5"),
     "another block": (["--data", "activations", "--out", "c", "--block", "7"], "no block 7 in"),
-    "a row of NaN": (["--data", "nan", "--out", "c"], "row 7: NaN or Inf"),
+    "a row of NaN": (["--data", "nan", "--out", "c"], "row 7: NaN or Inf; fix them, because every row"),
 }
 
 
