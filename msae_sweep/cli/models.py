@@ -139,7 +139,7 @@ def encode(
         typer.Option(
             metavar="PATH",
             help="Folder of Parquet files to create or to continue, e.g. codes.parquet; with --format notebook an .h5 "
-            "file, or a folder in which block{B}_features.h5 is created.",
+            "file, or the folder of block{B}_features.h5.",
         ),
     ],
     data: Annotated[
@@ -181,7 +181,7 @@ def encode(
     with rows_display(open_console()) as report:
         if format == "notebook":
             file = dense_codes.DenseFile(Path(out).expanduser(), plan)
-            dense_codes.write_dense(file, model, choose_evaluation_device(device), report)
+            was_complete = not dense_codes.write_dense(file, model, choose_evaluation_device(device), report)
             text = f"{file.path}: {plan.rows.info.n_rows:,} rows x {model.hidden_dim:,} latents, before any top-k"
         else:
             folder = encoding.CodesFolder(out, plan)

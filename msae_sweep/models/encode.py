@@ -112,6 +112,10 @@ class CodesFolder:
         try:
             self.place.check()
             there = {file.name for file in self.place.files()} if self.place.is_folder() else set()
+            # Files whose writing a kill interrupted.
+            for name in {name for name in there if name.startswith(".") and name.endswith(".part")}:
+                there.remove(name)
+                (self.place / name).delete()
             if self.place.is_file() or (there and MANIFEST not in there):
                 raise ConfigError(f"--out {self.place}: exists and holds no codes; give another folder")
             if there:

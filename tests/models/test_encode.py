@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -169,8 +170,28 @@ def test_the_series_file_has_its_layout_and_every_latent_before_any_top_k(tmp_pa
         expected = torch.relu((torch.from_numpy(standardised) - model.pre_bias) @ model.W_enc.T).detach()
         np.testing.assert_allclose(dataset[:], expected, rtol=1e-4, atol=1e-5)
     assert not list(tmp_path.glob(".*")), "chunks are removed"
-    with pytest.raises(ConfigError, match=r"block5_features\.h5 exists; give another path"):
-        dense(tmp_path, found, data)
+    file = dense_codes.DenseFile(tmp_path, encode.make_encoding_plan(found, data, None))
+    assert not dense_codes.write_dense(file, found.file.model, CPU), "complete already"
+    with pytest.raises(ConfigError, match=r"block5_features\.h5 exists and was not made from this model and data"):
+        dense(tmp_path, FoundModel(example_model_file(1), 5, "other"), data)
+
+
+@pytest.mark.parametrize("data", ["npy"], indirect=True)
+def test_a_disk_without_room_for_the_series_file_keeps_its_chunks(tmp_path, found, data, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(dense_codes.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(DataError, match=r"block5_features.h5: No space left on device; finished chunks are kept"):
+            dense(tmp_path / "sae_features", found, data)
+    assert not list((tmp_path / "sae_features").glob("*.part"))
+    assert dense(tmp_path / "sae_features", found, data).is_file()
+
+
+@pytest.mark.parametrize("data", ["npy"], indirect=True)
+def test_what_a_kill_left_half_written_is_no_obstacle(tmp_path, found, data):
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / f"._codes.json.{'0' * 32}.part").write_text("{")
+    assert encode_into(tmp_path / "codes", found, data)
+    assert {file.name[:5] for file in (tmp_path / "codes").iterdir()} == {"_code", "part_"}
 
 
 @pytest.mark.parametrize("data", ["npy"], indirect=True)
@@ -289,7 +310,10 @@ WRONG = {
     "another width": (["--data", "wide", "--out", "c"], "rows of width 9, but"),
     "k above hidden_dim": (["--data", "activations", "--out", "c", "--k", "49"], "--k: 49 must be 1 to 48"),
     "k of all latents": (["--data", "activations", "--out", ".", "--format", "notebook", "--k", "4"], "--k: only for"),
-    "no HDF5 name": (["--data", "activations", "--out", "f.txt", "--format", "notebook"], "must end in .h5"),
+    "a file as folder": (
+        ["--data", "activations", "--out", "msae_block5.pt", "--format", "notebook"],
+        "msae_block5.pt is not a folder",
+    ),
     "another block": (["--data", "activations", "--out", "c", "--block", "7"], "no block 7 in"),
     "a row of NaN": (["--data", "nan", "--out", "c"], "row 7: NaN or Inf; fix them, because every row"),
 }
