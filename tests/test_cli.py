@@ -161,6 +161,24 @@ finally:
     assert done.stdout.strip().endswith("loaded []")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["runn"], "No such command 'runn'"),
+        (["run"], "Missing argument 'SPACE'"),
+        (["encode", "m.pt"], "Missing option '--out'"),
+        (["encode", "m.pt", "--out", "c", "--format", "dense"], "Invalid value for '--format'"),
+        (["extract", "--max-games", "0"], "Invalid value for '--max-games'"),
+        (["inspect", "--all", "x"], "No such option: --all"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, says):
+    done = subprocess.run([sys.executable, "-m", "msae_sweep", *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"msae-sweep: {says}")
+    assert done.stderr.endswith(" --help\n")
+
+
 def test_the_version_is_printed_without_anything_else():
     done = subprocess.run([sys.executable, "-m", "msae_sweep", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"msae-sweep {msae_sweep.__version__}\n")

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from msae_sweep.track.sender import TrackingStatus
 
 
+_UsageError: Any = typer.BadParameter.__base__
+"""Base class of errors in a command's options. typer may bring its own copy of click, so click's class is no use."""
+
+
 class _Commands(TyperGroup):
     """Command group that prints one line for an interrupted command, unless the command has reported it itself."""
 
@@ -109,13 +113,18 @@ def main() -> None:
 def _run() -> Any:
     """Run the given command and return its exit code."""
     try:
-        app()
+        return app(standalone_mode=False) or 0
     except SystemExit as ended:
         return ended.code
     except MsaeSweepError as error:
         _say(str(error))
-        return 2
-    return 0
+    except _UsageError as error:
+        if len(sys.argv) == 1:
+            error.show()  # the help
+        else:
+            text = " ".join(error.format_message().split()).rstrip(".")
+            _say(f"{text}; see {error.ctx.command_path if error.ctx else 'msae-sweep'} --help")
+    return 2
 
 
 def _say(line: str) -> None:
