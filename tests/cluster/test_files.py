@@ -148,7 +148,14 @@ def test_a_submitted_checkout_has_the_package_and_neither_data_nor_secrets(tmp_p
         "mlflow.db",
         "cluster/.env",
     }
-    stays |= {"tests/test_cli.py", "weights/msae_block5.pt", "games.tar.gz", "storage.env", "mlruns/0/meta.yaml"}
+    stays |= {
+        "tests/test_cli.py",
+        "weights/msae_block5.pt",
+        "games.tar.gz",
+        "all.sgf.xz",
+        "storage.env",
+        "mlruns/0/meta.yaml",
+    }
     checkout = tmp_path / "checkout"
     for name in travels | stays:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
