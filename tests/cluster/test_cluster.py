@@ -283,6 +283,7 @@ def test_a_submitted_sweep_runs_on_the_worker_and_its_log_can_be_read(nodes, sub
     assert f"results: {sweep.folder}" in log
 
 
+@pytest.mark.slow
 def test_a_sweep_that_cannot_be_run_fails_its_job_in_one_line(nodes, submit, sweep):
     job = submit(sweep.command("training.epochz=5"))
     # This is Ray's own exit code for a failed job, whatever the driver's was. `ray job status` shows the driver's.

@@ -128,6 +128,7 @@ def test_the_page_draws_the_latents_that_are_strongest_where_they_fire_first(sho
     assert "broken.sgf" not in text
 
 
+@pytest.mark.slow
 def test_the_same_page_comes_from_a_network_whose_rows_count_from_the_bottom(settings, shown, ray_session, tmp_path):
     # Games and network give the same result when both are turned upside down, so the page must turn the points back.
     flipped = tmp_path / "games"

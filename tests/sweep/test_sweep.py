@@ -519,12 +519,14 @@ def test_data_that_cannot_be_used_leaves_no_sweep_though_workers_started(repaire
     assert not (left / "trials").exists()
 
 
+@pytest.mark.slow
 def test_after_data_that_could_not_be_used_the_same_name_gives_the_sweep_of_the_repaired_data(repaired):
     mended, whole = (sweep(folder, f"data.path={folder}/data", *ONE_EPOCH) for folder in repaired)
     trials = [[b["trials"] for b in results(sw.summary)["blocks"].values()] for sw in (mended, whole)]
     assert trials[0] == trials[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_folder_that_fills_up_ends_the_sweep_and_it_can_be_resumed(finished, tmp_path, monkeypatch):
     write, n_written = Path.write_bytes, []
 
@@ -551,6 +553,7 @@ def test_a_sweep_folder_that_fills_up_ends_the_sweep_and_it_can_be_resumed(finis
     assert results(resumed.summary)["blocks"]["block5"] == results(finished.summary)["blocks"]["block5"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_save_ends_the_sweep_in_one_line_and_no_trial_counts_as_failed(tmp_path, monkeypatch):
     from msae_sweep.sweep import tuning
 
@@ -706,6 +709,7 @@ def test_optuna_proposes_within_the_space_and_resumes(proposed):
     assert results(again.summary) == results(proposed.summary)
 
 
+@pytest.mark.slow
 def test_a_damaged_record_of_a_trial_that_optuna_proposed_is_proposed_again(proposed, tmp_path):
     record = copy_of(proposed, tmp_path) / "trials" / "block5-001" / "trial.json"
     record.write_text("{")

@@ -187,6 +187,7 @@ class Elsewhere:
         return copy
 
 
+@pytest.mark.slow
 def test_files_that_lie_elsewhere_are_fetched_by_the_driver(uri, tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()
