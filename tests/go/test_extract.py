@@ -141,6 +141,7 @@ def test_names_order_and_archives_change_no_row(extracted, network, records, tmp
         assert np.array_equal(values, contents(other.out, 2)[name]), name
 
 
+@pytest.mark.slow
 def test_the_command_prints_no_raw_line_of_rays(network, records, tmp_path):
     # Ray's C++ writes to file descriptor 2 of a process whose Ray it is; the tests' own Ray would not show the line.
     command = [sys.executable, "-m", "msae_sweep", "extract", "--weights", str(network), "--games", str(records)]

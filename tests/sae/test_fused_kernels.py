@@ -278,7 +278,9 @@ def test_validation_errors_and_active_counts_are_those_of_every_level(levels):
     assert torch.equal(active, torch.stack([holds[:, :k].sum(dim=1) for k in levels], dim=1).int())
 
 
-@pytest.mark.parametrize(("batch", "levels", "part"), [(41, (2, 5, 12), 4), (9, (3,), 64)])
+@pytest.mark.parametrize(
+    ("batch", "levels", "part"), [pytest.param(41, (2, 5, 12), 4, marks=pytest.mark.slow), (9, (3,), 64)]
+)
 def test_the_backward_pass_sums_each_latents_rows_part_by_part(batch, levels, part):
     hidden, width = 64, 64
     codes, W_dec, _, _, _, G = decode_case(batch, hidden, width, levels, seed=5)

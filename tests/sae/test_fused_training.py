@@ -182,7 +182,7 @@ def test_a_diverged_trial_is_named_so():
             {"batch": 17, "loss_levels": tuple(range(1, 13)), "k_levels": (3, 12), "dead": 0.9},
             marks=pytest.mark.slow,
         ),
-        {"batch": 1, "k_levels": (128,), "hidden_dim": 128},
+        pytest.param({"batch": 1, "k_levels": (128,), "hidden_dim": 128}, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_of_a_whole_step_are_those_of_autograd(changes):

@@ -223,6 +223,7 @@ def test_without_asha_nothing_is_stopped():
     assert {kind for kind, _ in outcome.values()} == {"completed"}
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_starting_is_not_killed_for_one_that_is_free(ray_session, tmp_path):
     class SlowToStart(tune.Trainable):
         """Trial that takes a tenth of a second. Every worker but the first takes seconds to start."""

@@ -578,6 +578,7 @@ def copy_of(finished: Any, folder: Path) -> Path:
     return folder / "sweeps" / "small"
 
 
+@pytest.mark.slow
 def test_what_is_damaged_and_can_be_made_again_is_and_the_sweep_ends_as_before(finished, tmp_path):
     folder = copy_of(finished, tmp_path)
     entries = {name: block["trials"] for name, block in finished.summary["blocks"].items()}

@@ -143,6 +143,7 @@ def test_it_ends_with_its_driver_and_its_command_line_shows_no_password(uri, tmp
     assert_whole(Store(uri))
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_while_all_is_closed_is_started_again_too(uri, tmp_path):
     tracker = begin(tmp_path / "sweep", uri)
     tell(tracker, tmp_path / "sweep")
@@ -204,6 +205,7 @@ def test_files_that_lie_elsewhere_are_fetched_by_the_driver(uri, tmp_path):
     assert not list(folder.glob("fetched-*")), "a copy outlived its upload"
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_loses_no_event(uri, tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()

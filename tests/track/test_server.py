@@ -168,7 +168,7 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("method", "number", "when"),
     [
-        ("create_run", 1, "after"),
+        pytest.param("create_run", 1, "after", marks=pytest.mark.slow),
         pytest.param("log_batch", 4, "after", marks=pytest.mark.slow),
         pytest.param("create_logged_model", 1, "after", marks=pytest.mark.slow),
         ("finalize_logged_model", 2, "before"),
